@@ -1,0 +1,122 @@
+//! The one backoff of the program, and the tracker that keeps repeated failures out of the log.
+
+use std::time::Duration;
+
+/// Exponential backoff with half jitter: the n-th wait lies in `[d/2, d]`, `d = min(cap, base·2ⁿ)`.
+#[derive(Debug, Clone)]
+pub struct Backoff {
+    base: Duration,
+    cap: Duration,
+    failures: u32,
+}
+
+impl Backoff {
+    /// A backoff that starts at `base` and never waits longer than `cap`.
+    ///
+    /// A `cap` below `base` is raised to `base`.
+    #[must_use]
+    pub fn new(base: Duration, cap: Duration) -> Self {
+        Self {
+            base,
+            cap: cap.max(base),
+            failures: 0,
+        }
+    }
+
+    /// The wait after one more failure. `random` is uniform in `[0, 1)`.
+    pub fn next_wait(&mut self, random: f64) -> Duration {
+        let full = self
+            .base
+            .saturating_mul(1_u32.checked_shl(self.failures).unwrap_or(u32::MAX))
+            .min(self.cap);
+        self.failures = self.failures.saturating_add(1).min(30);
+        let half = full / 2;
+        half + half.mul_f64(random.clamp(0.0, 1.0))
+    }
+
+    /// How many failures in a row were counted since the last [`Backoff::reset`].
+    #[must_use]
+    pub fn failures(&self) -> u32 {
+        self.failures
+    }
+
+    /// Starts over after a success.
+    pub fn reset(&mut self) {
+        self.failures = 0;
+    }
+}
+
+/// How loudly a failure is to be told: the first few of a row are news, the rest is noise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Loudness {
+    /// Worth a warning.
+    Warn,
+    /// Known already: debug level.
+    Debug,
+}
+
+/// Counts failures in a row, so that a long outage does not flood the log.
+#[derive(Debug, Clone, Default)]
+pub struct Repeated {
+    failures: u32,
+}
+
+impl Repeated {
+    /// Failures of a row that are told as warnings.
+    const LOUD: u32 = 3;
+
+    /// Counts one more failure and says how to tell it.
+    pub fn failed(&mut self) -> Loudness {
+        self.failures = self.failures.saturating_add(1);
+        if self.failures <= Self::LOUD {
+            Loudness::Warn
+        } else {
+            Loudness::Debug
+        }
+    }
+
+    /// Ends the row. Returns the number of failures it had, if any: the recovery is news.
+    pub fn recovered(&mut self) -> Option<u32> {
+        let row = std::mem::take(&mut self.failures);
+        (row > 0).then_some(row)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_double_up_to_the_cap_and_jitter_stays_inside() {
+        for random in [0.0, 0.5, 0.999_999] {
+            let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
+            for full in [1, 2, 4, 8, 16, 32, 60, 60, 60] {
+                let wait = backoff.next_wait(random);
+                let full = Duration::from_secs(full);
+                assert!(wait >= full / 2 && wait <= full, "{wait:?} of {full:?}");
+            }
+            backoff.reset();
+            assert!(backoff.next_wait(random) <= Duration::from_secs(1));
+        }
+    }
+
+    #[test]
+    fn a_long_row_of_failures_does_not_overflow() {
+        let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
+        for _ in 0..1000 {
+            assert!(backoff.next_wait(1.0) <= Duration::from_secs(60));
+        }
+    }
+
+    #[test]
+    fn only_the_first_failures_of_a_row_are_loud() {
+        let mut row = Repeated::default();
+        assert_eq!(row.recovered(), None);
+        for _ in 0..3 {
+            assert_eq!(row.failed(), Loudness::Warn);
+        }
+        assert_eq!(row.failed(), Loudness::Debug);
+        assert_eq!(row.recovered(), Some(4));
+        assert_eq!(row.failed(), Loudness::Warn);
+    }
+}

@@ -1,0 +1,95 @@
+//! Time as a parameter: one source for "now" and for waiting, replaceable in tests.
+//!
+//! Certificates live in wall time, timers in monotonic time, and the two drift apart when a
+//! machine sleeps or its clock is set. The system clock therefore never trusts one long timer:
+//! it wakes at least every [`CHECK`] and looks at the wall again. The simulated clock derives the
+//! wall from Tokio's paused time, so a test runs a year in milliseconds.
+
+use std::time::{Duration, SystemTime};
+
+use tokio::time::Instant;
+
+/// The longest a wait relies on monotonic time before the wall clock is read again.
+const CHECK: Duration = Duration::from_secs(15);
+
+/// A source of wall time and of waits that end at a wall time.
+#[derive(Debug, Clone)]
+pub struct Clock(Kind);
+
+#[derive(Debug, Clone)]
+enum Kind {
+    System,
+    Simulated { wall: SystemTime, origin: Instant },
+}
+
+impl Clock {
+    /// The machine's own clock.
+    #[must_use]
+    pub fn system() -> Self {
+        Self(Kind::System)
+    }
+
+    /// A clock that reads `wall` now and then follows Tokio's (pausable) time.
+    #[must_use]
+    pub fn simulated(wall: SystemTime) -> Self {
+        Self(Kind::Simulated {
+            wall,
+            origin: Instant::now(),
+        })
+    }
+
+    /// The current wall time.
+    #[must_use]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "this is the one place that reads the clock"
+    )]
+    pub fn now(&self) -> SystemTime {
+        match self.0 {
+            Kind::System => SystemTime::now(),
+            Kind::Simulated { wall, origin } => wall + origin.elapsed(),
+        }
+    }
+
+    /// Waits for `duration` of monotonic time.
+    pub async fn sleep(&self, duration: Duration) {
+        tokio::time::sleep(duration).await;
+    }
+
+    /// Waits until the wall clock reads `deadline`; returns at once if it is past.
+    pub async fn sleep_until(&self, deadline: SystemTime) {
+        while let Ok(left) = deadline.duration_since(self.now()) {
+            if left.is_zero() {
+                return;
+            }
+            let step = match self.0 {
+                Kind::System => left.min(CHECK),
+                Kind::Simulated { .. } => left,
+            };
+            tokio::time::sleep(step).await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_simulated_year_passes_at_once() {
+        let start = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
+        let year = Duration::from_secs(365 * 86_400);
+        let clock = Clock::simulated(start);
+        clock.sleep_until(start + year).await;
+        assert!(clock.now() >= start + year);
+        assert!(clock.now() < start + year + Duration::from_secs(1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_past_deadline_does_not_wait() {
+        let clock = Clock::simulated(SystemTime::UNIX_EPOCH + Duration::from_secs(100));
+        let before = clock.now();
+        clock.sleep_until(SystemTime::UNIX_EPOCH).await;
+        assert_eq!(clock.now(), before);
+    }
+}

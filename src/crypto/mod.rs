@@ -1,0 +1,36 @@
+//! Keys, certificates and their encodings, over the one crypto provider of the program.
+//!
+//! [`PrivateKey`] makes and holds keys, [`suite`] says which algorithm a cluster asks for,
+//! [`x509`] reads certificates, [`ssh`] reads and writes OpenSSH's forms, [`pem`] frames DER.
+
+mod key;
+pub mod pem;
+pub mod ssh;
+pub mod suite;
+pub mod x509;
+
+pub use key::{KeyError, PrivateKey, sha256, sha256_hex};
+pub use suite::{KeyAlgorithm, Purpose, Suite};
+
+use aws_lc_rs::rand::{SecureRandom as _, SystemRandom};
+
+/// `N` bytes from the system's random generator.
+///
+/// # Panics
+/// If the operating system has no randomness: nothing that this program does would be safe.
+#[must_use]
+#[expect(clippy::expect_used, reason = "no randomness, no program")]
+pub fn random<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    SystemRandom::new()
+        .fill(&mut bytes)
+        .expect("the system has randomness");
+    bytes
+}
+
+/// A uniform number in `[0, 1)`, for jitter.
+#[must_use]
+#[expect(clippy::cast_precision_loss, reason = "53 bits fit a double exactly")]
+pub fn jitter() -> f64 {
+    (u64::from_le_bytes(random()) >> 11) as f64 / (1_u64 << 53) as f64
+}

@@ -1,0 +1,11 @@
+//! A machine identity agent for Teleport clusters, and a single-node cluster beside it.
+//!
+//! Modules in ring order: a module imports its own ring's listed neighbours and lower rings only
+//! (`docs/ARCHITECTURE.md`, enforced by `tests/it/architecture.rs`).
+
+pub mod backoff;
+pub mod clock;
+pub mod crypto;
+pub mod pb;
+pub mod secret;
+pub mod spiffe;

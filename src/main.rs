@@ -1,0 +1,3 @@
+//! The `tbot` command.
+
+fn main() {}
