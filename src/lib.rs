@@ -6,6 +6,7 @@
 pub mod backoff;
 pub mod clock;
 pub mod crypto;
+pub mod embedded;
 pub mod pb;
 pub mod secret;
 pub mod spiffe;

@@ -1,0 +1,12 @@
+//! The embedded cluster: one node that speaks a Teleport cluster's own wire protocol.
+//!
+//! It shares no agent logic, only the crypto primitives, the generated messages and the verifying
+//! halves of the join methods, so that a shared mistake cannot hide.
+//!
+//! - [`store`]: resources in SQLite, with revisions, expiry and transactions.
+//! - [`audit`]: one JSON line for each join, certificate, refusal and administrative change.
+//! - [`instant`]: points in time as resources and audit lines write them.
+
+pub mod audit;
+pub mod instant;
+pub mod store;
