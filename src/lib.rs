@@ -5,8 +5,10 @@
 
 pub mod backoff;
 pub mod clock;
+pub mod cluster;
 pub mod crypto;
 pub mod embedded;
+pub mod identity;
 pub mod pb;
 pub mod secret;
 pub mod spiffe;

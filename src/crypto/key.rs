@@ -11,7 +11,7 @@ use aws_lc_rs::signature::{
 };
 use aws_lc_rs::{digest, rsa};
 use der::asn1::ObjectIdentifier;
-use der::{Decode as _, Encode as _};
+use der::{Decode as _, Encode as _, Tagged as _};
 use x509_cert::spki::{AlgorithmIdentifierOwned, SubjectPublicKeyInfoOwned};
 
 use super::{KeyAlgorithm, pem, ssh};
@@ -276,10 +276,9 @@ pub fn spki_from_pem(text: &str) -> Result<Vec<u8>, KeyError> {
     if SubjectPublicKeyInfoOwned::from_der(&block.der).is_ok() {
         return Ok(block.der);
     }
-    let pkcs1 = der::Any::from_der(&block.der).map_err(|_source| KeyError::NotAKey)?;
-    if !matches!(pkcs1.sequence_check(), Ok(())) {
-        return Err(KeyError::NotAKey);
-    }
+    der::asn1::AnyRef::from_der(&block.der)
+        .and_then(|pkcs1| pkcs1.tag().assert_eq(der::Tag::Sequence))
+        .map_err(|_source| KeyError::NotAKey)?;
     SubjectPublicKeyInfoOwned {
         algorithm: AlgorithmIdentifierOwned {
             oid: ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.1"),
@@ -290,17 +289,6 @@ pub fn spki_from_pem(text: &str) -> Result<Vec<u8>, KeyError> {
     }
     .to_der()
     .map_err(|_source| KeyError::NotAKey)
-}
-
-trait SequenceCheck {
-    fn sequence_check(&self) -> der::Result<()>;
-}
-
-impl SequenceCheck for der::Any {
-    fn sequence_check(&self) -> der::Result<()> {
-        der::Tagged::tag(self).assert_eq(der::Tag::Sequence)?;
-        Ok(())
-    }
 }
 
 #[cfg(test)]

@@ -102,7 +102,11 @@ impl Certificate {
             .strip_prefix(&[0])
             .filter(|rest| !rest.is_empty())
             .unwrap_or(bytes);
-        bytes.iter().map(hex_pair).collect::<Vec<_>>().join(":")
+        bytes
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect::<Vec<_>>()
+            .join(":")
     }
 
     /// Every value of one attribute of the subject, in order.
@@ -199,10 +203,6 @@ impl Certificate {
             .map(|(_, names)| names.0.iter().filter_map(pick).collect())
             .unwrap_or_default()
     }
-}
-
-fn hex_pair(byte: &u8) -> String {
-    format!("{byte:02x}")
 }
 
 fn attributes(name: &RdnSequence, oid: ObjectIdentifier) -> Vec<String> {

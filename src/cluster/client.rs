@@ -1,0 +1,313 @@
+//! The calls that the agent makes, typed.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tonic::metadata::MetadataValue;
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
+use tonic::{Request, Status, Streaming};
+
+use super::channel::Channel;
+pub use super::channel::Route;
+use super::dial::Dialer;
+use super::{ClusterError, Credential};
+use crate::crypto::{Suite, pem};
+use crate::pb::proto::auth_service_client::AuthServiceClient;
+use crate::pb::proto::join_service_client::JoinServiceClient;
+use crate::pb::proto::{
+    Certs, Event, GetRoleRequest, PingRequest, PingResponse, UserCertsRequest, Watch,
+};
+use crate::pb::teleport::clusterconfig::v1::GetAuthPreferenceRequest;
+use crate::pb::teleport::clusterconfig::v1::cluster_config_service_client::ClusterConfigServiceClient;
+use crate::pb::teleport::machineid::v1::bot_instance_service_client::BotInstanceServiceClient;
+use crate::pb::teleport::machineid::v1::spiffe_federation_service_client::SpiffeFederationServiceClient;
+use crate::pb::teleport::machineid::v1::{
+    ListSpiffeFederationsRequest, SpiffeFederation, SubmitHeartbeatRequest,
+};
+use crate::pb::teleport::presence::v1::ListRemoteClustersRequest;
+use crate::pb::teleport::presence::v1::presence_service_client::PresenceServiceClient;
+use crate::pb::teleport::trust::v1::trust_service_client::TrustServiceClient;
+use crate::pb::teleport::trust::v1::{GetCertAuthoritiesRequest, GetCertAuthorityRequest};
+use crate::pb::teleport::workloadidentity::v1::workload_identity_issuance_service_client::WorkloadIdentityIssuanceServiceClient;
+use crate::pb::teleport::workloadidentity::v1::workload_identity_revocation_service_client::WorkloadIdentityRevocationServiceClient;
+use crate::pb::teleport::workloadidentity::v1::{
+    Credential as IssuedCredential, IssueWorkloadIdentitiesRequest, IssueWorkloadIdentityRequest,
+    StreamSignedCrlRequest, StreamSignedCrlResponse,
+};
+use crate::pb::types::{CertAuthorityV2, RoleV6, SignatureAlgorithmSuite};
+
+/// The Teleport API version that this agent speaks. Clusters compare it with their minimum, so it
+/// is not the version of this program (reference: upstream's `version` metadata).
+pub const API_VERSION: &str = "18.0.0";
+/// The user agent of every call.
+pub(crate) const USER_AGENT: &str = "tbot/18.0.0";
+/// The longest a unary call may take.
+const CALL: Duration = Duration::from_secs(30);
+/// The largest message that is read, in bytes.
+const MAX_MESSAGE: usize = 16 * 1024 * 1024;
+/// Pages of a list that are followed before the cluster counts as broken.
+const MAX_PAGES: usize = 1000;
+
+/// Adds the API version to every call.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Version;
+
+impl Interceptor for Version {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        request
+            .metadata_mut()
+            .insert("version", MetadataValue::from_static(API_VERSION));
+        Ok(request)
+    }
+}
+
+/// A channel whose calls carry the API version.
+pub(crate) type Versioned = InterceptedService<tonic::transport::Channel, Version>;
+
+/// Calls to a cluster's auth service, as one identity.
+#[derive(Debug, Clone)]
+pub struct Client {
+    channel: Arc<Channel>,
+}
+
+/// Makes a typed client of a generated one over the current channel.
+macro_rules! over {
+    ($self:ident, $client:ident) => {
+        $client::with_interceptor($self.channel.current()?, Version)
+            .max_decoding_message_size(MAX_MESSAGE)
+    };
+}
+
+impl Client {
+    /// A client that follows `credential`. Connects when it is first used.
+    pub fn new(
+        dialer: Arc<dyn Dialer>,
+        route: Route,
+        credential: watch::Receiver<Option<Arc<Credential>>>,
+    ) -> Self {
+        Self {
+            channel: Arc::new(Channel::new(dialer, route, credential)),
+        }
+    }
+
+    /// Asks the auth service who it is.
+    pub async fn ping(&self) -> Result<PingResponse, ClusterError> {
+        let answer = over!(self, AuthServiceClient)
+            .ping(timed(PingRequest {}))
+            .await;
+        unary("Ping", answer)
+    }
+
+    /// Asks for certificates as the bot.
+    pub async fn generate_user_certs(
+        &self,
+        request: UserCertsRequest,
+    ) -> Result<Certs, ClusterError> {
+        let answer = over!(self, AuthServiceClient)
+            .generate_user_certs(timed(request))
+            .await;
+        unary("GenerateUserCerts", answer)
+    }
+
+    /// The host authority's TLS certificates, one PEM text each.
+    pub async fn host_authorities(&self) -> Result<Vec<String>, ClusterError> {
+        const METHOD: &str = "GetClusterCACert";
+        let answer = over!(self, AuthServiceClient)
+            .get_cluster_ca_cert(timed(()))
+            .await;
+        let text = String::from_utf8(unary(METHOD, answer)?.tlsca).unwrap_or_default();
+        let ders = pem::certificates(&text).map_err(|source| ClusterError::Answer {
+            call: METHOD,
+            problem: source.to_string(),
+        })?;
+        Ok(ders
+            .iter()
+            .map(|der| pem::encode("CERTIFICATE", der))
+            .collect())
+    }
+
+    /// One role.
+    pub async fn role(&self, name: &str) -> Result<RoleV6, ClusterError> {
+        let request = GetRoleRequest {
+            name: name.to_owned(),
+        };
+        let answer = over!(self, AuthServiceClient)
+            .get_role(timed(request))
+            .await;
+        unary("GetRole", answer)
+    }
+
+    /// Opens a stream of changes. It has no deadline.
+    pub async fn watch(&self, request: Watch) -> Result<Streaming<Event>, ClusterError> {
+        let answer = over!(self, AuthServiceClient).watch_events(request).await;
+        unary("WatchEvents", answer)
+    }
+
+    /// The cluster's signature algorithm suite.
+    pub async fn suite(&self) -> Result<Suite, ClusterError> {
+        let answer = over!(self, ClusterConfigServiceClient)
+            .get_auth_preference(timed(GetAuthPreferenceRequest {}))
+            .await;
+        let preference = unary("GetAuthPreference", answer)?;
+        let number = preference
+            .spec
+            .map_or(0, |spec| spec.signature_algorithm_suite);
+        Ok(SignatureAlgorithmSuite::try_from(number).map_or(Suite::Legacy, Suite::from))
+    }
+
+    /// Every authority of one type (`host`, `user`, `db` …), leaf clusters included, without keys.
+    pub async fn cert_authorities(&self, kind: &str) -> Result<Vec<CertAuthorityV2>, ClusterError> {
+        let request = GetCertAuthoritiesRequest {
+            r#type: kind.to_owned(),
+            include_key: false,
+        };
+        let answer = over!(self, TrustServiceClient)
+            .get_cert_authorities(timed(request))
+            .await;
+        Ok(unary("GetCertAuthorities", answer)?.cert_authorities_v2)
+    }
+
+    /// One cluster's authority of one type, without keys.
+    pub async fn cert_authority(
+        &self,
+        kind: &str,
+        cluster: &str,
+    ) -> Result<CertAuthorityV2, ClusterError> {
+        let request = GetCertAuthorityRequest {
+            r#type: kind.to_owned(),
+            domain: cluster.to_owned(),
+            include_key: false,
+        };
+        let answer = over!(self, TrustServiceClient)
+            .get_cert_authority(timed(request))
+            .await;
+        unary("GetCertAuthority", answer)
+    }
+
+    /// The names of the leaf clusters, in the cluster's order.
+    pub async fn remote_clusters(&self) -> Result<Vec<String>, ClusterError> {
+        const METHOD: &str = "ListRemoteClusters";
+        let mut names = Vec::new();
+        let mut page_token = String::new();
+        for _ in 0..MAX_PAGES {
+            let request = ListRemoteClustersRequest {
+                page_size: 0,
+                page_token,
+            };
+            let answer = over!(self, PresenceServiceClient)
+                .list_remote_clusters(timed(request))
+                .await;
+            let page = unary(METHOD, answer)?;
+            names.extend(
+                page.remote_clusters
+                    .into_iter()
+                    .filter_map(|c| Some(c.metadata?.name)),
+            );
+            if page.next_page_token.is_empty() {
+                return Ok(names);
+            }
+            page_token = page.next_page_token;
+        }
+        Err(endless(METHOD))
+    }
+
+    /// Every federated trust domain that the cluster knows.
+    pub async fn spiffe_federations(&self) -> Result<Vec<SpiffeFederation>, ClusterError> {
+        const METHOD: &str = "ListSPIFFEFederations";
+        let mut all = Vec::new();
+        let mut page_token = String::new();
+        for _ in 0..MAX_PAGES {
+            let request = ListSpiffeFederationsRequest {
+                page_size: 100,
+                page_token,
+            };
+            let answer = over!(self, SpiffeFederationServiceClient)
+                .list_spiffe_federations(timed(request))
+                .await;
+            let page = unary(METHOD, answer)?;
+            all.extend(page.spiffe_federations);
+            if page.next_page_token.is_empty() {
+                return Ok(all);
+            }
+            page_token = page.next_page_token;
+        }
+        Err(endless(METHOD))
+    }
+
+    /// Issues an SVID for one workload identity, by name.
+    pub async fn issue_workload_identity(
+        &self,
+        request: IssueWorkloadIdentityRequest,
+    ) -> Result<IssuedCredential, ClusterError> {
+        const METHOD: &str = "IssueWorkloadIdentity";
+        let answer = over!(self, WorkloadIdentityIssuanceServiceClient)
+            .issue_workload_identity(timed(request))
+            .await;
+        unary(METHOD, answer)?
+            .credential
+            .ok_or(ClusterError::Answer {
+                call: METHOD,
+                problem: "it holds no credential".into(),
+            })
+    }
+
+    /// Issues SVIDs for every workload identity that labels select.
+    pub async fn issue_workload_identities(
+        &self,
+        request: IssueWorkloadIdentitiesRequest,
+    ) -> Result<Vec<IssuedCredential>, ClusterError> {
+        let answer = over!(self, WorkloadIdentityIssuanceServiceClient)
+            .issue_workload_identities(timed(request))
+            .await;
+        Ok(unary("IssueWorkloadIdentities", answer)?.credentials)
+    }
+
+    /// Opens the stream of signed certificate revocation lists. It has no deadline.
+    pub async fn signed_crl(&self) -> Result<Streaming<StreamSignedCrlResponse>, ClusterError> {
+        let answer = over!(self, WorkloadIdentityRevocationServiceClient)
+            .stream_signed_crl(StreamSignedCrlRequest {})
+            .await;
+        unary("StreamSignedCRL", answer)
+    }
+
+    /// Tells the cluster that this bot instance is alive.
+    pub async fn submit_heartbeat(
+        &self,
+        request: SubmitHeartbeatRequest,
+    ) -> Result<(), ClusterError> {
+        let answer = over!(self, BotInstanceServiceClient)
+            .submit_heartbeat(timed(request))
+            .await;
+        unary("SubmitHeartbeat", answer).map(drop)
+    }
+
+    /// The join service over this authenticated channel, for a bot that joins again.
+    pub(crate) fn join_service(&self) -> Result<JoinServiceClient<Versioned>, ClusterError> {
+        Ok(over!(self, JoinServiceClient))
+    }
+}
+
+/// A request with the deadline of a unary call.
+pub(crate) fn timed<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(CALL);
+    request
+}
+
+fn unary<T>(
+    method: &'static str,
+    answer: Result<tonic::Response<T>, Status>,
+) -> Result<T, ClusterError> {
+    answer
+        .map(tonic::Response::into_inner)
+        .map_err(ClusterError::call(method))
+}
+
+fn endless(call: &'static str) -> ClusterError {
+    ClusterError::Answer {
+        call,
+        problem: format!("the list does not end after {MAX_PAGES} pages"),
+    }
+}

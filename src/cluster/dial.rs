@@ -1,0 +1,107 @@
+//! Opening connections: a dialer that tests can replace, and TLS over it.
+
+use std::fmt;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use super::ClusterError;
+
+/// The longest a connection may take to open, TLS included (upstream `api/defaults`).
+pub const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A byte stream to a peer.
+pub trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
+
+/// A byte stream of whatever kind.
+pub type BoxedIo = Pin<Box<dyn Io>>;
+
+/// Opens byte streams.
+#[async_trait]
+pub trait Dialer: Send + Sync + fmt::Debug {
+    /// Connects to `address`, a `host:port`.
+    async fn dial(&self, address: &str) -> io::Result<BoxedIo>;
+}
+
+/// Dials TCP.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Tcp;
+
+#[async_trait]
+impl Dialer for Tcp {
+    async fn dial(&self, address: &str) -> io::Result<BoxedIo> {
+        let stream = TcpStream::connect(address).await?;
+        stream.set_nodelay(true)?;
+        Ok(Box::pin(stream))
+    }
+}
+
+/// Opens a TLS connection to `address` as `name` within [`TIMEOUT`].
+pub async fn tls(
+    dialer: &dyn Dialer,
+    address: &str,
+    name: ServerName<'static>,
+    config: Arc<ClientConfig>,
+) -> Result<TlsStream<BoxedIo>, ClusterError> {
+    let late = || io::Error::new(io::ErrorKind::TimedOut, "no answer within 30 s");
+    let io = timeout(TIMEOUT, dialer.dial(address))
+        .await
+        .unwrap_or_else(|_elapsed| Err(late()))
+        .map_err(|source| ClusterError::Dial {
+            address: address.to_owned(),
+            source,
+        })?;
+    timeout(TIMEOUT, TlsConnector::from(config).connect(name, io))
+        .await
+        .unwrap_or_else(|_elapsed| Err(late()))
+        .map_err(|source| ClusterError::Tls {
+            address: address.to_owned(),
+            source,
+        })
+}
+
+/// The host of `host:port`, brackets of an IPv6 address taken off.
+pub fn host_of(address: &str) -> &str {
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    host.strip_prefix('[')
+        .and_then(|host| host.strip_suffix(']'))
+        .unwrap_or(host)
+}
+
+/// Whom TLS should find at `address`.
+pub fn server_name(address: &str) -> Result<ServerName<'static>, ClusterError> {
+    ServerName::try_from(host_of(address).to_owned()).map_err(|_source| {
+        ClusterError::Trust(format!(
+            "{address}: not a host name or IP address with a port"
+        ))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_are_taken_out_of_addresses() {
+        for (address, host) in [
+            ("example.org:443", "example.org"),
+            ("127.0.0.1:3080", "127.0.0.1"),
+            ("[::1]:3080", "::1"),
+            ("example.org", "example.org"),
+        ] {
+            assert_eq!(host_of(address), host);
+        }
+    }
+}

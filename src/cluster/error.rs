@@ -1,0 +1,170 @@
+//! What went wrong on the way to a cluster, and what that means for a retry.
+
+use std::io;
+
+use tonic::{Code, Status};
+
+/// What a failure means for the caller's next step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Disposition {
+    /// Transport or server trouble: try again with backoff, keep what is held.
+    Retry,
+    /// The cluster refused on purpose: trying the same again soon will not help.
+    Refused,
+    /// The cluster has no such call.
+    Unsupported,
+}
+
+/// Why a cluster could not be reached or did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ClusterError {
+    /// The address cannot be dialled. Is it right, is the cluster up, does a firewall stand between?
+    #[error("cannot reach {address}: {source}")]
+    Dial {
+        /// `host:port`.
+        address: String,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// TLS failed: the peer is not who the trust settings allow, or speaks something else.
+    #[error("TLS with {address} failed: {source}")]
+    Tls {
+        /// `host:port`.
+        address: String,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The proxy's discovery answer is no discovery answer.
+    #[error("{address} does not answer like a Teleport proxy: {problem}")]
+    NotAProxy {
+        /// `host:port`.
+        address: String,
+        /// What it did instead.
+        problem: String,
+    },
+    /// The bot holds no identity yet; it is still joining.
+    #[error("the bot has not joined the cluster yet")]
+    NotJoined,
+    /// Certificate pins or a CA file do not match the cluster.
+    #[error("{0}")]
+    Trust(String),
+    /// The call was answered with an error.
+    #[error("{call}: {}", readable(.status))]
+    Call {
+        /// The method.
+        call: &'static str,
+        /// The answer.
+        status: Box<Status>,
+    },
+    /// The call was answered with something unusable; nothing of it is kept.
+    #[error("{call}: the cluster's answer is not usable: {problem}")]
+    Answer {
+        /// The method.
+        call: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
+
+impl ClusterError {
+    /// An error answer of `call`.
+    pub fn call(call: &'static str) -> impl FnOnce(Status) -> Self {
+        move |status| Self::Call {
+            call,
+            status: Box::new(status),
+        }
+    }
+
+    /// What to do next.
+    pub fn disposition(&self) -> Disposition {
+        match self {
+            Self::NotJoined
+            | Self::Dial { .. }
+            | Self::Tls { .. }
+            | Self::NotAProxy { .. }
+            | Self::Answer { .. } => Disposition::Retry,
+            Self::Trust(_) => Disposition::Refused,
+            Self::Call { status, .. } => match status.code() {
+                Code::Unimplemented => Disposition::Unsupported,
+                Code::PermissionDenied
+                | Code::InvalidArgument
+                | Code::NotFound
+                | Code::AlreadyExists
+                | Code::FailedPrecondition
+                | Code::Unauthenticated => Disposition::Refused,
+                Code::Ok
+                | Code::Cancelled
+                | Code::Unknown
+                | Code::DeadlineExceeded
+                | Code::ResourceExhausted
+                | Code::Aborted
+                | Code::OutOfRange
+                | Code::Internal
+                | Code::Unavailable
+                | Code::DataLoss => Disposition::Retry,
+            },
+        }
+    }
+}
+
+/// A status as one line: clusters put each context on a line of its own, the root cause last.
+fn readable(status: &Status) -> String {
+    let text = status
+        .message()
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .collect::<Vec<_>>()
+        .join(": ");
+    let text = if text.is_empty() {
+        status.code().description().to_owned()
+    } else {
+        text
+    };
+    match std::error::Error::source(status) {
+        Some(cause) => format!("{text}: {}", deepest(cause)),
+        None => text,
+    }
+}
+
+/// The root cause of a chain: the layers between repeat each other.
+fn deepest(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut at = error;
+    while let Some(next) = at.source() {
+        at = next;
+    }
+    at.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contexts_become_one_line() {
+        let error = ClusterError::call("RegisterUsingIAMMethod")(Status::permission_denied(
+            "checking iam request\n\tchecking allow rules\n\t\tinstance x did not match",
+        ));
+        assert_eq!(
+            error.to_string(),
+            "RegisterUsingIAMMethod: checking iam request: checking allow rules: instance x did not match"
+        );
+        assert_eq!(error.disposition(), Disposition::Refused);
+    }
+
+    #[test]
+    fn an_empty_status_still_says_something() {
+        let error = ClusterError::call("Ping")(Status::new(Code::Unavailable, ""));
+        assert!(error.to_string().len() > "Ping: ".len());
+        assert_eq!(error.disposition(), Disposition::Retry);
+    }
+
+    #[test]
+    fn an_unknown_method_is_unsupported() {
+        let error = ClusterError::call("Join")(Status::unimplemented("x"));
+        assert_eq!(error.disposition(), Disposition::Unsupported);
+    }
+}

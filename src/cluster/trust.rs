@@ -1,0 +1,200 @@
+//! Whom to believe before there is an identity: system roots for a proxy, pins or a CA file for an
+//! auth service, nobody with `insecure`.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+
+use super::ClusterError;
+use crate::crypto::x509::Certificate;
+use crate::crypto::{pem, sha256_hex};
+
+/// How a first connection is judged.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Trust {
+    /// Believe any server. Loud, for trials only.
+    pub insecure: bool,
+    /// `sha256:<hex>` pins of the auth service's authorities.
+    pub ca_pins: Vec<String>,
+    /// A PEM file with the authority of the auth service.
+    pub ca_path: Option<PathBuf>,
+}
+
+impl Trust {
+    /// TLS settings for a proxy's web certificate: the system's roots, or anyone if insecure.
+    pub fn web(&self, protocols: &[&[u8]]) -> Result<Arc<ClientConfig>, ClusterError> {
+        let config = if self.insecure {
+            without_verification()
+        } else {
+            ClientConfig::builder()
+                .with_root_certificates(system_roots()?.as_ref().clone())
+                .with_no_client_auth()
+        };
+        Ok(with_alpn(config, protocols))
+    }
+
+    /// TLS settings for an auth service whose authorities are `roots`; `None` believes anyone.
+    pub fn auth(roots: Option<RootCertStore>, protocols: &[&[u8]]) -> Arc<ClientConfig> {
+        let config = match roots {
+            Some(roots) => ClientConfig::builder()
+                .with_root_certificates(roots)
+                .with_no_client_auth(),
+            None => without_verification(),
+        };
+        with_alpn(config, protocols)
+    }
+}
+
+/// Checks the authorities that a cluster showed against the pins: every one must match some pin.
+pub fn check_pins(authorities_pem: &str, pins: &[String]) -> Result<Vec<String>, ClusterError> {
+    for pin in pins {
+        check_pin_format(pin)?;
+    }
+    let ders = pem::certificates(authorities_pem)
+        .map_err(|source| ClusterError::Trust(format!("the cluster's authorities: {source}")))?;
+    if ders.is_empty() {
+        return Err(ClusterError::Trust(
+            "the cluster showed no authorities to compare with ca_pins".into(),
+        ));
+    }
+    for der in &ders {
+        let certificate = Certificate::from_der(der).map_err(|source| {
+            ClusterError::Trust(format!("the cluster's authorities: {source}"))
+        })?;
+        let pin = format!("sha256:{}", sha256_hex(&certificate.spki()));
+        if !pins.contains(&pin) {
+            return Err(ClusterError::Trust(format!(
+                "the cluster's certificate authority has pin {pin}, which is not among ca_pins: \
+                 either the pins are out of date (compare with `tctl status`) or someone stands between"
+            )));
+        }
+    }
+    Ok(ders
+        .iter()
+        .map(|der| pem::encode("CERTIFICATE", der))
+        .collect())
+}
+
+/// Whether a pin reads `sha256:` and 64 lower-case hex digits.
+pub fn check_pin_format(pin: &str) -> Result<(), ClusterError> {
+    let hex_digit = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+    match pin.strip_prefix("sha256:") {
+        Some(digits) if digits.len() == 64 && digits.bytes().all(hex_digit) => Ok(()),
+        _ => Err(ClusterError::Trust(format!(
+            "ca_pins: {pin:?} is not a pin (sha256: and 64 lower-case hex digits, as `tctl status` prints)"
+        ))),
+    }
+}
+
+fn with_alpn(mut config: ClientConfig, protocols: &[&[u8]]) -> Arc<ClientConfig> {
+    config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
+    Arc::new(config)
+}
+
+/// The system's roots, read once. `SSL_CERT_FILE` and `SSL_CERT_DIR` are honoured.
+fn system_roots() -> Result<Arc<RootCertStore>, ClusterError> {
+    static ROOTS: OnceLock<Arc<RootCertStore>> = OnceLock::new();
+    let roots = ROOTS.get_or_init(|| {
+        let mut roots = RootCertStore::empty();
+        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        Arc::new(roots)
+    });
+    if roots.is_empty() {
+        return Err(ClusterError::Trust(
+            "no trusted certificate authorities on this machine: install ca-certificates or set SSL_CERT_FILE"
+                .into(),
+        ));
+    }
+    Ok(Arc::clone(roots))
+}
+
+fn without_verification() -> ClientConfig {
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    ClientConfig::builder()
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Anyone(provider)))
+        .with_no_client_auth()
+}
+
+/// Believes every certificate, but still makes the server prove that it holds its key.
+struct Anyone(Arc<CryptoProvider>);
+
+impl fmt::Debug for Anyone {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Anyone")
+    }
+}
+
+impl ServerCertVerifier for Anyone {
+    fn verify_server_cert(
+        &self,
+        _end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(
+            message,
+            cert,
+            signature,
+            &self.0.signature_verification_algorithms,
+        )
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(
+            message,
+            cert,
+            signature,
+            &self.0.signature_verification_algorithms,
+        )
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pins_are_checked_for_form() {
+        assert!(check_pin_format(&format!("sha256:{}", "0a".repeat(32))).is_ok());
+        for bad in [
+            "",
+            "sha256:",
+            "sha1:00",
+            "sha256:XY",
+            &format!("sha256:{}", "0A".repeat(32)),
+        ] {
+            assert!(check_pin_format(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn authorities_without_certificates_match_no_pin() {
+        assert!(check_pins("", &[format!("sha256:{}", "0a".repeat(32))]).is_err());
+    }
+}

@@ -1,0 +1,92 @@
+//! Where identities are written: a trait, and one folder per kind.
+//!
+//! Every kind passes the same contract test (`contract.rs`).
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use crate::secret::Secret;
+use crate::yaml::{Fields, Tree};
+
+/// The kinds of destination, by their YAML `type`.
+pub const KINDS: &[&dyn DestinationKind] = &[];
+
+/// One kind of destination.
+pub trait DestinationKind: Sync + fmt::Debug {
+    /// The YAML `type`.
+    fn name(&self) -> &'static str;
+    /// Reads the kind's own keys; problems go to `fields`, and `None` comes back then.
+    fn parse(&self, fields: &mut Fields<'_>) -> Option<Arc<dyn DestinationPlan>>;
+    /// Reads a command line form (`/path`, `file:///path`, `memory://` …); `None` if the scheme
+    /// is another kind's.
+    fn parse_uri(&self, uri: &str) -> Option<Result<Arc<dyn DestinationPlan>, String>>;
+}
+
+/// A configured destination that has not touched anything yet.
+pub trait DestinationPlan: Send + Sync + fmt::Debug + fmt::Display {
+    /// What two services must not share, for example `file:///opt/machine-id`.
+    fn key(&self) -> String;
+    /// The section as written in a configuration file, defaults included.
+    fn emit(&self) -> Tree;
+    /// The destination itself. Touches nothing before [`Destination::init`].
+    fn build(&self) -> Arc<dyn Destination>;
+}
+
+/// A set of files, by name, that a reader sees whole or not at all where the kind allows it.
+pub type FileSet = BTreeMap<String, Secret<Vec<u8>>>;
+
+/// Why a destination failed. The text names the path or object and the remedy.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DestinationError {
+    /// The operating system refused an operation on a path.
+    #[error("{action} {path}: {source}")]
+    Io {
+        /// What was attempted, for example `create`.
+        action: &'static str,
+        /// The path.
+        path: String,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The destination is not what the configuration asks for (symlink, owner, mode, type).
+    #[error("{path}: {problem}")]
+    Unsuitable {
+        /// The path or object.
+        path: String,
+        /// What is wrong and what to do.
+        problem: String,
+    },
+    /// Another process holds the lock.
+    #[error("{path} is in use by another process: is another tbot running on the same storage?")]
+    Locked {
+        /// The lock's path.
+        path: String,
+    },
+}
+
+/// Holds a destination's lock; dropping it releases the lock.
+pub trait Lock: Send + Sync {}
+
+/// A place that holds named files.
+#[async_trait]
+pub trait Destination: Send + Sync + fmt::Debug {
+    /// Creates what is missing and checks that writing will work.
+    async fn init(&self) -> Result<(), DestinationError>;
+    /// Proves that the destination can be written right now, before anything is asked of a cluster.
+    async fn check_writable(&self) -> Result<(), DestinationError>;
+    /// Replaces the named files as one set; other files stay. A reader sees the old or the new set.
+    async fn write(&self, files: FileSet) -> Result<(), DestinationError>;
+    /// Reads one file; `None` if it is not there.
+    async fn read(&self, name: &str) -> Result<Option<Secret<Vec<u8>>>, DestinationError>;
+    /// Takes the lock that keeps a second process off the destination; `None` where there is none.
+    fn lock(&self) -> Result<Option<Box<dyn Lock>>, DestinationError>;
+    /// Whether the content survives the process.
+    fn is_persistent(&self) -> bool;
+    /// The directory, for texts that name it (`ssh_config`); `None` for other kinds.
+    fn directory(&self) -> Option<&std::path::Path>;
+}

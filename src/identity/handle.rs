@@ -1,0 +1,286 @@
+//! What services see of the bot's identity.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::{OnceCell, watch};
+
+use super::{Identity, Issued, MaterialError};
+use crate::clock::Clock;
+use crate::cluster::client::Route;
+use crate::cluster::dial::Dialer;
+use crate::cluster::trust::Trust;
+use crate::cluster::{Client, ClusterError, Credential, Endpoints, ping};
+use crate::crypto::{KeyError, PrivateKey, Purpose, Suite};
+use crate::pb::proto::UserCertsRequest;
+
+/// A certificate that a service asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Request {
+    /// Roles to request; empty means every role that the bot may impersonate. Order and repeats do
+    /// not matter.
+    pub roles: Vec<String>,
+    /// Requested life.
+    pub ttl: Duration,
+    /// Leaf cluster to route to; `None` is the bot's own cluster.
+    pub cluster: Option<String>,
+    /// Whether the certificate may be re-issued by its holder (`allow_reissue`).
+    pub reissuable: bool,
+}
+
+/// Why an identity could not be had.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum IdentityError {
+    /// The cluster refused or could not be reached.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    /// The cluster's answer is not usable; nothing of it is kept.
+    #[error("the cluster's answer is not usable: {0}")]
+    Material(#[from] MaterialError),
+    /// No key could be made.
+    #[error("cannot make a key: {0}")]
+    Key(#[from] KeyError),
+    /// The bot may not impersonate any role, and the service names none.
+    #[error(
+        "the bot has no roles to issue with: add roles to the bot (spec.roles) or to the service"
+    )]
+    NoRoles,
+}
+
+/// The bot's own identity, the identities derived from it, and clients bound to them.
+///
+/// Cloning shares everything.
+#[derive(Debug, Clone)]
+pub struct Handle(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    clock: Clock,
+    dialer: Arc<dyn Dialer>,
+    route: Route,
+    trust: Trust,
+    identity: watch::Receiver<Option<Arc<Identity>>>,
+    reload: watch::Receiver<u64>,
+    client: Client,
+    endpoints: OnceCell<Arc<Endpoints>>,
+    derived: Mutex<HashMap<Request, Arc<Derived>>>,
+}
+
+impl Handle {
+    /// A handle on the identity that `identity` publishes, for a cluster reached by `route`.
+    pub fn new(
+        clock: Clock,
+        dialer: Arc<dyn Dialer>,
+        route: Route,
+        trust: Trust,
+        identity: watch::Receiver<Option<Arc<Identity>>>,
+        credential: watch::Receiver<Option<Arc<Credential>>>,
+        reload: watch::Receiver<u64>,
+    ) -> Self {
+        let client = Client::new(Arc::clone(&dialer), route.clone(), credential);
+        Self(Arc::new(Inner {
+            clock,
+            dialer,
+            route,
+            trust,
+            identity,
+            reload,
+            client,
+            endpoints: OnceCell::new(),
+            derived: Mutex::new(HashMap::new()),
+        }))
+    }
+
+    /// The bot's own identity, followed through its renewals; `None` until the first join.
+    pub fn identity(&self) -> watch::Receiver<Option<Arc<Identity>>> {
+        self.0.identity.clone()
+    }
+
+    /// Waits until there is an identity. Returns `None` if the agent stops first.
+    pub async fn ready(&self) -> Option<Arc<Identity>> {
+        let mut identity = self.identity();
+        let ready = identity.wait_for(Option::is_some).await.ok()?;
+        ready.clone()
+    }
+
+    /// Changes when everything is to be renewed at once (operator's signal, CA rotation).
+    pub fn reloads(&self) -> watch::Receiver<u64> {
+        self.0.reload.clone()
+    }
+
+    /// Calls as the bot itself: reading authorities, watching events, heartbeats.
+    pub fn client(&self) -> &Client {
+        &self.0.client
+    }
+
+    /// What the proxy says about itself; asked once per process.
+    pub async fn endpoints(&self) -> Result<Arc<Endpoints>, ClusterError> {
+        self.0
+            .endpoints
+            .get_or_try_init(|| async {
+                let address = match &self.0.route {
+                    Route::Proxy(address) => address.clone(),
+                    Route::Direct(_) => {
+                        let address = self.0.client.ping().await?.proxy_public_addr;
+                        if address.is_empty() {
+                            return Err(ClusterError::Trust(
+                                "the auth service knows no proxy, whose address ssh_config needs: \
+                                 set proxy_server, or ssh_config: off"
+                                    .into(),
+                            ));
+                        }
+                        ping::with_port(&address, "443")
+                    }
+                };
+                ping::find(self.0.dialer.as_ref(), &self.0.trust, &address)
+                    .await
+                    .map(Arc::new)
+            })
+            .await
+            .cloned()
+    }
+
+    /// The cluster's signature algorithm suite, as it is now.
+    pub async fn suite(&self) -> Result<Suite, ClusterError> {
+        self.0.client.suite().await
+    }
+
+    /// Issues an identity with a new key.
+    pub async fn issue(&self, request: &Request) -> Result<Issued, IdentityError> {
+        let own = self.current()?;
+        let roles = if request.roles.is_empty() {
+            self.impersonated(&own).await?
+        } else {
+            request.roles.clone()
+        };
+        let suite = self.suite().await?;
+        let key = new_key(suite, Purpose::BotImpersonated).await?;
+        let expires = self.0.clock.now() + request.ttl;
+        let certs = self
+            .0
+            .client
+            .generate_user_certs(UserCertsRequest {
+                username: own.user(),
+                expires: Some(expires.into()),
+                route_to_cluster: request
+                    .cluster
+                    .clone()
+                    .unwrap_or_else(|| own.cluster().to_owned()),
+                role_requests: roles,
+                use_role_requests: true,
+                reissuable_role_impersonation: request.reissuable,
+                ssh_public_key: key.public_ssh_line()?.into_bytes(),
+                tls_public_key: key.public_pem().into_bytes(),
+                ..UserCertsRequest::default()
+            })
+            .await?;
+        let hosts = self.0.client.host_authorities().await?;
+        let issued = Identity::from_certs(key, certs, hosts)?;
+        Ok(issued.with_ssh_authorities(own.ssh_authorities().to_vec()))
+    }
+
+    /// A client whose calls are made with the roles of `request`. Equal requests share one identity
+    /// and one connection; the identity is renewed when a call finds it past half of its life.
+    pub async fn derived(&self, request: &Request) -> Result<Client, IdentityError> {
+        let mut request = request.clone();
+        request.roles.sort_unstable();
+        request.roles.dedup();
+        let derived = {
+            let mut all = self
+                .0
+                .derived
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(all.entry(request.clone()).or_insert_with(|| {
+                Arc::new(Derived::new(
+                    Arc::clone(&self.0.dialer),
+                    self.0.route.clone(),
+                ))
+            }))
+        };
+        derived.refreshed(self, &request).await
+    }
+
+    fn current(&self) -> Result<Arc<Identity>, ClusterError> {
+        self.0
+            .identity
+            .borrow()
+            .clone()
+            .ok_or(ClusterError::NotJoined)
+    }
+
+    /// The roles that the bot may impersonate.
+    async fn impersonated(&self, own: &Identity) -> Result<Vec<String>, IdentityError> {
+        let role = self.0.client.role(&own.user()).await?;
+        let roles = role
+            .spec
+            .and_then(|spec| spec.allow)
+            .and_then(|allow| allow.impersonate)
+            .map(|impersonate| impersonate.roles)
+            .unwrap_or_default();
+        if roles.is_empty() {
+            return Err(IdentityError::NoRoles);
+        }
+        Ok(roles)
+    }
+}
+
+/// An identity with its own connection.
+#[derive(Debug)]
+struct Derived {
+    client: Client,
+    credential: watch::Sender<Option<Arc<Credential>>>,
+    held: tokio::sync::Mutex<Option<Held>>,
+}
+
+#[derive(Debug)]
+struct Held {
+    not_after: SystemTime,
+    renew_at: SystemTime,
+}
+
+impl Derived {
+    fn new(dialer: Arc<dyn Dialer>, route: Route) -> Self {
+        let (credential, receiver) = watch::channel(None);
+        Self {
+            client: Client::new(dialer, route, receiver),
+            credential,
+            held: tokio::sync::Mutex::new(None),
+        }
+    }
+
+    /// The client, after renewing its identity where that is due. One caller renews, the others
+    /// wait for it; a failed renewal is not told while the old identity is valid.
+    async fn refreshed(&self, handle: &Handle, request: &Request) -> Result<Client, IdentityError> {
+        let now = handle.0.clock.now();
+        let mut held = self.held.lock().await;
+        if held.as_ref().is_none_or(|held| held.renew_at <= now) {
+            match handle.issue(request).await {
+                Ok(identity) => {
+                    let credential = identity.credential()?;
+                    let life = identity.not_after().duration_since(now).unwrap_or_default();
+                    *held = Some(Held {
+                        not_after: identity.not_after(),
+                        renew_at: now + life / 2,
+                    });
+                    self.credential.send_replace(Some(Arc::new(credential)));
+                }
+                Err(error) if held.as_ref().is_some_and(|held| held.not_after > now) => {
+                    tracing::debug!(%error, "Keeping the derived identity: it cannot be renewed now");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(self.client.clone())
+    }
+}
+
+/// Makes a key off the async threads: RSA takes its time.
+pub(crate) async fn new_key(suite: Suite, purpose: Purpose) -> Result<PrivateKey, KeyError> {
+    let algorithm = suite.algorithm(purpose);
+    tokio::task::spawn_blocking(move || PrivateKey::generate(algorithm))
+        .await
+        .unwrap_or(Err(KeyError::Library))
+}

@@ -1,0 +1,238 @@
+//! The parts of an identity: one key, its TLS and SSH certificates, and the authorities to trust.
+
+use std::time::SystemTime;
+
+use crate::cluster::{ClusterError, Credential};
+use crate::crypto::ssh::{SshCertificate, SshError};
+use crate::crypto::x509::{COMMON_NAME, Certificate, CertificateError, ORGANIZATION};
+use crate::crypto::{KeyError, PrivateKey};
+use crate::pb::proto::Certs;
+
+/// Subject attribute that marks a certificate which may renew itself (upstream `lib/tlsca/ca.go`).
+const RENEWABLE: der::asn1::ObjectIdentifier =
+    der::asn1::ObjectIdentifier::new_unwrap("1.3.9999.1.13");
+/// Subject attribute with the renewal counter.
+const GENERATION: der::asn1::ObjectIdentifier =
+    der::asn1::ObjectIdentifier::new_unwrap("1.3.9999.1.14");
+/// Subject attribute with the bot instance's ID.
+const BOT_INSTANCE: der::asn1::ObjectIdentifier =
+    der::asn1::ObjectIdentifier::new_unwrap("1.3.9999.2.20");
+
+/// Why certificates do not make an identity. Nothing of them is used then.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MaterialError {
+    /// A part is not UTF-8 text or absent.
+    #[error("the {0} is missing or is not text")]
+    Missing(&'static str),
+    /// The private key cannot be read.
+    #[error("private key: {0}")]
+    Key(#[from] KeyError),
+    /// The TLS certificate or an authority cannot be read.
+    #[error("TLS certificate: {0}")]
+    Tls(#[from] CertificateError),
+    /// The SSH certificate cannot be read.
+    #[error("SSH certificate: {0}")]
+    Ssh(#[from] SshError),
+    /// A certificate is for another key than the one that was sent.
+    #[error("the {0} certificate is for another key")]
+    OtherKey(&'static str),
+    /// The TLS certificate names no cluster in its issuer.
+    #[error("the TLS certificate's issuer has no organization: its cluster is unknown")]
+    NoCluster,
+    /// No authority that came along signed the TLS certificate.
+    #[error("no authority of the answer signed the TLS certificate")]
+    Unchained,
+    /// The SSH certificate has no principal, or an empty one.
+    #[error("the SSH certificate needs at least one principal, none of them empty")]
+    NoPrincipal,
+}
+
+/// A complete, consistent identity. Immutable; share it with `Arc`.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    key: PrivateKey,
+    tls: Certificate,
+    tls_pem: String,
+    tls_authorities: Vec<String>,
+    ssh_line: String,
+    ssh_authorities: Vec<String>,
+    cluster: String,
+}
+
+impl Identity {
+    /// Checks the parts against each other. `tls_authorities` are PEM certificates and
+    /// `ssh_authorities` `authorized_keys` lines, one per element, kept as they came.
+    pub fn new(
+        key: PrivateKey,
+        tls_pem: String,
+        tls_authorities: Vec<String>,
+        ssh_line: String,
+        ssh_authorities: Vec<String>,
+    ) -> Result<Self, MaterialError> {
+        let tls = Certificate::from_pem(&tls_pem)?;
+        if !tls.is_for(&key) {
+            return Err(MaterialError::OtherKey("TLS"));
+        }
+        let ssh = SshCertificate::parse(&ssh_line)?;
+        if !ssh.is_for(&key) {
+            return Err(MaterialError::OtherKey("SSH"));
+        }
+        if ssh.principals().is_empty() || ssh.principals().iter().any(String::is_empty) {
+            return Err(MaterialError::NoPrincipal);
+        }
+        let cluster = tls
+            .issuer(ORGANIZATION)
+            .into_iter()
+            .next()
+            .filter(|name| !name.is_empty())
+            .ok_or(MaterialError::NoCluster)?;
+        let authorities = tls_authorities
+            .iter()
+            .map(|pem| Certificate::from_pem(pem))
+            .collect::<Result<Vec<_>, _>>()?;
+        if !authorities
+            .iter()
+            .any(|authority| tls.is_signed_by(authority))
+        {
+            return Err(MaterialError::Unchained);
+        }
+        Ok(Self {
+            key,
+            tls,
+            tls_pem,
+            tls_authorities,
+            ssh_line,
+            ssh_authorities,
+            cluster,
+        })
+    }
+
+    /// Builds an identity from a cluster's answer. `more_authorities` are PEM certificates to trust
+    /// beside those of the answer (the host authority, which answers for outputs lack).
+    pub fn from_certs(
+        key: PrivateKey,
+        certs: Certs,
+        more_authorities: Vec<String>,
+    ) -> Result<Self, MaterialError> {
+        let text = |bytes: Vec<u8>, what| {
+            String::from_utf8(bytes)
+                .ok()
+                .filter(|text| !text.trim().is_empty())
+                .ok_or(MaterialError::Missing(what))
+        };
+        let list = |items: Vec<Vec<u8>>, what| {
+            items
+                .into_iter()
+                .map(|item| text(item, what))
+                .collect::<Result<Vec<_>, _>>()
+        };
+        let mut tls_authorities = list(certs.tlsca_certs, "list of TLS authorities")?;
+        tls_authorities.extend(more_authorities);
+        Self::new(
+            key,
+            text(certs.tls, "TLS certificate")?,
+            tls_authorities,
+            text(certs.ssh, "SSH certificate")?,
+            list(certs.sshca_certs, "list of SSH authorities")?,
+        )
+    }
+
+    /// The private key, good for TLS and SSH.
+    pub fn key(&self) -> &PrivateKey {
+        &self.key
+    }
+
+    /// The TLS certificate, parsed.
+    pub fn tls(&self) -> &Certificate {
+        &self.tls
+    }
+
+    /// The TLS certificate as it came: one PEM block.
+    pub fn tls_pem(&self) -> &str {
+        &self.tls_pem
+    }
+
+    /// PEM certificates of the authorities to trust, in the cluster's order.
+    pub fn tls_authorities(&self) -> &[String] {
+        &self.tls_authorities
+    }
+
+    /// The SSH certificate as it came: an `authorized_keys` line.
+    pub fn ssh_line(&self) -> &str {
+        &self.ssh_line
+    }
+
+    /// SSH authorities as `authorized_keys` lines, in the cluster's order.
+    pub fn ssh_authorities(&self) -> &[String] {
+        &self.ssh_authorities
+    }
+
+    /// The same identity with other SSH authorities.
+    #[must_use]
+    pub fn with_ssh_authorities(mut self, ssh_authorities: Vec<String>) -> Self {
+        self.ssh_authorities = ssh_authorities;
+        self
+    }
+
+    /// The name of the cluster that issued it.
+    pub fn cluster(&self) -> &str {
+        &self.cluster
+    }
+
+    /// What a channel to the cluster presents with this identity.
+    pub fn credential(&self) -> Result<Credential, ClusterError> {
+        Credential::new(
+            &self.cluster,
+            &self.key,
+            self.tls.der(),
+            &self.tls_authorities,
+        )
+    }
+
+    /// The Teleport user, `bot-<name>`.
+    pub fn user(&self) -> String {
+        self.tls
+            .subject(COMMON_NAME)
+            .into_iter()
+            .next()
+            .unwrap_or_default()
+    }
+
+    /// Start of validity.
+    pub fn not_before(&self) -> SystemTime {
+        self.tls.not_before()
+    }
+
+    /// End of validity.
+    pub fn not_after(&self) -> SystemTime {
+        self.tls.not_after()
+    }
+
+    /// Whether `now` lies within the validity.
+    pub fn is_valid(&self, now: SystemTime) -> bool {
+        self.not_before() <= now && now < self.not_after()
+    }
+
+    /// Whether the certificate may renew itself (join method `token`).
+    pub fn is_renewable(&self) -> bool {
+        self.tls
+            .subject(RENEWABLE)
+            .iter()
+            .any(|value| value == "true")
+    }
+
+    /// The renewal counter; 0 if the certificate has none.
+    pub fn generation(&self) -> u64 {
+        self.tls
+            .subject(GENERATION)
+            .first()
+            .and_then(|value| value.parse().ok())
+            .unwrap_or(0)
+    }
+
+    /// The bot instance's ID, if the certificate has one.
+    pub fn instance_id(&self) -> Option<String> {
+        self.tls.subject(BOT_INSTANCE).into_iter().next()
+    }
+}

@@ -1,0 +1,14 @@
+//! What the bot holds and when it renews: the only module with a renewal loop of its own.
+//!
+//! [`material`] is what an identity consists of, [`store`] keeps the bot's own one through crashes,
+//! [`state`] decides what to do next, [`bot`] does it, [`Handle`] is what services see.
+
+pub mod material;
+
+mod handle;
+
+pub use handle::{Handle, IdentityError, Request};
+pub use material::{Identity, MaterialError};
+
+/// An identity issued for an output, with the roles and route that were asked for.
+pub type Issued = Identity;

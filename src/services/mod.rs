@@ -1,0 +1,150 @@
+//! What the agent does with its identity: one folder per kind, in two shapes.
+//!
+//! An [`Output`] asks for a certificate and renders it as files; issuing, writing, retries, health
+//! and metrics are the runner's (`output.rs`). A [`Server`] runs until it is told to stop.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::Clock;
+use crate::destination::{Destination, DestinationPlan, FileSet};
+use crate::health::Reporter;
+use crate::identity::{Handle, Issued, Request};
+use crate::yaml::{Fields, Tree};
+
+/// The kinds of service, by their YAML `type`.
+pub const KINDS: &[&dyn ServiceKind] = &[];
+
+/// How long credentials live and how often they are renewed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lifetime {
+    /// Requested life of a credential.
+    pub ttl: Duration,
+    /// Time between renewals.
+    pub interval: Duration,
+}
+
+impl Default for Lifetime {
+    /// One hour, renewed every 20 minutes.
+    fn default() -> Self {
+        Self {
+            ttl: Duration::from_hours(1),
+            interval: Duration::from_mins(20),
+        }
+    }
+}
+
+/// A command line flag of `start <kind>` and `configure <kind>`: data, from which the commands are
+/// made.
+#[derive(Debug, Clone, Copy)]
+pub struct Flag {
+    /// Long name without dashes.
+    pub name: &'static str,
+    /// Dotted path below the service's mapping, for example `selector.name`.
+    pub yaml: &'static str,
+    /// How the value is read.
+    pub value: FlagValue,
+    /// Whether the command refuses to run without it.
+    pub required: bool,
+    /// One line for `--help`.
+    pub help: &'static str,
+}
+
+/// How a flag's value becomes YAML.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FlagValue {
+    /// One text.
+    Text,
+    /// `--flag` / `--no-flag`.
+    Bool,
+    /// Repeatable; a list of texts.
+    List,
+    /// A destination URI, written as a destination section.
+    Destination,
+    /// `k=v,k2=v2`: a map to one-element lists.
+    Labels,
+}
+
+/// One kind of service.
+pub trait ServiceKind: Sync + fmt::Debug {
+    /// The YAML `type`.
+    fn name(&self) -> &'static str;
+    /// Other names of its subcommand.
+    fn aliases(&self) -> &'static [&'static str] {
+        &[]
+    }
+    /// Flags of its subcommand.
+    fn flags(&self) -> &'static [Flag];
+    /// Reads the kind's own keys (not `type`, `name`, `credential_ttl`, `renewal_interval`);
+    /// problems go to `fields`, and `None` comes back then.
+    fn parse(&self, fields: &mut Fields<'_>) -> Option<Box<dyn ServicePlan>>;
+    /// Whether a life above the usual maximum (168 h) is accepted.
+    fn skips_maximum_ttl(&self) -> bool {
+        false
+    }
+}
+
+/// A configured service that has not touched anything yet.
+pub trait ServicePlan: Send + Sync + fmt::Debug {
+    /// What logs and metrics call a service without a name, as upstream does
+    /// (`identity-output (directory: /opt/x)`).
+    fn label(&self) -> String;
+    /// Where it writes, for services that write.
+    fn destination(&self) -> Option<&Arc<dyn DestinationPlan>>;
+    /// The section as written in a configuration file, defaults included, without `type`.
+    fn emit(&self) -> Vec<(String, Tree)>;
+    /// The running form.
+    fn build(&self) -> Service;
+}
+
+/// A service's running form.
+#[derive(Debug)]
+pub enum Service {
+    /// Renews files on a timer; runs once with `--oneshot`.
+    Output(Box<dyn Output>),
+    /// Runs until told to stop; skipped with `--oneshot`.
+    Server(Box<dyn Server>),
+}
+
+/// A service that turns an issued identity into files.
+#[async_trait]
+pub trait Output: Send + Sync + fmt::Debug {
+    /// Where the files go.
+    fn destination(&self) -> Arc<dyn Destination>;
+    /// Which certificate it needs.
+    fn request(&self, lifetime: Lifetime) -> Request;
+    /// The files for an issued identity. Asks the cluster for what the texts need (authorities,
+    /// proxy address) through `context`, and writes nothing.
+    async fn render(&self, issued: &Issued, context: &Context) -> anyhow::Result<FileSet>;
+}
+
+/// A service that listens.
+#[async_trait]
+pub trait Server: Send + Sync + fmt::Debug {
+    /// Binds what it listens on. Called before the first network exchange, so that a socket in use
+    /// fails early.
+    async fn bind(&mut self) -> anyhow::Result<()>;
+    /// Serves until `context.shutdown`.
+    async fn run(self: Box<Self>, context: Context) -> anyhow::Result<()>;
+}
+
+/// What a running service may use: handles only.
+#[derive(Debug, Clone)]
+pub struct Context {
+    /// Time.
+    pub clock: Clock,
+    /// The bot's own identity, identities derived from it, and clients bound to them.
+    pub identity: Handle,
+    /// The service's lifetime.
+    pub lifetime: Lifetime,
+    /// The service's name in logs, metrics and health.
+    pub name: Arc<str>,
+    /// Where it reports its health.
+    pub health: Reporter,
+    /// Ends the service.
+    pub shutdown: CancellationToken,
+}
