@@ -9,6 +9,7 @@ pub mod cluster;
 pub mod crypto;
 pub mod embedded;
 pub mod identity;
+pub mod join;
 pub mod pb;
 pub mod secret;
 pub mod spiffe;

@@ -9,8 +9,8 @@ use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::{Request, Status, Streaming};
 
-use super::channel::Channel;
 pub use super::channel::Route;
+use super::channel::{Channel, connect_lazily};
 use super::dial::Dialer;
 use super::{ClusterError, Credential};
 use crate::crypto::{Suite, pem};
@@ -65,6 +65,17 @@ impl Interceptor for Version {
 
 /// A channel whose calls carry the API version.
 pub(crate) type Versioned = InterceptedService<tonic::transport::Channel, Version>;
+
+/// A channel to `address` that connects when it is first used and carries the API version.
+pub(crate) fn versioned(
+    dialer: Arc<dyn Dialer>,
+    address: &str,
+    name: rustls::pki_types::ServerName<'static>,
+    tls: Arc<rustls::ClientConfig>,
+) -> Result<Versioned, ClusterError> {
+    let channel = connect_lazily(dialer, address, name, tls)?;
+    Ok(InterceptedService::new(channel, Version))
+}
 
 /// Calls to a cluster's auth service, as one identity.
 #[derive(Debug, Clone)]
