@@ -13,3 +13,4 @@ pub mod join;
 pub mod pb;
 pub mod secret;
 pub mod spiffe;
+pub mod yaml;
