@@ -6,7 +6,9 @@
 //! - [`store`]: resources in SQLite, with revisions, expiry and transactions.
 //! - [`audit`]: one JSON line for each join, certificate, refusal and administrative change.
 //! - [`instant`]: points in time as resources and audit lines write them.
+//! - [`resources`]: resource files, checked and applied as `tctl create` does.
 
 pub mod audit;
 pub mod instant;
+pub mod resources;
 pub mod store;

@@ -1,0 +1,371 @@
+//! Writes resources and everything that follows from them, with an audit event for each.
+
+use std::time::SystemTime;
+
+use serde_json::{Value, json};
+
+use super::{METHODS, bot, role, token, view};
+use crate::embedded::audit::Audit;
+use crate::embedded::instant::rfc3339;
+use crate::embedded::store::{Put, Resource, Store, StoreError, Tx};
+
+/// The label that ties a user or a role to its bot.
+const BOT_LABEL: &str = "teleport.internal/bot";
+/// How events write "no expiry": Go's zero time.
+const NEVER: &str = "0001-01-01T00:00:00Z";
+
+/// What to do about resources that are there already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Refuse them, except tokens, which `tctl create` always replaces.
+    Create,
+    /// Replace them (`create -f`).
+    Force,
+    /// Replace those that differ and leave the others alone, revision included; for files that
+    /// are loaded at every start.
+    Ensure,
+}
+
+/// What happened to one resource.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Applied {
+    /// The line that `tctl create` prints.
+    pub message: String,
+    /// Things that will surprise its maker later, for example a role that does not exist yet.
+    pub notes: Vec<String>,
+}
+
+/// Why resources were not written, or not removed. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ApplyError {
+    /// The store failed, or the resource is not there.
+    #[error(transparent)]
+    Store(StoreError),
+    /// It is there already.
+    #[error("{kind} {name:?} already exists (use -f to replace it)")]
+    Exists {
+        /// The kind of the resource.
+        kind: String,
+        /// Its name.
+        name: String,
+    },
+    /// The user or role of a bot can only be changed through the bot.
+    #[error("{kind} {name:?} belongs to bot {bot:?} (change or remove the bot instead)")]
+    Owned {
+        /// The kind of the resource.
+        kind: String,
+        /// Its name.
+        name: String,
+        /// The bot.
+        bot: String,
+    },
+}
+
+impl From<StoreError> for ApplyError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Exists { kind, name } => Self::Exists { kind, name },
+            other => Self::Store(other),
+        }
+    }
+}
+
+/// Writes all `resources` in one transaction: either every one is there afterwards, or nothing
+/// has changed. `by` is who asked, for the audit log.
+pub fn apply(
+    store: &Store,
+    audit: &Audit,
+    resources: Vec<Resource>,
+    mode: Mode,
+    by: &str,
+    now: SystemTime,
+) -> Result<Vec<Applied>, ApplyError> {
+    let mut run = Run {
+        mode,
+        by,
+        now: rfc3339(now),
+        events: Vec::new(),
+    };
+    let mut applied = store.transaction(|tx| {
+        resources
+            .into_iter()
+            .map(|resource| run.one(tx, resource))
+            .collect::<Result<Vec<_>, ApplyError>>()
+    })?;
+    // Only now: a note about something that a later document of the same file makes is no news.
+    for (applied, resource) in &mut applied {
+        applied.notes = notes(store, resource)?;
+    }
+    for event in run.events {
+        audit.emit(event);
+    }
+    Ok(applied.into_iter().map(|(applied, _)| applied).collect())
+}
+
+/// Makes the resources that every cluster has, unless they are there.
+pub fn seed(store: &Store, audit: &Audit, now: SystemTime) -> Result<(), ApplyError> {
+    let preset = role::preset();
+    if store.get(&preset.kind, &preset.name)?.is_none() {
+        apply(store, audit, vec![preset], Mode::Create, "system", now)?;
+    }
+    Ok(())
+}
+
+/// Removes a resource and what belongs to it; returns the line that `tctl rm` prints.
+pub fn remove(
+    store: &Store,
+    audit: &Audit,
+    kind: &str,
+    name: &str,
+    by: &str,
+) -> Result<String, ApplyError> {
+    let found = store.transaction(|tx| {
+        let Some(found) = tx.get(kind, name)? else {
+            return Err(ApplyError::Store(StoreError::NotFound {
+                kind: kind.to_owned(),
+                name: name.to_owned(),
+            }));
+        };
+        owned(tx, &found)?;
+        tx.delete(kind, name)?;
+        if kind == "bot" {
+            let user = bot::user_name(name);
+            tx.delete("user", &user)?;
+            tx.delete("role", &user)?;
+            for instance in tx.list("bot_instance")? {
+                if instance.spec["bot_name"] == name {
+                    tx.delete("bot_instance", &instance.name)?;
+                }
+            }
+        }
+        Ok(found)
+    })?;
+    if let Some(event) = event(&found, Verb::Delete, by) {
+        audit.emit(event);
+    }
+    Ok(match kind {
+        "workload_identity" => format!("Workload identity {name:?} has been deleted"),
+        _ => format!("{kind} {name:?} has been deleted"),
+    })
+}
+
+struct Run<'a> {
+    mode: Mode,
+    by: &'a str,
+    now: String,
+    events: Vec<Value>,
+}
+
+impl Run<'_> {
+    fn one(&mut self, tx: &Tx<'_>, resource: Resource) -> Result<(Applied, Resource), ApplyError> {
+        let existing = tx.get(&resource.kind, &resource.name)?;
+        if let Some(existing) = &existing {
+            owned(tx, existing)?;
+        }
+        let known = existing.is_some();
+        if self.mode == Mode::Ensure && existing.is_some_and(|existing| same(&existing, &resource))
+        {
+            let message = format!("{} {:?} is unchanged", resource.kind, resource.name);
+            return Ok((
+                Applied {
+                    message,
+                    notes: Vec::new(),
+                },
+                resource,
+            ));
+        }
+        let put = match self.mode {
+            Mode::Create if resource.kind != "token" => Put::Create,
+            Mode::Create | Mode::Force | Mode::Ensure => Put::Upsert,
+        };
+        let written = tx.put(resource, &put)?;
+        if written.kind == "bot" {
+            self.put_bot_parts(tx, &written)?;
+        }
+        let verb = if known { Verb::Update } else { Verb::Create };
+        self.events.extend(event(&written, verb, self.by));
+        let applied = Applied {
+            message: message(&written, known),
+            notes: Vec::new(),
+        };
+        Ok((applied, written))
+    }
+
+    fn put_bot_parts(&self, tx: &Tx<'_>, bot: &Resource) -> Result<(), ApplyError> {
+        let name = bot::user_name(&bot.name);
+        for kind in ["user", "role"] {
+            let stranger = tx
+                .get(kind, &name)?
+                .filter(|found| found.labels.get(BOT_LABEL) != Some(&bot.name));
+            if let Some(stranger) = stranger {
+                // `a b` and `a-b` have the same user, and a role file may have taken the name.
+                let owner = stranger.labels.get(BOT_LABEL).cloned();
+                return Err(match owner {
+                    Some(bot) => ApplyError::Owned {
+                        kind: kind.to_owned(),
+                        name,
+                        bot,
+                    },
+                    None => ApplyError::Exists {
+                        kind: kind.to_owned(),
+                        name,
+                    },
+                });
+            }
+        }
+        let user = bot::user(bot, tx.get("user", &name)?, &self.now, self.by);
+        tx.put(user, &Put::Upsert)?;
+        tx.put(bot::role(bot), &Put::Upsert)?;
+        Ok(())
+    }
+}
+
+/// Refuses a user or role that lives and dies with a bot.
+fn owned(tx: &Tx<'_>, resource: &Resource) -> Result<(), ApplyError> {
+    let Some(bot) = resource.labels.get(BOT_LABEL) else {
+        return Ok(());
+    };
+    if !["user", "role"].contains(&resource.kind.as_str()) || tx.get("bot", bot)?.is_none() {
+        return Ok(());
+    }
+    Err(ApplyError::Owned {
+        kind: resource.kind.clone(),
+        name: resource.name.clone(),
+        bot: bot.clone(),
+    })
+}
+
+fn same(old: &Resource, new: &Resource) -> bool {
+    old.sub_kind == new.sub_kind
+        && old.version == new.version
+        && old.description == new.description
+        && old.labels == new.labels
+        && old.expires == new.expires
+        && old.spec == new.spec
+}
+
+fn message(resource: &Resource, known: bool) -> String {
+    let name = &resource.name;
+    match resource.kind.as_str() {
+        "token" => format!("provision_token {name:?} has been created"),
+        "workload_identity" => format!("Workload identity {name:?} has been created"),
+        "role" if known => format!("role {name:?} has been updated"),
+        kind => format!("{kind} {name:?} has been created"),
+    }
+}
+
+fn notes(store: &Store, resource: &Resource) -> Result<Vec<String>, StoreError> {
+    let mut notes = Vec::new();
+    if resource.kind == "bot" {
+        let roles = resource.spec["roles"]
+            .as_array()
+            .map(Vec::as_slice)
+            .unwrap_or_default();
+        for role in roles.iter().filter_map(Value::as_str) {
+            if store.get("role", role)?.is_none() {
+                notes.push(format!(
+                    "there is no role {role:?} yet: outputs of bot {:?} fail until it is created",
+                    resource.name
+                ));
+            }
+        }
+    }
+    if resource.kind == "token" {
+        let bot = resource.spec["bot_name"].as_str().unwrap_or_default();
+        if store.get("bot", bot)?.is_none() {
+            notes.push(format!(
+                "there is no bot {bot:?} yet: joining is refused until then"
+            ));
+        }
+        let method = resource.spec["join_method"].as_str().unwrap_or_default();
+        if !METHODS.contains(&method) {
+            notes.push(format!(
+                "this cluster does not verify the join method `{method}`: joining with this token \
+                 is refused"
+            ));
+        }
+    }
+    Ok(notes)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Verb {
+    Create,
+    Update,
+    Delete,
+}
+
+/// The audit event of a change; `None` for kinds whose owner's event says it all.
+fn event(resource: &Resource, verb: Verb, by: &str) -> Option<Value> {
+    let [create, update, delete] = match resource.kind.as_str() {
+        "bot" => [
+            ("bot.create", "TB001I"),
+            ("bot.update", "TB002I"),
+            ("bot.delete", "TB003I"),
+        ],
+        "role" => [
+            ("role.created", "T9000I"),
+            ("role.updated", "T9002I"),
+            ("role.deleted", "T9001I"),
+        ],
+        // A Teleport cluster has one event for both writes of a token and none for its end; the
+        // name and code of the latter are this cluster's own.
+        "token" => [
+            ("join_token.create", "TJT00I"),
+            ("join_token.create", "TJT00I"),
+            ("join_token.delete", "TJT01I"),
+        ],
+        "lock" => [
+            ("lock.created", "TLK00I"),
+            ("lock.created", "TLK00I"),
+            ("lock.deleted", "TLK01I"),
+        ],
+        "workload_identity" => [
+            ("workload_identity.create", "WID001I"),
+            ("workload_identity.update", "WID002I"),
+            ("workload_identity.delete", "WID003I"),
+        ],
+        "workload_identity_x509_revocation" => [
+            ("workload_identity_x509_revocation.create", "WID004I"),
+            ("workload_identity_x509_revocation.update", "WID005I"),
+            ("workload_identity_x509_revocation.delete", "WID006I"),
+        ],
+        "bot_instance" if verb == Verb::Delete => [("bot_instance.delete", "TBI03I"); 3],
+        _ => return None,
+    };
+    let (name, code) = match verb {
+        Verb::Create => create,
+        Verb::Update => update,
+        Verb::Delete => delete,
+    };
+    let method = resource.spec["join_method"].as_str().unwrap_or_default();
+    let shown = match resource.kind.as_str() {
+        "token" => token::safe_name(&resource.name, method),
+        _ => resource.name.clone(),
+    };
+    let mut event = json!({
+        "event": name,
+        "code": code,
+        "name": shown,
+        "user": by,
+        "user_kind": 3,
+        "expires": resource.expires.map_or_else(|| NEVER.to_owned(), rfc3339),
+    });
+    match resource.kind.as_str() {
+        "token" => {
+            event["join_method"] = method.into();
+            event["roles"] = resource.spec["roles"].clone();
+            event["updated_by"] = by.into();
+        }
+        "lock" => {
+            event["target"] = resource.spec["target"].clone();
+            event["message"] = resource.spec["message"].clone();
+        }
+        "workload_identity" if verb != Verb::Delete => {
+            event["workload_identity_data"] = view(resource);
+        }
+        _ => {}
+    }
+    Some(event)
+}

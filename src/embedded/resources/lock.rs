@@ -1,0 +1,67 @@
+//! `kind: lock`: whoever it targets is refused until it is removed or expires.
+
+use std::time::SystemTime;
+
+use serde_json::json;
+
+use super::{Resource, set, time, whole};
+use crate::embedded::instant::rfc3339;
+use crate::yaml::Fields;
+
+/// Targets that this cluster enforces; the names are those of Teleport's `LockTarget`.
+pub(super) const TARGETS: &[&str] = &["user", "role", "bot_instance_id", "join_token"];
+
+pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource, now: SystemTime) {
+    match fields.section("target") {
+        Some(mut target) => {
+            let given = TARGETS
+                .iter()
+                .filter(|key| target.string(key).is_some())
+                .count();
+            for key in target
+                .keys()
+                .into_iter()
+                .filter(|key| !TARGETS.contains(key))
+            {
+                target.ignore(key);
+                target.error(
+                    key,
+                    "is no target that this cluster can lock",
+                    Some("targets are user, role, bot_instance_id and join_token"),
+                );
+            }
+            if given == 0 {
+                whole(
+                    &target,
+                    "locks nothing",
+                    "name a user, role, bot_instance_id or join_token",
+                );
+            }
+            target.finish();
+        }
+        None if fields.has("target") => {}
+        None => fields.error(
+            "target",
+            "`target` is required",
+            Some("add `target: {user: bot-x}`"),
+        ),
+    }
+    let _message = fields.string("message");
+    fields.ignore("created_at");
+    fields.ignore("created_by");
+    if let Some(expires) = time(fields, "expires") {
+        if expires <= now {
+            fields.error(
+                "expires",
+                "is in the past",
+                Some("the lock would do nothing"),
+            );
+        }
+        // The store forgets it then; a lock that is there is in force.
+        resource.expires = Some(resource.expires.map_or(expires, |other| other.min(expires)));
+        set(&mut resource.spec, "expires", rfc3339(expires));
+    }
+    if resource.spec["created_at"].is_null() {
+        set(&mut resource.spec, "created_at", json!(rfc3339(now)));
+    }
+}

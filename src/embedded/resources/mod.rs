@@ -1,0 +1,371 @@
+//! Resource files as `tctl create` takes them: several YAML documents, each a kind, its metadata
+//! and its spec.
+//!
+//! [`parse`] checks a whole file and reports everything that is wrong with it at once, with
+//! places. What it accepts is what a Teleport 18.0.0 cluster accepts, with two differences: an
+//! expiry in the past is refused instead of ignored, and so is a rule that this cluster would not
+//! enforce. [`apply`](apply()) writes parsed resources and everything that follows from them.
+
+mod apply;
+mod bot;
+mod lock;
+mod revocation;
+mod role;
+mod token;
+mod workload_identity;
+
+use std::time::SystemTime;
+
+use serde_json::{Map, Value, json};
+
+use super::instant::{parse_rfc3339, rfc3339};
+use super::store::Resource;
+use crate::yaml::{self, Fields, Node, Problem, Problems, Severity};
+
+pub use apply::{Applied, ApplyError, Mode, apply, remove, seed};
+pub use bot::user_name as bot_user_name;
+pub use token::{METHODS, safe_name};
+
+/// A resource file that cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("{lines}")]
+pub struct Rejected {
+    /// One line for each problem: `file:line:column: error: kind "name" path: cause (remedy)`.
+    pub lines: String,
+}
+
+/// What the cluster knows about one kind of resource.
+struct Kind {
+    name: &'static str,
+    /// Versions that are read; the first one is the default.
+    versions: &'static [&'static str],
+    /// Checks the spec and writes defaults and normal forms into `resource.spec`, which holds the
+    /// spec of the file.
+    check: fn(&mut Fields<'_>, &mut Resource, now: SystemTime),
+}
+
+/// The kinds that files may hold, by name.
+const KINDS: &[Kind] = &[
+    Kind {
+        name: "bot",
+        versions: &["v1"],
+        check: bot::check,
+    },
+    Kind {
+        name: "lock",
+        versions: &["v2"],
+        check: lock::check,
+    },
+    Kind {
+        name: "role",
+        versions: &["v8", "v7", "v6", "v5", "v4", "v3"],
+        check: role::check,
+    },
+    Kind {
+        name: "token",
+        versions: &["v2"],
+        check: token::check,
+    },
+    Kind {
+        name: "workload_identity",
+        versions: &["v1"],
+        check: workload_identity::check,
+    },
+    Kind {
+        name: "workload_identity_x509_revocation",
+        versions: &["v1"],
+        check: revocation::check,
+    },
+];
+
+/// Kinds that the cluster makes by itself: they can be read, but not created from files.
+const DERIVED: &[&str] = &["bot_instance", "user"];
+
+/// Every kind that may be read by people, and the short forms that `tctl` knows.
+const ALIASES: &[(&str, &str)] = &[
+    ("bots", "bot"),
+    ("bot_instances", "bot_instance"),
+    ("locks", "lock"),
+    ("roles", "role"),
+    ("tokens", "token"),
+    ("users", "user"),
+    ("workload_identities", "workload_identity"),
+    (
+        "workload_identity_x509_revocations",
+        "workload_identity_x509_revocation",
+    ),
+];
+
+/// The kind that `word` names, also in the plural; `None` if there is no such kind to be read.
+///
+/// Authorities are not among them: their specs hold private keys.
+#[must_use]
+pub fn readable_kind(word: &str) -> Option<&'static str> {
+    let word = ALIASES
+        .iter()
+        .find(|(alias, _)| *alias == word)
+        .map_or(word, |(_, kind)| kind);
+    readable_kinds().find(|kind| *kind == word)
+}
+
+/// Every kind that may be read by people.
+pub fn readable_kinds() -> impl Iterator<Item = &'static str> {
+    KINDS
+        .iter()
+        .map(|kind| kind.name)
+        .chain(DERIVED.iter().copied())
+}
+
+/// Reads all documents of `text`, which came from `file` (any name, for messages).
+///
+/// `now` decides which expiries are past.
+pub fn parse(file: &str, text: &str, now: SystemTime) -> Result<Vec<Resource>, Rejected> {
+    let documents = yaml::parse_all(text).map_err(|problem| Rejected {
+        lines: problem.render(file),
+    })?;
+    let mut resources = Vec::new();
+    let mut lines = Vec::new();
+    for node in documents
+        .iter()
+        .filter(|node| node.value != yaml::Value::Null)
+    {
+        let problems = Problems::new();
+        let resource = document(node, &problems, now);
+        let title = title(node);
+        for mut problem in problems.into_sorted() {
+            // What the agent's configuration only warns of, a cluster refuses: a misspelt key in a
+            // rule must not widen it.
+            if problem.severity == Severity::Warning {
+                problem.severity = Severity::Error;
+                problem.message = "unknown key".to_owned();
+            }
+            problem.path = format!("{title} {}", problem.path).trim().to_owned();
+            lines.push(problem.render(file));
+        }
+        resources.extend(resource);
+    }
+    if !lines.is_empty() {
+        return Err(Rejected {
+            lines: lines.join("\n"),
+        });
+    }
+    if resources.is_empty() {
+        return Err(Rejected {
+            lines: format!("{file}: error: there is no resource in this file"),
+        });
+    }
+    Ok(resources)
+}
+
+/// The resource as `tctl get` shows it.
+#[must_use]
+pub fn view(resource: &Resource) -> Value {
+    let mut metadata = Map::new();
+    metadata.insert("name".to_owned(), resource.name.clone().into());
+    if !resource.description.is_empty() {
+        metadata.insert(
+            "description".to_owned(),
+            resource.description.clone().into(),
+        );
+    }
+    if !resource.labels.is_empty() {
+        metadata.insert("labels".to_owned(), json!(resource.labels));
+    }
+    if let Some(expires) = resource.expires {
+        metadata.insert("expires".to_owned(), rfc3339(expires).into());
+    }
+    if !resource.revision.is_empty() {
+        metadata.insert("revision".to_owned(), resource.revision.clone().into());
+    }
+    let mut view = Map::from_iter([
+        ("kind".to_owned(), resource.kind.clone().into()),
+        ("metadata".to_owned(), metadata.into()),
+        ("spec".to_owned(), resource.spec.clone()),
+        ("version".to_owned(), resource.version.clone().into()),
+    ]);
+    if !resource.sub_kind.is_empty() {
+        view.insert("sub_kind".to_owned(), resource.sub_kind.clone().into());
+    }
+    if !resource.status.is_null() {
+        view.insert("status".to_owned(), resource.status.clone());
+    }
+    view.into()
+}
+
+/// `kind "name"`, for messages; as much of it as the document tells.
+fn title(node: &Node) -> String {
+    let text = |node: &Node, key| node.get(key).and_then(Node::text).map(str::to_owned);
+    let kind = text(node, "kind").unwrap_or_else(|| "resource".to_owned());
+    let name = node
+        .get("metadata")
+        .and_then(|metadata| text(metadata, "name"));
+    match name {
+        Some(name) => format!("{kind} {name:?}"),
+        None => kind,
+    }
+}
+
+fn document(node: &Node, problems: &Problems, now: SystemTime) -> Option<Resource> {
+    let mut top = Fields::new(node, "", problems)?;
+    let kind = kind(&mut top)?;
+    let version = top.one_of("version", kind.versions);
+    if version.is_none() && !top.has("version") {
+        top.error(
+            "version",
+            "`version` is required",
+            Some(&format!("write `version: {}`", kind.versions.first()?)),
+        );
+    }
+    let sub_kind = top.string("sub_kind").unwrap_or_default();
+    // Read back from a cluster; the cluster itself knows better.
+    top.ignore("status");
+    let mut resource = Resource {
+        kind: kind.name.to_owned(),
+        sub_kind,
+        version: version.unwrap_or_default(),
+        ..Resource::default()
+    };
+    match top.section("metadata") {
+        Some(fields) => metadata(fields, &mut resource, now),
+        None if top.has("metadata") => {}
+        None => top.error(
+            "metadata",
+            "`metadata` with a `name` is required",
+            Some("a name identifies the resource among its kind"),
+        ),
+    }
+    match top.section("spec") {
+        Some(mut fields) => {
+            resource.spec = top.node("spec").map_or(Value::Null, yaml::to_json);
+            (kind.check)(&mut fields, &mut resource, now);
+            fields.finish();
+        }
+        None if top.has("spec") => {}
+        None => top.error("spec", "`spec` is required", None),
+    }
+    top.finish();
+    (!problems.has_errors()).then_some(resource)
+}
+
+fn kind(top: &mut Fields<'_>) -> Option<&'static Kind> {
+    let word = top.required("kind")?;
+    if let Some(kind) = KINDS.iter().find(|kind| kind.name == word) {
+        return Some(kind);
+    }
+    let names = || KINDS.iter().map(|kind| kind.name);
+    let all = names().collect::<Vec<_>>().join(", ");
+    if DERIVED.contains(&word.as_str()) {
+        let hint = format!("it appears with its bot; files may hold {all}");
+        top.error(
+            "kind",
+            format!("a `{word}` is made by the cluster itself"),
+            Some(&hint),
+        );
+        return None;
+    }
+    let near = yaml::nearest(&word, names())
+        .map(|near| format!("did you mean `{near}`? "))
+        .unwrap_or_default();
+    top.error(
+        "kind",
+        format!("{word:?} is not supported by this cluster"),
+        Some(&format!("{near}supported are {all}")),
+    );
+    None
+}
+
+fn metadata(mut fields: Fields<'_>, resource: &mut Resource, now: SystemTime) {
+    if let Some(name) = fields.required("name") {
+        if let Some(problem) = bad_name(&name) {
+            fields.error(
+                "name",
+                problem,
+                Some("use letters, digits, `-`, `_` and `.`"),
+            );
+        }
+        resource.name = name;
+    }
+    resource.description = fields.string("description").unwrap_or_default();
+    resource.labels = fields
+        .string_map("labels")
+        .unwrap_or_default()
+        .into_iter()
+        .collect();
+    if let Some(expires) = time(&mut fields, "expires") {
+        if expires <= now {
+            fields.error(
+                "expires",
+                format!("{} is in the past", rfc3339(expires)),
+                Some("the resource would be gone at once; write a later time or leave it out"),
+            );
+        }
+        resource.expires = Some(expires);
+    }
+    fields.ignore("revision");
+    fields.ignore("id");
+    if let Some(namespace) = fields.string("namespace")
+        && namespace != "default"
+    {
+        fields.error(
+            "namespace",
+            format!("there is no namespace {namespace:?}"),
+            Some("leave it out"),
+        );
+    }
+    fields.finish();
+}
+
+/// A point in time under `key`; anything else is reported.
+fn time(fields: &mut Fields<'_>, key: &str) -> Option<SystemTime> {
+    let text = fields.string(key)?;
+    let parsed = parse_rfc3339(&text);
+    if parsed.is_none() {
+        fields.error(
+            key,
+            format!("{text:?} is no point in time"),
+            Some("write it as \"2030-01-31T12:00:00Z\""),
+        );
+    }
+    parsed
+}
+
+/// Why `name` cannot name a resource.
+fn bad_name(name: &str) -> Option<String> {
+    const LONGEST: usize = 256;
+    if name.len() > LONGEST {
+        return Some(format!(
+            "the name has {} bytes, more than {LONGEST}",
+            name.len()
+        ));
+    }
+    if name.trim() != name {
+        return Some("the name starts or ends with a space".to_owned());
+    }
+    name.chars()
+        .find(|c| c.is_control() || "\\\"'<>|*?".contains(*c))
+        .map(|c| format!("the name holds the character {c:?}"))
+}
+
+/// Puts `value` under `key` of the JSON object `object`, which is made if it is none.
+fn set(object: &mut Value, key: &str, value: impl Into<Value>) {
+    if !object.is_object() {
+        *object = Value::Object(Map::new());
+    }
+    if let Value::Object(members) = object {
+        members.insert(key.to_owned(), value.into());
+    }
+}
+
+/// An error about the whole of a mapping.
+fn whole(fields: &Fields<'_>, message: impl Into<String>, hint: &str) {
+    fields.problems().push(Problem {
+        severity: Severity::Error,
+        span: (fields.span().line > 0).then(|| fields.span()),
+        path: fields.path().to_owned(),
+        message: message.into(),
+        hint: Some(hint.to_owned()),
+    });
+}
+
+#[cfg(test)]
+mod tests;
