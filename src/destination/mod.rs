@@ -14,6 +14,48 @@ use crate::yaml::{Fields, Tree};
 /// The kinds of destination, by their YAML `type`.
 pub const KINDS: &[&dyn DestinationKind] = &[];
 
+/// Kinds that upstream has, so that one missing here is refused by its name.
+const UPSTREAM: &[&str] = &["directory", "memory", "kubernetes_secret"];
+
+/// Reads the section under `key` of `fields`; problems go to `fields`, and `None` comes back then.
+/// Its absence is a problem.
+pub fn read(fields: &mut Fields<'_>, key: &str) -> Option<Arc<dyn DestinationPlan>> {
+    let Some(mut section) = fields.section(key) else {
+        if !fields.has(key) {
+            fields.error(
+                key,
+                "no destination is configured",
+                Some("write `type: directory` and a `path` below it"),
+            );
+        }
+        return None;
+    };
+    let name = section.string("type").unwrap_or_default();
+    let Some(kind) = KINDS.iter().find(|kind| kind.name() == name) else {
+        let here: Vec<&str> = KINDS.iter().map(|kind| kind.name()).collect();
+        section.unknown_kind("type", "destination types", &name, &here, UPSTREAM);
+        return None;
+    };
+    let plan = kind.parse(&mut section);
+    section.finish();
+    plan
+}
+
+/// Reads a command line form such as `/path`, `file:///path` or `memory://`.
+///
+/// # Errors
+/// What is wrong with it, as text for the user.
+pub fn from_uri(uri: &str) -> Result<Arc<dyn DestinationPlan>, String> {
+    KINDS
+        .iter()
+        .find_map(|kind| kind.parse_uri(uri))
+        .unwrap_or_else(|| {
+            Err(format!(
+                "{uri:?} is no destination: write a path, `file:///path` or `memory://`"
+            ))
+        })
+}
+
 /// One kind of destination.
 pub trait DestinationKind: Sync + fmt::Debug {
     /// The YAML `type`.

@@ -261,6 +261,33 @@ impl<'a> Fields<'a> {
         None
     }
 
+    /// Reports that the `name` given under `key` is none of the kinds of `family` (a plural, as
+    /// "join methods") that exist `here`. One that only exists `upstream` is refused by its name.
+    pub fn unknown_kind(
+        &self,
+        key: &str,
+        family: &str,
+        name: &str,
+        here: &[&str],
+        upstream: &[&str],
+    ) {
+        let known = format!("the {family} here: {}", list(here));
+        if upstream.contains(&name) {
+            let message = format!("{name:?} is not among the {family} of this version yet");
+            self.error(key, message, Some(&known));
+            return;
+        }
+        let hint = match nearest(name, here.iter().chain(upstream).copied()) {
+            Some(near) => format!("did you mean {near:?}? {known}"),
+            None => known,
+        };
+        self.error(
+            key,
+            format!("unrecognized: {name:?} is not among the {family}"),
+            Some(&hint),
+        );
+    }
+
     /// Reports an error at `key`: at its value, or at the mapping if the key is absent or empty.
     pub fn error(&self, key: &str, message: impl Into<String>, hint: Option<&str>) {
         self.report(Severity::Error, key, message.into(), hint);

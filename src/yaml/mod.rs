@@ -14,6 +14,7 @@ mod scalar;
 use std::fmt;
 
 pub use compose::{MAX_DEPTH, MAX_NODES, MAX_TEXT, parse, parse_all};
+pub use emit::Tree;
 pub use fields::Fields;
 pub use problem::{Problem, Problems, Severity, nearest};
 pub use scalar::to_json;
