@@ -10,6 +10,7 @@ pub mod crypto;
 pub mod destination;
 pub mod embedded;
 pub mod env;
+pub mod fsx;
 pub mod health;
 pub mod identity;
 pub mod join;

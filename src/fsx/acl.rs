@@ -1,0 +1,178 @@
+//! POSIX access control lists in the kernel's form (`system.posix_acl_access`, acl(5) and
+//! `include/uapi/linux/posix_acl_xattr.h`).
+
+use std::io;
+use std::os::fd::AsFd;
+
+use rustix::fs::{XattrFlags, fgetxattr, fsetxattr};
+use rustix::io::Errno;
+
+/// The attribute that holds a list.
+const ATTRIBUTE: &str = "system.posix_acl_access";
+/// The only version of the encoding there is.
+const VERSION: u32 = 2;
+/// The identifier of entries that name nobody.
+const NOBODY: u32 = u32::MAX;
+/// More entries than this are not read; ext4 stores at most some hundred.
+const MAX_ENTRIES: usize = 1024;
+
+const USER_OBJ: u16 = 0x01;
+const USER: u16 = 0x02;
+const GROUP_OBJ: u16 = 0x04;
+const GROUP: u16 = 0x08;
+const MASK: u16 = 0x10;
+const OTHER: u16 = 0x20;
+
+const READ: u16 = 4;
+const WRITE: u16 = 2;
+const EXECUTE: u16 = 1;
+
+/// Who may read beside the owner.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Reader {
+    /// A user ID.
+    User(u32),
+    /// A group ID.
+    Group(u32),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Entry {
+    tag: u16,
+    id: u32,
+    permissions: u16,
+}
+
+/// An access control list. Two lists with the same entries are equal, whatever their order was.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Acl(Vec<Entry>);
+
+impl Acl {
+    /// Owner reads and writes, each reader reads, nobody else does anything. `stat` shows 0640.
+    pub fn for_file(readers: &[Reader]) -> Self {
+        Self::new(readers, READ | WRITE, READ)
+    }
+
+    /// Owner does everything, each reader lists and enters, nobody else does. `stat` shows 0750.
+    pub fn for_folder(readers: &[Reader]) -> Self {
+        Self::new(readers, READ | WRITE | EXECUTE, READ | EXECUTE)
+    }
+
+    fn new(readers: &[Reader], owner: u16, reader: u16) -> Self {
+        let entry = |tag, id, permissions| Entry {
+            tag,
+            id,
+            permissions,
+        };
+        let mut entries = vec![
+            entry(USER_OBJ, NOBODY, owner),
+            entry(GROUP_OBJ, NOBODY, 0),
+            entry(MASK, NOBODY, reader),
+            entry(OTHER, NOBODY, 0),
+        ];
+        entries.extend(readers.iter().map(|who| match who {
+            Reader::User(id) => entry(USER, *id, reader),
+            Reader::Group(id) => entry(GROUP, *id, reader),
+        }));
+        Self::sorted(entries)
+    }
+
+    fn sorted(mut entries: Vec<Entry>) -> Self {
+        entries.sort_unstable();
+        entries.dedup();
+        Self(entries)
+    }
+
+    /// The kernel's form. It wants entries in the order of their tags and identifiers.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes = VERSION.to_le_bytes().to_vec();
+        for entry in &self.0 {
+            bytes.extend(entry.tag.to_le_bytes());
+            bytes.extend(entry.permissions.to_le_bytes());
+            bytes.extend(entry.id.to_le_bytes());
+        }
+        bytes
+    }
+
+    /// Reads the kernel's form; `None` if it is not one.
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        let (version, rest) = bytes.split_first_chunk::<4>()?;
+        let (chunks, left) = rest.as_chunks::<8>();
+        if u32::from_le_bytes(*version) != VERSION || !left.is_empty() || chunks.len() > MAX_ENTRIES
+        {
+            return None;
+        }
+        let entries = chunks
+            .iter()
+            .map(|&[tag0, tag1, perm0, perm1, id0, id1, id2, id3]| Entry {
+                tag: u16::from_le_bytes([tag0, tag1]),
+                permissions: u16::from_le_bytes([perm0, perm1]),
+                id: u32::from_le_bytes([id0, id1, id2, id3]),
+            })
+            .collect();
+        Some(Self::sorted(entries))
+    }
+
+    /// The list of an open file; `None` if it has none beyond its mode, or the file system has none
+    /// at all.
+    pub fn of(file: impl AsFd) -> io::Result<Option<Self>> {
+        let mut buffer = vec![0; 4 + 8 * MAX_ENTRIES];
+        match fgetxattr(file, ATTRIBUTE, &mut buffer) {
+            Ok(length) => Ok(buffer.get(..length).and_then(Self::decode)),
+            Err(Errno::NODATA | Errno::NOTSUP) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Gives an open file this list, and the mode that goes with it.
+    pub fn set(&self, file: impl AsFd) -> io::Result<()> {
+        Ok(fsetxattr(
+            file,
+            ATTRIBUTE,
+            &self.encode(),
+            XattrFlags::empty(),
+        )?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_list_is_what_the_kernel_wants() {
+        let acl = Acl::for_file(&[Reader::Group(7), Reader::User(1000), Reader::User(5)]);
+        let hex = hex::encode(acl.encode());
+        assert_eq!(
+            hex,
+            concat!(
+                "02000000",
+                "01000600ffffffff",
+                "0200040005000000",
+                "02000400e8030000",
+                "04000000ffffffff",
+                "0800040007000000",
+                "10000400ffffffff",
+                "20000000ffffffff"
+            )
+        );
+        assert_eq!(Acl::decode(&acl.encode()), Some(acl));
+    }
+
+    #[test]
+    fn readers_named_twice_count_once() {
+        let twice = Acl::for_folder(&[Reader::User(5), Reader::User(5)]);
+        assert_eq!(twice, Acl::for_folder(&[Reader::User(5)]));
+    }
+
+    #[test]
+    fn other_bytes_are_no_list() {
+        let good = Acl::for_file(&[]).encode();
+        for length in [0, 3, 5, good.len() - 1] {
+            assert_eq!(Acl::decode(&good[..length]), None, "{length}");
+        }
+        let mut other_version = good;
+        other_version[0] = 1;
+        assert_eq!(Acl::decode(&other_version), None);
+    }
+}
