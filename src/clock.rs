@@ -7,6 +7,8 @@
 
 use std::time::{Duration, SystemTime};
 
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 use tokio::time::Instant;
 
 /// The longest a wait relies on monotonic time before the wall clock is read again.
@@ -71,6 +73,16 @@ impl Clock {
     }
 }
 
+/// A wall time as RFC 3339 in UTC with whole seconds, for logs and JSON.
+#[must_use]
+pub fn rfc3339(time: SystemTime) -> String {
+    let time = OffsetDateTime::from(time);
+    time.replace_nanosecond(0)
+        .unwrap_or(time)
+        .format(&Rfc3339)
+        .unwrap_or_default()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -83,6 +95,12 @@ mod tests {
         clock.sleep_until(start + year).await;
         assert!(clock.now() >= start + year);
         assert!(clock.now() < start + year + Duration::from_secs(1));
+    }
+
+    #[test]
+    fn times_are_written_in_utc() {
+        let time = SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_250);
+        assert_eq!(rfc3339(time), "2023-11-14T22:13:20Z");
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,0 +1,229 @@
+//! From a plan to a running tree of tasks: the only place that wires components and owns tasks.
+//!
+//! One path serves three modes: the daemon keeps every service running, a one-shot run makes the
+//! same outputs once, a reload makes them run now.
+
+mod heartbeat;
+mod notify;
+mod supervisor;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use anyhow::{Context as _, anyhow, bail};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::Clock;
+use crate::cluster::client::Route;
+use crate::cluster::dial::{Dialer, Tcp};
+use crate::cluster::ping::with_port;
+use crate::cluster::trust::Trust;
+use crate::config::{Address, Plan};
+use crate::destination::{Destination as _, Lock};
+use crate::diag;
+use crate::health::Registry;
+use crate::identity::bot::{Bot, Settings};
+use crate::identity::store::Store;
+use crate::services::{Context, Output, Server, Service, output};
+use crate::telemetry::metrics::Metrics;
+
+use supervisor::Supervisor;
+
+/// The name under which the bot's own identity reports its health.
+const IDENTITY: &str = "identity";
+
+/// Runs what `plan` says: until a signal ends it, or once with `oneshot`.
+///
+/// # Errors
+/// What keeps it from starting, a first join that the cluster refuses, a service that ends by
+/// itself, and with `oneshot` any output that failed.
+pub async fn run(plan: Plan) -> anyhow::Result<()> {
+    Agent::build(plan).await?.run().await
+}
+
+/// A plan whose sockets are bound and whose destinations are ready, before the first network
+/// exchange: what fails early, fails here.
+struct Agent {
+    bot: Bot,
+    outputs: Vec<(Box<dyn Output>, Context)>,
+    servers: Vec<(Box<dyn Server>, Context)>,
+    diag: Option<TcpListener>,
+    heartbeat: heartbeat::Facts,
+    registry: Registry,
+    metrics: Arc<Metrics>,
+    clock: Clock,
+    reload: watch::Sender<u64>,
+    shutdown: CancellationToken,
+    oneshot: bool,
+    _lock: Option<Box<dyn Lock>>,
+}
+
+impl Agent {
+    async fn build(plan: Plan) -> anyhow::Result<Self> {
+        let clock = Clock::system();
+        let registry = Registry::new(clock.clone());
+        let metrics = Arc::new(Metrics::new());
+        let shutdown = CancellationToken::new();
+        let (reload, reloads) = watch::channel(0);
+
+        let method = plan
+            .method
+            .context("no join method is configured: set onboarding.join_method or --join-method")?;
+        let address = plan
+            .address
+            .context("no cluster is configured: set proxy_server (or auth_server)")?;
+
+        let storage = plan.storage.build();
+        storage.init().await.context("bot storage")?;
+        storage.check_writable().await.context("bot storage")?;
+        let lock = storage.lock().context("bot storage")?;
+        if !storage.is_persistent() {
+            tracing::warn!("The bot's storage does not survive a restart: it joins anew each time");
+        }
+        let bot = Bot::new(
+            Settings {
+                method,
+                token: plan.token,
+                route: route(&address),
+                trust: Trust {
+                    insecure: plan.insecure,
+                    ca_pins: plan.ca_pins,
+                    ca_path: plan.ca_path,
+                },
+                ttl: plan.lifetime.ttl,
+                interval: plan.lifetime.interval,
+            },
+            clock.clone(),
+            Arc::new(Tcp) as Arc<dyn Dialer>,
+            Store::open(storage),
+            registry.reporter(IDENTITY),
+            reloads,
+        );
+
+        let mut outputs = Vec::new();
+        let mut servers = Vec::new();
+        for service in plan.services {
+            let name: Arc<str> = service.name.as_str().into();
+            match service.plan.build() {
+                Service::Server(_) if plan.oneshot => {
+                    tracing::info!(service = %name, "Skipping a service that cannot run once");
+                }
+                Service::Server(mut server) => {
+                    server.bind().await.with_context(|| name.to_string())?;
+                    let context = Context::new(&clock, bot.handle(), service.lifetime, name, &registry, &metrics, &shutdown);
+                    servers.push((server, context));
+                }
+                Service::Output(output) => {
+                    output.destination().init().await.with_context(|| name.to_string())?;
+                    let context = Context::new(&clock, bot.handle(), service.lifetime, name, &registry, &metrics, &shutdown);
+                    outputs.push((output, context));
+                }
+            }
+        }
+        let diag = match plan.diag_addr.filter(|_| !plan.oneshot) {
+            Some(address) => Some(
+                TcpListener::bind(&address)
+                    .await
+                    .with_context(|| format!("diag_addr: cannot listen on {address}"))?,
+            ),
+            None => None,
+        };
+        Ok(Self {
+            bot,
+            outputs,
+            servers,
+            diag,
+            heartbeat: heartbeat::Facts {
+                join_method: method.name(),
+                one_shot: plan.oneshot,
+            },
+            registry,
+            metrics,
+            clock,
+            reload,
+            shutdown,
+            oneshot: plan.oneshot,
+            _lock: lock,
+        })
+    }
+
+    async fn run(mut self) -> anyhow::Result<()> {
+        self.bot.load().await?;
+        if self.oneshot {
+            self.once().await
+        } else {
+            self.serve().await
+        }
+    }
+
+    /// Every output once, each on its own; any failure is the run's.
+    async fn once(mut self) -> anyhow::Result<()> {
+        self.bot.run_once().await?;
+        let handle = self.bot.handle();
+        let mut running = JoinSet::new();
+        for (output, context) in self.outputs {
+            let name = Arc::clone(&context.name);
+            running.spawn(async move { (name, output::run_once(output, context).await) });
+        }
+        let mut failed = Vec::new();
+        while let Some(ended) = running.join_next().await {
+            let (name, result) = ended.map_err(|panic| anyhow!("an output panicked: {panic}"))?;
+            if let Err(error) = result {
+                tracing::error!(service = %name, error = format!("{error:#}"), "The output failed");
+                failed.push(name.to_string());
+            }
+        }
+        if let Err(error) = self.heartbeat.submit(handle.client(), &self.clock, true).await {
+            tracing::warn!(%error, "The cluster did not take the heartbeat");
+        }
+        if failed.is_empty() {
+            return Ok(());
+        }
+        failed.sort_unstable();
+        bail!("{} of the outputs failed: {}", failed.len(), failed.join(", "))
+    }
+
+    /// Everything, until a signal or a failure that cannot be outlived.
+    async fn serve(self) -> anyhow::Result<()> {
+        let handle = self.bot.handle();
+        let mut tasks = Supervisor::new(self.shutdown.clone());
+        let shutdown = self.shutdown.clone();
+        tasks.start(IDENTITY, async move { Ok(self.bot.run(shutdown).await?) });
+        for (server, context) in self.servers {
+            let name = Arc::clone(&context.name);
+            tasks.start(&name, server.run(context));
+        }
+        for (output, context) in self.outputs {
+            let name = Arc::clone(&context.name);
+            tasks.start(&name, async move {
+                output::run(output, context).await;
+                Ok(())
+            });
+        }
+        if let Some(listener) = self.diag {
+            let address = listener.local_addr().unwrap_or_else(|_error| SocketAddr::from(([0, 0, 0, 0], 0)));
+            tracing::info!(%address, "Diagnostics are served");
+            let (registry, metrics) = (self.registry.clone(), Arc::clone(&self.metrics));
+            tasks.start("diagnostics", diag::serve(listener, registry, metrics, self.shutdown.clone()));
+        }
+        tasks.start(
+            "heartbeat",
+            heartbeat::run(self.heartbeat, handle.clone(), self.clock.clone(), self.shutdown.clone()),
+        );
+        tasks.start(
+            "notify",
+            notify::run(handle, self.registry.clone(), self.clock.clone(), self.shutdown.clone()),
+        );
+        tasks.run(self.reload).await
+    }
+}
+
+fn route(address: &Address) -> Route {
+    match address {
+        Address::Proxy(address) => Route::Proxy(with_port(address, "443")),
+        Address::Auth(address) => Route::Direct(with_port(address, "3025")),
+    }
+}

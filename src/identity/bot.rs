@@ -1,0 +1,399 @@
+//! The driver of the bot's own identity: does what [`state::decide`] says, and publishes the result.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::handle::{Handle, new_key};
+use super::state::{self, Held, Step};
+use super::store::{Store, StoreError};
+use super::{Identity, MaterialError};
+use crate::backoff::{Backoff, Loudness, Repeated};
+use crate::clock::Clock;
+use crate::cluster::client::Route;
+use crate::cluster::dial::Dialer;
+use crate::cluster::trust::Trust;
+use crate::cluster::{ClusterError, Credential, Disposition};
+use crate::crypto::{KeyError, PrivateKey, Purpose, jitter};
+use crate::health::Reporter;
+use crate::join::{self, JoinError, JoinMethod, Renewal, Session, TokenSource, token_hash};
+use crate::pb::proto::UserCertsRequest;
+
+/// The first wait after a failure.
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+/// Attempts of a one-shot run against a cluster that cannot be reached.
+const ONESHOT_ATTEMPTS: u32 = 3;
+
+/// Everything that a bot needs to hold an identity.
+#[derive(Debug)]
+pub struct Settings {
+    /// How the bot joins.
+    pub method: &'static dyn JoinMethod,
+    /// Its token; needed when nothing usable is stored.
+    pub token: Option<TokenSource>,
+    /// How the cluster is reached.
+    pub route: Route,
+    /// Whom to believe at the first join.
+    pub trust: Trust,
+    /// Requested life of the identity.
+    pub ttl: Duration,
+    /// Time between renewals.
+    pub interval: Duration,
+}
+
+/// Why the bot has no identity, or no newer one.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BotError {
+    /// The join failed.
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    /// A call to the cluster failed.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    /// The cluster's certificates are not usable; nothing of them is kept.
+    #[error("the cluster's certificates are not usable: {0}")]
+    Material(#[from] MaterialError),
+    /// No key could be made.
+    #[error("cannot make a key: {0}")]
+    Key(#[from] KeyError),
+    /// The storage failed; the new identity is not used.
+    #[error("bot storage: {0}")]
+    Store(#[from] StoreError),
+    /// There is neither a usable stored identity nor a token.
+    #[error("no usable identity is stored and onboarding.token is not set: the bot cannot join")]
+    NoToken,
+    /// The certificates are not valid now: one of the two clocks is wrong.
+    #[error("the cluster's certificates are not valid now: is the clock of this machine right?")]
+    Clock,
+    /// The cluster answered a renewal with another bot's certificates.
+    #[error("the cluster answered with an identity of {got} where {held} was held")]
+    OtherUser {
+        /// Who we are.
+        held: String,
+        /// Who the answer is for.
+        got: String,
+    },
+}
+
+impl BotError {
+    /// What to do next.
+    pub fn disposition(&self) -> Disposition {
+        match self {
+            Self::Join(error) => error.disposition(),
+            Self::Cluster(error) => error.disposition(),
+            Self::NoToken => Disposition::Refused,
+            Self::Material(_) | Self::Key(_) | Self::Store(_) | Self::Clock | Self::OtherUser { .. } => {
+                Disposition::Retry
+            }
+        }
+    }
+}
+
+/// The bot's own identity and the loop that keeps it fresh.
+#[derive(Debug)]
+pub struct Bot {
+    settings: Settings,
+    clock: Clock,
+    dialer: Arc<dyn Dialer>,
+    store: Store,
+    health: Reporter,
+    handle: Handle,
+    identity: watch::Sender<Option<Arc<Identity>>>,
+    credential: watch::Sender<Option<Arc<Credential>>>,
+    held: Option<Held>,
+    pending: Option<PrivateKey>,
+}
+
+impl Bot {
+    /// A bot that has looked at nothing yet. `reload` changes when everything is to be renewed.
+    pub fn new(
+        settings: Settings,
+        clock: Clock,
+        dialer: Arc<dyn Dialer>,
+        store: Store,
+        health: Reporter,
+        reload: watch::Receiver<u64>,
+    ) -> Self {
+        let (identity, identity_receiver) = watch::channel(None);
+        let (credential, credential_receiver) = watch::channel(None);
+        let handle = Handle::new(
+            clock.clone(),
+            Arc::clone(&dialer),
+            settings.route.clone(),
+            settings.trust.clone(),
+            identity_receiver,
+            credential_receiver,
+            reload,
+        );
+        Self {
+            settings,
+            clock,
+            dialer,
+            store,
+            health,
+            handle,
+            identity,
+            credential,
+            held: None,
+            pending: None,
+        }
+    }
+
+    /// What services see.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    /// Publishes the stored identity if it is usable: valid now and of the configured token.
+    pub async fn load(&mut self) -> Result<(), BotError> {
+        let loaded = self.store.load().await?;
+        for warning in &loaded.warnings {
+            tracing::warn!(warning, "Part of the bot's storage cannot be used");
+        }
+        self.pending = loaded.pending;
+        let now = self.clock.now();
+        for stored in loaded.candidates {
+            if let Some(problem) = self.unusable(&stored.identity, &stored.token_hash, now) {
+                tracing::info!(problem, "Not using the stored identity");
+                continue;
+            }
+            // Certificates are backdated by a minute; the difference does not matter here.
+            self.publish(stored.identity, None)?;
+            return Ok(());
+        }
+        Ok(())
+    }
+
+    /// Why a stored identity is of no use; `None` if it is of use.
+    fn unusable(&self, identity: &Identity, stored_hash: &str, now: SystemTime) -> Option<&'static str> {
+        if !identity.is_valid(now) {
+            return Some("it is not valid now");
+        }
+        match self.settings.token.as_ref().map(TokenSource::resolve) {
+            Some(Ok(token)) if !stored_hash.is_empty() && token_hash(&token) != stored_hash => {
+                Some("it was made with another join token")
+            }
+            Some(Err(error)) => {
+                tracing::warn!(%error, "Keeping the stored identity without comparing its token");
+                None
+            }
+            _ => None,
+        }
+    }
+
+    /// Keeps the identity fresh until `shutdown`. Returns an error only if the first join is refused.
+    pub async fn run(mut self, shutdown: CancellationToken) -> Result<(), BotError> {
+        let mut reload = self.handle.reloads();
+        let mut backoff = Backoff::new(FIRST_WAIT, state::cap(Disposition::Retry));
+        let mut row = Repeated::default();
+        loop {
+            let now = self.clock.now();
+            let wake = match state::decide(now, self.held.as_ref()) {
+                Step::Wait(until) => until,
+                step => match self.attempt(step).await {
+                    Ok(()) => {
+                        backoff.reset();
+                        if let Some(failures) = row.recovered() {
+                            tracing::info!(failures, "The bot's identity is fresh again");
+                        }
+                        continue;
+                    }
+                    Err(error) => {
+                        let disposition = error.disposition();
+                        if step == Step::Join && self.held.is_none() && disposition == Disposition::Refused {
+                            return Err(error);
+                        }
+                        self.health.unhealthy(error.to_string());
+                        if self.held.is_some_and(|held| held.not_after <= now) {
+                            self.withdraw();
+                        }
+                        let wait = backoff.next_wait(jitter());
+                        let wait = if disposition == Disposition::Refused {
+                            wait.max(state::cap(disposition).mul_f64(0.5 + 0.5 * jitter()))
+                        } else {
+                            wait
+                        };
+                        tell(row.failed(), &error, wait);
+                        now + wait
+                    }
+                },
+            };
+            tokio::select! {
+                () = self.clock.sleep_until(wake) => {}
+                changed = reload.changed() => {
+                    if changed.is_ok() && let Some(held) = self.held.as_mut() {
+                        held.renew_at = self.clock.now();
+                    }
+                }
+                () = shutdown.cancelled() => return Ok(()),
+            }
+        }
+    }
+
+    /// Makes the identity fresh once, for a one-shot run.
+    pub async fn run_once(&mut self) -> Result<(), BotError> {
+        let mut backoff = Backoff::new(FIRST_WAIT, state::cap(Disposition::Retry));
+        loop {
+            let step = state::decide(self.clock.now(), self.held.as_ref());
+            if let Step::Wait(_) = step {
+                return Ok(());
+            }
+            match self.attempt(step).await {
+                Ok(()) => return Ok(()),
+                Err(error) if matches!(step, Step::Renew(_)) => {
+                    tracing::warn!(%error, "Using the stored identity: it cannot be renewed now");
+                    return Ok(());
+                }
+                Err(error)
+                    if error.disposition() != Disposition::Retry
+                        || backoff.failures() + 1 >= ONESHOT_ATTEMPTS =>
+                {
+                    return Err(error);
+                }
+                Err(error) => {
+                    let wait = backoff.next_wait(jitter());
+                    tell(Loudness::Warn, &error, wait);
+                    self.clock.sleep(wait).await;
+                }
+            }
+        }
+    }
+
+    /// One attempt at a fresh identity: store the key, ask, check, store the answer, use it.
+    async fn attempt(&mut self, step: Step) -> Result<(), BotError> {
+        let started = self.clock.now();
+        let (identity, hash) = match step {
+            Step::Wait(_) => return Ok(()),
+            Step::Join => self.join(None).await?,
+            Step::Renew(Renewal::Rejoin) => {
+                let session = Session::again(self.handle.client()).await?;
+                self.join(Some(session)).await?
+            }
+            Step::Renew(Renewal::Certificate) => self.renew_certificate().await?,
+        };
+        self.check(&identity, step)?;
+        self.store.commit(&identity, &hash).await?;
+        self.pending = None;
+        self.publish(identity, Some(started))
+    }
+
+    async fn join(&mut self, session: Option<Session>) -> Result<(Identity, String), BotError> {
+        let token = self.settings.token.as_ref().ok_or(BotError::NoToken)?.resolve()?;
+        let method = self.settings.method;
+        let mut session = match session {
+            Some(session) => session,
+            None => Session::open(&self.dialer, &self.settings.route, &self.settings.trust)
+                .await
+                .map_err(|source| JoinError::Cluster {
+                    method: method.name(),
+                    source,
+                })?,
+        };
+        let key = new_key(session.suite(), Purpose::HostIdentity).await?;
+        self.store.begin(&key).await?;
+        let expires = self.clock.now() + self.settings.ttl;
+        let request = join::request(token.expose(), &key, expires)?;
+        let certs = method.join(&mut session, request, &self.clock).await?;
+        let identity = Identity::from_certs(key, certs, Vec::new())?;
+        Ok((identity, token_hash(&token)))
+    }
+
+    async fn renew_certificate(&mut self) -> Result<(Identity, String), BotError> {
+        let client = self.handle.client();
+        let held = self.identity.borrow().clone().ok_or(ClusterError::NotJoined)?;
+        // A key whose answer never came is used again: a cluster that recognises it can answer once
+        // more with the same counter.
+        let key = match self.pending.take() {
+            Some(key) => key,
+            None => new_key(client.suite().await?, Purpose::HostIdentity).await?,
+        };
+        self.store.begin(&key).await?;
+        self.pending = Some(key.clone());
+        let certs = client
+            .generate_user_certs(UserCertsRequest {
+                username: held.user(),
+                expires: Some((self.clock.now() + self.settings.ttl).into()),
+                ssh_public_key: key.public_ssh_line()?.into_bytes(),
+                tls_public_key: key.public_pem().into_bytes(),
+                ..UserCertsRequest::default()
+            })
+            .await?;
+        let identity = Identity::from_certs(key, certs, Vec::new())?;
+        let hash = match &self.settings.token {
+            Some(token) => token.resolve().map(|token| token_hash(&token)).unwrap_or_default(),
+            None => String::new(),
+        };
+        Ok((identity, hash))
+    }
+
+    /// Refuses an answer that is consistent in itself but not what was asked for.
+    fn check(&self, identity: &Identity, step: Step) -> Result<(), BotError> {
+        if !identity.is_valid(self.clock.now()) {
+            return Err(BotError::Clock);
+        }
+        let held = self.identity.borrow();
+        match (step, held.as_deref()) {
+            (Step::Renew(_), Some(held)) if held.user() != identity.user() => Err(BotError::OtherUser {
+                held: held.user(),
+                got: identity.user(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes an identity the current one. `issued` is when it was asked for; a stored one is taken
+    /// to be as old as it says.
+    fn publish(&mut self, identity: Identity, issued: Option<SystemTime>) -> Result<(), BotError> {
+        let credential = identity.credential()?;
+        let fresh = issued.is_some();
+        let held = Held {
+            not_before: identity.not_before(),
+            not_after: identity.not_after(),
+            renewable: identity.is_renewable(),
+            renew_at: state::renew_at(
+                issued.unwrap_or(identity.not_before()),
+                identity.not_after(),
+                self.settings.interval,
+                jitter(),
+            ),
+        };
+        tracing::info!(
+            user = identity.user(),
+            cluster = identity.cluster(),
+            instance = identity.instance_id().unwrap_or_default(),
+            generation = identity.generation(),
+            valid_until = %crate::clock::rfc3339(identity.not_after()),
+            "{}",
+            if fresh { "The bot has a fresh identity" } else { "Using the stored identity" }
+        );
+        self.health.healthy();
+        self.health.fresh_until(freshness(issued.unwrap_or(held.not_before), held.not_after));
+        self.held = Some(held);
+        self.credential.send_replace(Some(Arc::new(credential)));
+        self.identity.send_replace(Some(Arc::new(identity)));
+        Ok(())
+    }
+
+    /// Stops offering an identity that is over.
+    fn withdraw(&mut self) {
+        self.held = None;
+        self.credential.send_replace(None);
+        self.identity.send_replace(None);
+    }
+}
+
+/// The moment after which an identity should have been replaced: two thirds of its life.
+fn freshness(issued: SystemTime, not_after: SystemTime) -> SystemTime {
+    issued + not_after.duration_since(issued).unwrap_or_default() * 2 / 3
+}
+
+fn tell(loudness: Loudness, error: &BotError, wait: Duration) {
+    let retry_in = format!("{:.1}s", wait.as_secs_f64());
+    match loudness {
+        Loudness::Warn => tracing::warn!(%error, retry_in, "The bot's identity could not be renewed"),
+        Loudness::Debug => tracing::debug!(%error, retry_in, "The bot's identity could not be renewed"),
+    }
+}
