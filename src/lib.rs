@@ -16,6 +16,7 @@ pub mod identity;
 pub mod join;
 pub mod pb;
 pub mod secret;
+pub mod services;
 pub mod spiffe;
 pub mod telemetry;
 pub mod yaml;

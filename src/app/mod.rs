@@ -53,7 +53,7 @@ struct Agent {
     diag: Option<TcpListener>,
     heartbeat: heartbeat::Facts,
     registry: Registry,
-    metrics: Arc<Metrics>,
+    metrics: Metrics,
     clock: Clock,
     reload: watch::Sender<u64>,
     shutdown: CancellationToken,
@@ -65,7 +65,7 @@ impl Agent {
     async fn build(plan: Plan) -> anyhow::Result<Self> {
         let clock = Clock::system();
         let registry = Registry::new(clock.clone());
-        let metrics = Arc::new(Metrics::new());
+        let metrics = Metrics::new();
         let shutdown = CancellationToken::new();
         let (reload, reloads) = watch::channel(0);
 
@@ -103,6 +103,15 @@ impl Agent {
             reloads,
         );
 
+        let context = |name: Arc<str>, lifetime| Context {
+            clock: clock.clone(),
+            identity: bot.handle(),
+            lifetime,
+            health: registry.reporter(&*name),
+            name,
+            metrics: metrics.clone(),
+            shutdown: shutdown.clone(),
+        };
         let mut outputs = Vec::new();
         let mut servers = Vec::new();
         for service in plan.services {
@@ -113,13 +122,11 @@ impl Agent {
                 }
                 Service::Server(mut server) => {
                     server.bind().await.with_context(|| name.to_string())?;
-                    let context = Context::new(&clock, bot.handle(), service.lifetime, name, &registry, &metrics, &shutdown);
-                    servers.push((server, context));
+                    servers.push((server, context(name, service.lifetime)));
                 }
                 Service::Output(output) => {
                     output.destination().init().await.with_context(|| name.to_string())?;
-                    let context = Context::new(&clock, bot.handle(), service.lifetime, name, &registry, &metrics, &shutdown);
-                    outputs.push((output, context));
+                    outputs.push((output, context(name, service.lifetime)));
                 }
             }
         }
@@ -139,6 +146,7 @@ impl Agent {
             heartbeat: heartbeat::Facts {
                 join_method: method.name(),
                 one_shot: plan.oneshot,
+                started: clock.now(),
             },
             registry,
             metrics,
@@ -206,7 +214,7 @@ impl Agent {
         if let Some(listener) = self.diag {
             let address = listener.local_addr().unwrap_or_else(|_error| SocketAddr::from(([0, 0, 0, 0], 0)));
             tracing::info!(%address, "Diagnostics are served");
-            let (registry, metrics) = (self.registry.clone(), Arc::clone(&self.metrics));
+            let (registry, metrics) = (self.registry.clone(), self.metrics.clone());
             tasks.start("diagnostics", diag::serve(listener, registry, metrics, self.shutdown.clone()));
         }
         tasks.start(

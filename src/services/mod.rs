@@ -14,6 +14,7 @@ use crate::clock::Clock;
 use crate::destination::{Destination, DestinationPlan, FileSet};
 use crate::health::Reporter;
 use crate::identity::{Handle, Issued, Request};
+use crate::telemetry::metrics::Metrics;
 use crate::yaml::{Fields, Tree};
 
 /// The kinds of service, by their YAML `type`.
@@ -145,6 +146,8 @@ pub struct Context {
     pub name: Arc<str>,
     /// Where it reports its health.
     pub health: Reporter,
+    /// Counters of renewals.
+    pub metrics: Metrics,
     /// Ends the service.
     pub shutdown: CancellationToken,
 }
