@@ -5,10 +5,14 @@
 //!
 //! - [`store`]: resources in SQLite, with revisions, expiry and transactions.
 //! - [`audit`]: one JSON line for each join, certificate, refusal and administrative change.
+//! - [`ca`]: the authorities, and the making of certificates.
+//! - [`caller`]: who calls, by certificate and listener.
 //! - [`instant`]: points in time as resources and audit lines write them.
 //! - [`resources`]: resource files, checked and applied as `tctl create` does.
 
 pub mod audit;
+pub mod ca;
+pub mod caller;
 pub mod instant;
 pub mod resources;
 pub mod store;
