@@ -2,6 +2,7 @@
 //! only the holder of the machine's AWS identity can make (upstream `lib/auth/join/iam`).
 
 mod sign;
+pub mod verify;
 
 use async_trait::async_trait;
 use aws_config::{BehaviorVersion, Region};

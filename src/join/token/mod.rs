@@ -1,5 +1,7 @@
 //! Join method `token`: a shared secret that joins one bot once.
 
+pub mod verify;
+
 use async_trait::async_trait;
 
 use super::{JoinError, JoinMethod, Renewal, Session};
