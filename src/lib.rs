@@ -6,6 +6,7 @@
 pub mod backoff;
 pub mod clock;
 pub mod cluster;
+pub mod config;
 pub mod crypto;
 pub mod destination;
 pub mod embedded;

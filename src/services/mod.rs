@@ -20,6 +20,30 @@ use crate::yaml::{Fields, Tree};
 /// The kinds of service, by their YAML `type`.
 pub const KINDS: &[&dyn ServiceKind] = &[];
 
+/// Kinds that upstream has, so that one missing here is refused by its name.
+pub const UPSTREAM: &[&str] = &[
+    "identity",
+    "identity/key-agent",
+    "application",
+    "application-proxy",
+    "application-tunnel",
+    "beams/vnet",
+    "database",
+    "database-tunnel",
+    "example",
+    "kubernetes",
+    "kubernetes/v2",
+    "kubernetes/argo-cd",
+    "spiffe-svid",
+    "spiffe-workload-api",
+    "ssh-multiplexer",
+    "ssh_host",
+    "workload-identity-api",
+    "workload-identity-aws-roles-anywhere",
+    "workload-identity-jwt",
+    "workload-identity-x509",
+];
+
 /// How long credentials live and how often they are renewed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Lifetime {

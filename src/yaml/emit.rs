@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 
-use super::scalar;
+use super::{Key, Node, Value, scalar};
 
 /// What is written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,6 +41,34 @@ impl Tree {
                 .filter_map(|(key, tree)| Some((key.to_owned(), tree?)))
                 .collect(),
         )
+    }
+}
+
+impl From<&Tree> for Node {
+    /// The tree as if it had been read, without places.
+    fn from(tree: &Tree) -> Self {
+        Self::made(match tree {
+            Tree::Null => Value::Null,
+            Tree::Bool(value) => Value::Scalar {
+                text: value.to_string(),
+                quoted: false,
+            },
+            Tree::Text(text) => Value::Scalar {
+                text: text.clone(),
+                quoted: true,
+            },
+            Tree::Raw(text) => Value::Scalar {
+                text: text.clone(),
+                quoted: false,
+            },
+            Tree::List(items) => Value::Sequence(items.iter().map(Self::from).collect()),
+            Tree::Map(entries) => Value::Mapping(
+                entries
+                    .iter()
+                    .map(|(key, tree)| (Key::made(key), Self::from(tree)))
+                    .collect(),
+            ),
+        })
     }
 }
 
@@ -211,7 +239,7 @@ fn double_quoted(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::yaml::{Node, parse};
+    use crate::yaml::parse;
 
     #[test]
     fn block_style() {

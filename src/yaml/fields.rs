@@ -303,8 +303,22 @@ impl<'a> Fields<'a> {
         self.known(key);
     }
 
-    /// Warns about every key that was not asked for: upstream ignores them, so they are no error.
+    /// Whether `key` has been read or declared known.
+    pub fn is_known(&self, key: &str) -> bool {
+        self.known.iter().any(|k| k == key)
+    }
+
+    /// Ends the reading: see [`Fields::warn_unknown`].
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "nothing is read after the end"
+    )]
     pub fn finish(self) {
+        self.warn_unknown();
+    }
+
+    /// Warns about every key that was not asked for: upstream ignores them, so they are no error.
+    pub fn warn_unknown(&self) {
         for (key, _) in self.entries {
             if self.known.contains(&key.text) {
                 continue;
@@ -325,7 +339,7 @@ impl<'a> Fields<'a> {
     }
 
     fn known(&mut self, key: &str) {
-        if !self.known.iter().any(|k| k == key) {
+        if !self.is_known(key) {
             self.known.push(key.to_owned());
         }
     }

@@ -65,6 +65,17 @@ pub struct Key {
     pub span: Span,
 }
 
+impl Key {
+    /// A key that did not come from a file.
+    #[must_use]
+    pub fn made(text: impl Into<String>) -> Self {
+        Self {
+            text: text.into(),
+            span: Span::default(),
+        }
+    }
+}
+
 impl Node {
     /// A value that did not come from a file.
     #[must_use]
@@ -94,6 +105,32 @@ impl Node {
             .iter()
             .find(|(k, _)| k.text == key)
             .map(|(_, node)| node)
+    }
+
+    /// Puts `node` under the dotted path `path`, making mappings on the way where there is nothing
+    /// else. What stood there is replaced.
+    pub fn set(&mut self, path: &str, node: Self) {
+        if self.value == Value::Null {
+            self.value = Value::Mapping(Vec::new());
+        }
+        let Value::Mapping(entries) = &mut self.value else {
+            return;
+        };
+        let (key, rest) = path.split_once('.').unwrap_or((path, ""));
+        let index = entries
+            .iter()
+            .position(|(k, _)| k.text == key)
+            .unwrap_or_else(|| {
+                entries.push((Key::made(key), Self::made(Value::Null)));
+                entries.len() - 1
+            });
+        if let Some((_, slot)) = entries.get_mut(index) {
+            if rest.is_empty() {
+                *slot = node;
+            } else {
+                slot.set(rest, node);
+            }
+        }
     }
 
     /// The text of a scalar.
@@ -157,5 +194,12 @@ mod tests {
             Some("c")
         );
         assert!(node.get("z").is_none());
+        let mut made = Node::made(Value::Null);
+        made.set("a.b", Node::made_text("c"));
+        made.set("a.d", Node::made_text("e"));
+        made.set("a.b", Node::made_text("f"));
+        let a = made.get("a").unwrap();
+        assert_eq!(a.get("b").and_then(Node::text), Some("f"));
+        assert_eq!(a.get("d").and_then(Node::text), Some("e"));
     }
 }

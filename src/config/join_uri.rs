@@ -1,0 +1,168 @@
+//! `join_uri`: address, join method and token in one line,
+//! `tbot+<proxy|auth>+<join-method>://<token>[:<parameter>]@<host:port>`.
+
+use crate::yaml::Fields;
+
+use super::onboarding::{self, Onboarding};
+use super::plan::Address;
+use crate::join::TokenSource;
+
+/// How to write one, for hints.
+const FORM: &str = "tbot+<proxy|auth>+<join-method>://<token>@<host:port>";
+
+/// The parts of a URI. The token and the parameter may be secrets.
+struct Parts {
+    proxy: bool,
+    method: String,
+    token: String,
+    has_parameter: bool,
+    address: String,
+}
+
+/// Fills in what the URI says. It never overrides: whatever is already set conflicts, and all
+/// conflicts are reported.
+pub(super) fn apply(
+    fields: &mut Fields<'_>,
+    address: &mut Option<Address>,
+    onboarding: &mut Onboarding,
+) {
+    const KEY: &str = "join_uri";
+    let Some(uri) = fields.string(KEY) else {
+        return;
+    };
+    let parts = match split(&uri) {
+        Ok(parts) => parts,
+        Err(problem) => {
+            fields.error(KEY, problem, Some(&format!("write {FORM}")));
+            return;
+        }
+    };
+    let taken = [
+        (address.is_some(), "the cluster's address"),
+        (onboarding.method.is_some(), "the join method"),
+        (onboarding.token.is_some(), "the token"),
+    ];
+    for (set, what) in taken {
+        if set {
+            fields.error(
+                KEY,
+                format!("{what} is in `join_uri` and also set elsewhere"),
+                Some("keep one of them"),
+            );
+        }
+    }
+    if parts.has_parameter {
+        fields.error(
+            KEY,
+            format!(
+                "join method {} takes no parameter after the token",
+                parts.method
+            ),
+            Some(&format!("write {FORM}")),
+        );
+    }
+    *address = Some(if parts.proxy {
+        Address::Proxy(parts.address)
+    } else {
+        Address::Auth(parts.address)
+    });
+    onboarding.method = onboarding::method(fields, KEY, &parts.method);
+    onboarding.token = Some(TokenSource::new(parts.token));
+}
+
+fn split(uri: &str) -> Result<Parts, String> {
+    let (scheme, rest) = uri.split_once("://").ok_or("it has no scheme")?;
+    let words: Vec<&str> = scheme.split('+').collect();
+    let [program, target, method] = words.as_slice() else {
+        return Err("its scheme has not three parts".to_owned());
+    };
+    if *program != "tbot" {
+        return Err("its scheme does not begin with `tbot+`".to_owned());
+    }
+    let proxy = match *target {
+        "proxy" => true,
+        "auth" => false,
+        _ => return Err("the second part of its scheme is neither `proxy` nor `auth`".to_owned()),
+    };
+    let (user, address) = rest.rsplit_once('@').ok_or("it has no token before `@`")?;
+    let (token, parameter) = match user.split_once(':') {
+        Some((token, parameter)) => (token, Some(parameter)),
+        None => (user, None),
+    };
+    let token = decode(token).ok_or("its token is not URL-encoded text")?;
+    if token.is_empty() {
+        return Err("it has no token before `@`".to_owned());
+    }
+    let address = address.trim_end_matches('/');
+    if !super::root::is_host_port(address) {
+        return Err("its address is not host:port".to_owned());
+    }
+    Ok(Parts {
+        proxy,
+        method: method_name(method),
+        token,
+        has_parameter: parameter.is_some_and(|parameter| !parameter.is_empty()),
+        address: address.to_owned(),
+    })
+}
+
+/// URI schemes have no underscore, so the names of methods that do are written in two other ways.
+fn method_name(scheme: &str) -> String {
+    match scheme {
+        "boundkeypair" | "bound-keypair" => "bound_keypair",
+        "azuredevops" | "azure-devops" => "azure_devops",
+        "terraformcloud" | "terraform-cloud" => "terraform_cloud",
+        "genericoidc" | "generic-oidc" => "generic_oidc",
+        other => other,
+    }
+    .to_owned()
+}
+
+fn decode(text: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        if byte != b'%' {
+            bytes.push(byte);
+            continue;
+        }
+        let high = char::from(rest.next()?).to_digit(16)?;
+        let low = char::from(rest.next()?).to_digit(16)?;
+        bytes.push(u8::try_from(high * 16 + low).ok()?);
+    }
+    String::from_utf8(bytes).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts() {
+        let parts = split("tbot+proxy+bound-keypair://a%3Ab:secret@example.com:443").unwrap();
+        assert!(parts.proxy && parts.has_parameter);
+        assert_eq!(parts.method, "bound_keypair");
+        assert_eq!(parts.token, "a:b");
+        assert_eq!(parts.address, "example.com:443");
+        assert!(!split("tbot+auth+iam://t@[::1]:3025/").unwrap().proxy);
+    }
+
+    #[test]
+    fn refused() {
+        for uri in [
+            "",
+            "tbot+proxy+iam",
+            "https://t@example.com:443",
+            "tbot+proxy://t@example.com:443",
+            "tbot+leaf+iam://t@example.com:443",
+            "tsh+proxy+iam://t@example.com:443",
+            "tbot+proxy+iam://example.com:443",
+            "tbot+proxy+iam://@example.com:443",
+            "tbot+proxy+iam://t@example.com",
+            "tbot+proxy+iam://%zz@example.com:443",
+            "tbot+proxy+iam://%f@example.com:443",
+        ] {
+            assert!(split(uri).is_err(), "{uri}");
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! From a configuration file (`version: v2`), command line flags and environment variables to a
+//! [`Plan`]: everything decided, nothing touched.
+//!
+//! Flags and variables are an [`Overlay`] on the tree that the file gave, so one validator judges
+//! all of them, and every problem of a run is reported at once.
+
+mod join_uri;
+mod lifetime;
+mod onboarding;
+mod overlay;
+mod plan;
+mod root;
+mod services;
+
+use crate::env::Env;
+use crate::yaml::{self, Node, Problem, Problems, Severity, Value};
+
+pub use overlay::{OnboardingFlags, Origin, Overlay, ServiceFlags};
+pub use plan::{Address, Plan, PlannedService};
+
+/// The directory of the bot's own state when none is configured.
+pub const DEFAULT_STORAGE: &str = "/var/lib/teleport/bot";
+
+/// A configuration text and what to call it in messages.
+#[derive(Clone)]
+pub struct Source {
+    /// The file's path, `<stdin>` or the flag that carried the text.
+    pub name: String,
+    /// The YAML text. May hold secrets.
+    pub text: String,
+}
+
+impl std::fmt::Debug for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Source")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A plan and what the user should know although it can be used.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The plan.
+    pub plan: Plan,
+    /// One line each, to be logged as warnings.
+    pub warnings: Vec<String>,
+    /// One line each, to be logged as errors although nothing stops: two services write to one
+    /// place, which upstream announces as fatal and lets pass.
+    pub conflicts: Vec<String>,
+}
+
+/// Everything that is wrong, one line each, in the order of the file; warnings included.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{}", .0.join("\n"))]
+pub struct Invalid(pub Vec<String>);
+
+/// Makes the plan from a text (none: flags only), an overlay and the environment.
+///
+/// # Errors
+/// All problems, rendered.
+pub fn load(source: Option<&Source>, overlay: &Overlay, env: &Env) -> Result<Loaded, Invalid> {
+    let name = source.map_or("command line", |source| source.name.as_str());
+    let mut tree = match source {
+        Some(source) => match read(source) {
+            Ok(tree) => tree,
+            Err(problem) => return Err(Invalid(vec![problem.render(name)])),
+        },
+        None => Node::made(Value::Mapping(vec![(
+            yaml::Key::made("version"),
+            Node::made_text("v2"),
+        )])),
+    };
+    let problems = Problems::new();
+    let origins = overlay.apply(&mut tree, &problems);
+    let mut conflicts = Vec::new();
+    let plan = root::plan(&tree, overlay, env, &problems, &mut conflicts);
+    let failed = problems.has_errors();
+    let all = problems.into_sorted();
+    let shown = |problem: &Problem| match problem.span {
+        Some(_) => problem.render(name),
+        None => format!("{}: {problem}", origins.of(&problem.path).unwrap_or(name)),
+    };
+    match plan {
+        Some(plan) if !failed => Ok(Loaded {
+            plan,
+            warnings: all.iter().map(shown).collect(),
+            conflicts,
+        }),
+        Some(_) | None => {
+            let mut lines: Vec<&Problem> = all.iter().collect();
+            // Errors first: they are what must be mended.
+            lines.sort_by_key(|problem| problem.severity == Severity::Warning);
+            Err(Invalid(lines.into_iter().map(shown).collect()))
+        }
+    }
+}
+
+fn read(source: &Source) -> Result<Node, Problem> {
+    let tree = yaml::parse(&source.text)?;
+    match tree.value {
+        Value::Mapping(_) => Ok(tree),
+        Value::Null => Err(Problem::error(
+            None,
+            "there is no configuration in it".to_owned(),
+            Some("begin with `version: v2`; `tbot configure --help` writes one".to_owned()),
+        )),
+        Value::Scalar { .. } | Value::Sequence(_) => Err(Problem::error(
+            Some(tree.span),
+            format!("must be a mapping, not {}", tree.kind()),
+            Some("begin with `version: v2`".to_owned()),
+        )),
+    }
+}

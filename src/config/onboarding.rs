@@ -1,0 +1,92 @@
+//! The `onboarding` section: how the bot joins and whom it believes while it has no identity.
+
+use std::path::PathBuf;
+
+use crate::join::{self, JoinMethod, METHODS, TokenSource};
+use crate::yaml::Fields;
+
+/// Sections of upstream's other join methods. They are read by nobody while those methods do not
+/// exist here, and no mistake in a file that is shared with upstream.
+const OTHER_SECTIONS: &[&str] = &[
+    "azure",
+    "bound_keypair",
+    "gitlab",
+    "kubernetes",
+    "terraform",
+];
+
+/// The section's values; see the fields of the same names in [`super::Plan`].
+#[derive(Debug, Default)]
+pub(super) struct Onboarding {
+    pub(super) method: Option<&'static dyn JoinMethod>,
+    pub(super) token: Option<TokenSource>,
+    pub(super) ca_pins: Vec<String>,
+    pub(super) ca_path: Option<PathBuf>,
+}
+
+/// Reads the section from the root's fields.
+pub(super) fn read(root: &mut Fields<'_>, insecure: bool) -> Onboarding {
+    let mut onboarding = Onboarding::default();
+    let Some(mut fields) = root.section("onboarding") else {
+        return onboarding;
+    };
+    onboarding.token = fields.string("token").map(TokenSource::new);
+    onboarding.method = fields
+        .string("join_method")
+        .and_then(|name| method(&fields, "join_method", &name));
+    onboarding.ca_pins = fields.strings("ca_pins").unwrap_or_default();
+    onboarding.ca_path = fields.string("ca_path").map(Into::into);
+    for (index, pin) in onboarding.ca_pins.iter().enumerate() {
+        if !is_pin(pin) {
+            fields.error(
+                "ca_pins",
+                format!("item {index}, {pin:?}, is no pin"),
+                Some("`sha256:` and 64 hexadecimal digits, as `tctl status` prints it"),
+            );
+        }
+    }
+    let pinned = !onboarding.ca_pins.is_empty();
+    let has_ca = onboarding.ca_path.is_some();
+    for (given, key) in [(pinned, "ca_pins"), (has_ca, "ca_path")] {
+        if given && insecure {
+            fields.error(
+                key,
+                format!(
+                    "`{key}` together with `insecure`: one checks the server, the other does not"
+                ),
+                Some("remove `insecure`"),
+            );
+        }
+    }
+    if pinned && has_ca {
+        fields.error(
+            "ca_path",
+            "`ca_path` together with `ca_pins`",
+            Some("keep one of them"),
+        );
+    }
+    for section in OTHER_SECTIONS {
+        fields.ignore(section);
+    }
+    fields.finish();
+    onboarding
+}
+
+/// The join method called `name`; reports at `key` if there is none.
+pub(super) fn method(
+    fields: &Fields<'_>,
+    key: &str,
+    name: &str,
+) -> Option<&'static dyn JoinMethod> {
+    let found = join::method(name);
+    if found.is_none() {
+        let here: Vec<&str> = METHODS.iter().map(|method| method.name()).collect();
+        fields.unknown_kind(key, "join methods", name, &here, join::UPSTREAM);
+    }
+    found
+}
+
+fn is_pin(pin: &str) -> bool {
+    pin.strip_prefix("sha256:")
+        .is_some_and(|hex| hex.len() == 64 && hex.bytes().all(|b| b.is_ascii_hexdigit()))
+}

@@ -1,0 +1,250 @@
+//! The top level of the file, and the rules between its sections.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::destination::{self, DestinationPlan};
+use crate::env::Env;
+use crate::yaml::{Fields, Node, Problems, nearest};
+
+use super::overlay::Overlay;
+use super::plan::{Address, Plan};
+use super::{DEFAULT_STORAGE, join_uri, lifetime, onboarding, services};
+
+/// Makes the plan; `None` only if there are errors among `problems`.
+pub(super) fn plan(
+    tree: &Node,
+    overlay: &Overlay,
+    env: &Env,
+    problems: &Problems,
+    conflicts: &mut Vec<String>,
+) -> Option<Plan> {
+    let mut root = Fields::new(tree, "", problems)?;
+    if !version(&mut root) {
+        return None;
+    }
+    let oneshot = root.bool("oneshot").unwrap_or_default();
+    let debug = root.bool("debug").unwrap_or_default();
+    let insecure = root.bool("insecure").unwrap_or_default();
+    if root.bool("fips") == Some(true) {
+        root.error(
+            "fips",
+            "this program is not built with a FIPS-validated module",
+            Some("remove it, or use a FIPS build of upstream's agent"),
+        );
+    }
+    let mut address = server(&mut root);
+    let mut onboarding = onboarding::read(&mut root, insecure);
+    join_uri::apply(&mut root, &mut address, &mut onboarding);
+    let storage = storage(&mut root);
+    let agent = lifetime::of_agent(&mut root, oneshot);
+    let services = services::read(&mut root, agent, oneshot);
+    let diag_addr = listen_address(&mut root, "diag_addr");
+    if root.bool("scoped") == Some(true) {
+        root.error(
+            "scoped",
+            "scoped mode needs a v19 cluster, which this version does not speak to",
+            Some("remove it"),
+        );
+    }
+    root.finish();
+    let storage = storage?;
+    let written = services.iter().filter_map(|service| {
+        let destination = service.plan.destination()?;
+        Some((service.name.as_str(), destination))
+    });
+    *conflicts = shared(std::iter::once(("storage", &storage)).chain(written));
+    Some(Plan {
+        address,
+        use_proxy_address: env.get("TBOT_USE_PROXY_ADDR") == Some("yes"),
+        method: onboarding.method,
+        token: onboarding.token,
+        insecure,
+        ca_pins: onboarding.ca_pins,
+        ca_path: onboarding.ca_path,
+        storage,
+        services,
+        lifetime: agent,
+        oneshot,
+        debug,
+        diag_addr,
+        diag_socket: overlay.diag_socket.clone(),
+        pid_file: overlay.pid_file.clone(),
+    })
+}
+
+/// Whether the rest can be read as v2; says what to do if it cannot.
+fn version(root: &mut Fields<'_>) -> bool {
+    const CONVERT: &str =
+        "convert it with upstream's `tbot migrate`, or write it anew with `tbot configure`";
+    let v2_only = ["services", "outputs", "proxy_server", "credential_ttl"];
+    let looks_like_v2 = v2_only.iter().find(|key| root.has(key));
+    match root.string("version").as_deref() {
+        Some("v2") => true,
+        None | Some("v1") if !root.has("destinations") && looks_like_v2.is_some() => {
+            let key = looks_like_v2.unwrap_or(&"services");
+            root.error(
+                "version",
+                format!("`{key}` is a key of version v2, which the file does not name"),
+                Some("write `version: v2` as its first line"),
+            );
+            true
+        }
+        None => {
+            root.error(
+                "version",
+                "a file without `version` is of the old format v1, which is not read here",
+                Some(&format!("{CONVERT}; a v2 file begins with `version: v2`")),
+            );
+            false
+        }
+        Some("v1") => {
+            root.error(
+                "version",
+                "the old format v1 is not read here",
+                Some(CONVERT),
+            );
+            false
+        }
+        Some(other) => {
+            let hint = match nearest(other, ["v2"]) {
+                Some(_) => "did you mean `v2`?",
+                None => "write `version: v2`",
+            };
+            root.error(
+                "version",
+                format!("unrecognized config version {other:?}"),
+                Some(hint),
+            );
+            true
+        }
+    }
+}
+
+fn server(root: &mut Fields<'_>) -> Option<Address> {
+    let proxy = cluster_address(root, "proxy_server", "example.teleport.sh:443");
+    let auth = cluster_address(root, "auth_server", "auth.example.com:3025");
+    match (proxy, auth) {
+        (Some(proxy), None) => Some(Address::Proxy(proxy)),
+        (Some(proxy), Some(_)) => {
+            root.warn(
+                "auth_server",
+                "`proxy_server` is set too, and it is the one that is used",
+                Some("remove one of them: upstream's 18.0 refuses to start with both"),
+            );
+            Some(Address::Proxy(proxy))
+        }
+        (None, Some(auth)) => Some(Address::Auth(auth)),
+        (None, None) => None,
+    }
+}
+
+/// The address of a cluster: a scheme before it and a missing port are tolerated, as upstream does.
+fn cluster_address(root: &mut Fields<'_>, key: &str, example: &str) -> Option<String> {
+    let text = root.string(key)?;
+    let bare = ["https://", "http://", "tcp://"]
+        .iter()
+        .find_map(|scheme| text.strip_prefix(scheme))
+        .unwrap_or(&text)
+        .trim_end_matches('/');
+    if !bare.is_empty() && (is_host_port(bare) || is_host_port(&format!("{bare}:0"))) {
+        return Some(text);
+    }
+    let hint = format!("write host:port, for example {example}");
+    root.error(key, format!("{text:?} is no address"), Some(&hint));
+    None
+}
+
+fn listen_address(root: &mut Fields<'_>, key: &str) -> Option<String> {
+    let text = root.string(key)?;
+    if is_host_port(&text) {
+        return Some(text);
+    }
+    let hint = "write host:port, for example 127.0.0.1:3001";
+    root.error(
+        key,
+        format!("{text:?} is no address to listen on"),
+        Some(hint),
+    );
+    None
+}
+
+/// `host:port` with a port number; IPv6 hosts in brackets; an empty host is every address.
+pub(super) fn is_host_port(text: &str) -> bool {
+    let Some((host, port)) = text.rsplit_once(':') else {
+        return false;
+    };
+    let bracketed = host
+        .strip_prefix('[')
+        .and_then(|h| h.strip_suffix(']'))
+        .is_some_and(|h| h.parse::<std::net::Ipv6Addr>().is_ok());
+    let plain = !host.contains(|c: char| c.is_whitespace() || "/:@[]?#".contains(c));
+    (bracketed || plain) && port.parse::<u16>().is_ok()
+}
+
+fn storage(root: &mut Fields<'_>) -> Option<Arc<dyn DestinationPlan>> {
+    if root.has("storage") {
+        return destination::read(root, "storage");
+    }
+    root.ignore("storage");
+    match destination::from_uri(DEFAULT_STORAGE) {
+        Ok(storage) => Some(storage),
+        Err(problem) => {
+            root.error("storage", problem, None);
+            None
+        }
+    }
+}
+
+/// One line for each destination that several write to.
+fn shared<'p>(
+    destinations: impl Iterator<Item = (&'p str, &'p Arc<dyn DestinationPlan>)>,
+) -> Vec<String> {
+    let mut first: HashMap<String, &str> = HashMap::new();
+    let mut lines = Vec::new();
+    for (name, destination) in destinations {
+        let key = destination.key();
+        // Two services in memory have nothing in common.
+        if key.starts_with("memory") {
+            continue;
+        }
+        if let Some(other) = first.get(key.as_str()) {
+            lines.push(format!(
+                "{name} and {other} write to the same destination, {destination}: give each its own"
+            ));
+        } else {
+            first.insert(key, name);
+        }
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses() {
+        for good in [
+            "example.com:443",
+            "127.0.0.1:0",
+            "[::1]:3080",
+            ":3001",
+            "localhost:1",
+        ] {
+            assert!(is_host_port(good), "{good}");
+        }
+        for bad in [
+            "example.com",
+            "https://example.com:443",
+            "::1:80",
+            "[::g]:1",
+            "a b:1",
+            "a:70000",
+            "a:",
+            "a@b:1",
+        ] {
+            assert!(!is_host_port(bad), "{bad}");
+        }
+    }
+}
