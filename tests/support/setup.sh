@@ -1,0 +1,32 @@
+#!/bin/bash
+# Brings what the tests need besides Rust. Idempotent.
+#
+# usage: setup.sh VENV
+set -euo pipefail
+venv=$1
+here=$(cd "$(dirname "$0")" && pwd)
+
+# command:Debian package
+missing=()
+for need in systemctl:systemd dbus-daemon:dbus unshare:util-linux nsenter:util-linux openssl:openssl \
+    ssh-keygen:openssh-client python3:python3 curl:curl; do
+    command -v "${need%%:*}" > /dev/null || missing+=("${need##*:}")
+done
+if [ ${#missing[@]} -gt 0 ]; then
+    if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+        echo "installing system packages: ${missing[*]}"
+        apt-get -qq update
+        DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${missing[@]}" > /dev/null
+    else
+        echo "these system packages are missing, tests that need them will say so: ${missing[*]}" >&2
+    fi
+fi
+
+stamp=$venv/requirements.txt
+if ! cmp -s "$here/requirements.txt" "$stamp"; then
+    echo "making a Python environment in $venv"
+    rm -rf "$venv"
+    python3 -m venv "$venv"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$here/requirements.txt"
+    cp "$here/requirements.txt" "$stamp"
+fi
