@@ -3,16 +3,85 @@
 //! It shares no agent logic, only the crypto primitives, the generated messages and the verifying
 //! halves of the join methods, so that a shared mistake cannot hide.
 //!
+//! - [`Cluster`]: a data directory opened and its sockets bound; [`ClusterState`]: what its
+//!   services share.
 //! - [`store`]: resources in SQLite, with revisions, expiry and transactions.
+//! - [`resources`]: resource files, checked and applied as `tctl create` does.
 //! - [`audit`]: one JSON line for each join, certificate, refusal and administrative change.
 //! - [`ca`]: the authorities, and the making of certificates.
 //! - [`caller`]: who calls, by certificate and listener.
+//! - [`admin`]: commands over a unix socket in the data directory.
 //! - [`instant`]: points in time as resources and audit lines write them.
-//! - [`resources`]: resource files, checked and applied as `tctl create` does.
 
+pub mod admin;
 pub mod audit;
 pub mod ca;
 pub mod caller;
+mod cluster;
 pub mod instant;
+mod listener;
 pub mod resources;
 pub mod store;
+mod tls;
+mod web;
+
+use std::time::Duration;
+
+pub use cluster::{Cluster, ClusterError, Config};
+pub use tls::TlsError;
+
+use crate::clock::Clock;
+use audit::Audit;
+use ca::Authorities;
+use store::Store;
+
+/// The version this cluster claims to have: the one whose protocol it speaks.
+pub const SERVER_VERSION: &str = "18.0.0";
+/// The oldest client version it accepts, by Teleport's rule: the major before, pre-releases too.
+pub const MIN_CLIENT_VERSION: &str = "17.0.0-aa";
+/// How often expired resources are removed. They do not count from the moment they expire; this
+/// only frees the space and tells listeners.
+const SWEEP: Duration = Duration::from_secs(60);
+
+/// What the services of one cluster share.
+#[derive(Debug)]
+pub struct ClusterState {
+    /// The cluster's name, which is also its trust domain.
+    pub name: String,
+    /// The first public address, `host:port`.
+    pub public_addr: String,
+    /// The program's clock.
+    pub clock: Clock,
+    /// All resources.
+    pub store: Store,
+    /// The audit log.
+    pub audit: Audit,
+    /// The authorities.
+    pub authorities: Authorities,
+    /// Where the join method `iam` asks instead of AWS, for tests and private endpoints.
+    pub sts_endpoint: Option<String>,
+}
+
+impl ClusterState {
+    /// Creates the resources of files, given as name and text, as `tctl create` would: all of them
+    /// or none. `by` is for the audit log.
+    ///
+    /// The error's text is made for people: places in the files, causes and remedies.
+    pub fn create(
+        &self,
+        files: &[(String, String)],
+        mode: resources::Mode,
+        by: &str,
+    ) -> Result<Vec<resources::Applied>, resources::CreateError> {
+        let now = self.clock.now();
+        let parsed = resources::parse_files(files, now)?;
+        Ok(resources::apply(
+            &self.store,
+            &self.audit,
+            parsed,
+            mode,
+            by,
+            now,
+        )?)
+    }
+}

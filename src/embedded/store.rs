@@ -58,6 +58,27 @@ pub struct Resource {
     pub status: Value,
 }
 
+impl Resource {
+    /// The text at a JSON pointer (`/spec` is implied: `/bot_name`) into the spec; empty if there
+    /// is none.
+    #[must_use]
+    pub fn spec_text(&self, pointer: &str) -> &str {
+        let value = self.spec.pointer(pointer);
+        value.and_then(Value::as_str).unwrap_or_default()
+    }
+
+    /// The list of texts at a JSON pointer into the spec; what is no text in it is left out.
+    #[must_use]
+    pub fn spec_texts(&self, pointer: &str) -> Vec<String> {
+        let items = self.spec.pointer(pointer).and_then(Value::as_array);
+        items
+            .into_iter()
+            .flatten()
+            .filter_map(|item| item.as_str().map(str::to_owned))
+            .collect()
+    }
+}
+
 /// What a write expects to find.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Put {

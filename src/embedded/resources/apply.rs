@@ -4,7 +4,7 @@ use std::time::SystemTime;
 
 use serde_json::{Value, json};
 
-use super::{METHODS, bot, role, token, view};
+use super::{METHODS, bot, role, set, token, view};
 use crate::embedded::audit::Audit;
 use crate::embedded::instant::rfc3339;
 use crate::embedded::store::{Put, Resource, Store, StoreError, Tx};
@@ -27,7 +27,7 @@ pub enum Mode {
 }
 
 /// What happened to one resource.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Applied {
     /// The line that `tctl create` prints.
     pub message: String,
@@ -134,7 +134,7 @@ pub fn remove(
             tx.delete("user", &user)?;
             tx.delete("role", &user)?;
             for instance in tx.list("bot_instance")? {
-                if instance.spec["bot_name"] == name {
+                if instance.spec_text("/bot_name") == name {
                     tx.delete("bot_instance", &instance.name)?;
                 }
             }
@@ -258,12 +258,8 @@ fn message(resource: &Resource, known: bool) -> String {
 fn notes(store: &Store, resource: &Resource) -> Result<Vec<String>, StoreError> {
     let mut notes = Vec::new();
     if resource.kind == "bot" {
-        let roles = resource.spec["roles"]
-            .as_array()
-            .map(Vec::as_slice)
-            .unwrap_or_default();
-        for role in roles.iter().filter_map(Value::as_str) {
-            if store.get("role", role)?.is_none() {
+        for role in resource.spec_texts("/roles") {
+            if store.get("role", &role)?.is_none() {
                 notes.push(format!(
                     "there is no role {role:?} yet: outputs of bot {:?} fail until it is created",
                     resource.name
@@ -272,13 +268,13 @@ fn notes(store: &Store, resource: &Resource) -> Result<Vec<String>, StoreError> 
         }
     }
     if resource.kind == "token" {
-        let bot = resource.spec["bot_name"].as_str().unwrap_or_default();
+        let bot = resource.spec_text("/bot_name");
         if store.get("bot", bot)?.is_none() {
             notes.push(format!(
                 "there is no bot {bot:?} yet: joining is refused until then"
             ));
         }
-        let method = resource.spec["join_method"].as_str().unwrap_or_default();
+        let method = resource.spec_text("/join_method");
         if !METHODS.contains(&method) {
             notes.push(format!(
                 "this cluster does not verify the join method `{method}`: joining with this token \
@@ -339,7 +335,7 @@ fn event(resource: &Resource, verb: Verb, by: &str) -> Option<Value> {
         Verb::Update => update,
         Verb::Delete => delete,
     };
-    let method = resource.spec["join_method"].as_str().unwrap_or_default();
+    let method = resource.spec_text("/join_method");
     let shown = match resource.kind.as_str() {
         "token" => token::safe_name(&resource.name, method),
         _ => resource.name.clone(),
@@ -352,18 +348,19 @@ fn event(resource: &Resource, verb: Verb, by: &str) -> Option<Value> {
         "user_kind": 3,
         "expires": resource.expires.map_or_else(|| NEVER.to_owned(), rfc3339),
     });
+    let spec = |key| resource.spec.get(key).cloned().unwrap_or_default();
     match resource.kind.as_str() {
         "token" => {
-            event["join_method"] = method.into();
-            event["roles"] = resource.spec["roles"].clone();
-            event["updated_by"] = by.into();
+            set(&mut event, "join_method", method);
+            set(&mut event, "roles", spec("roles"));
+            set(&mut event, "updated_by", by);
         }
         "lock" => {
-            event["target"] = resource.spec["target"].clone();
-            event["message"] = resource.spec["message"].clone();
+            set(&mut event, "target", spec("target"));
+            set(&mut event, "message", spec("message"));
         }
         "workload_identity" if verb != Verb::Delete => {
-            event["workload_identity_data"] = view(resource);
+            set(&mut event, "workload_identity_data", view(resource));
         }
         _ => {}
     }

@@ -73,20 +73,14 @@ fn ttl(fields: &mut Fields<'_>) -> Option<Duration> {
     ))
 }
 
-fn strings(value: &Value) -> Vec<String> {
-    let items = value.as_array().map(Vec::as_slice).unwrap_or_default();
-    items
-        .iter()
-        .filter_map(|item| item.as_str().map(str::to_owned))
-        .collect()
-}
-
 /// The role that comes with `bot`: it may take on the bot's roles and read authorities.
 pub(super) fn role(bot: &Resource) -> Resource {
-    let ttl = bot.spec["max_session_ttl"]["seconds"]
-        .as_u64()
-        .unwrap_or_default();
-    let roles = strings(&bot.spec["roles"]);
+    let ttl = bot
+        .spec
+        .pointer("/max_session_ttl/seconds")
+        .and_then(Value::as_u64);
+    let ttl = Duration::from_secs(ttl.unwrap_or_default());
+    let roles = bot.spec_texts("/roles");
     let impersonate = if roles.is_empty() {
         json!({})
     } else {
@@ -104,7 +98,7 @@ pub(super) fn role(bot: &Resource) -> Resource {
                 "rules": [{"resources": ["cert_authority"], "verbs": ["readnosecrets"]}],
             },
             "deny": {},
-            "options": super::role::options(&yaml::duration::format(Duration::from_secs(ttl))),
+            "options": super::role::options(&yaml::duration::format(ttl)),
         }),
         ..Resource::default()
     }
@@ -115,13 +109,14 @@ pub(super) fn role(bot: &Resource) -> Resource {
 pub(super) fn user(bot: &Resource, existing: Option<Resource>, now: &str, maker: &str) -> Resource {
     let name = user_name(&bot.name);
     let mut traits = BTreeMap::new();
-    for entry in bot.spec["traits"]
-        .as_array()
-        .map(Vec::as_slice)
-        .unwrap_or_default()
-    {
-        let key = entry["name"].as_str().unwrap_or_default().to_owned();
-        traits.insert(key, strings(&entry["values"]));
+    let entries = bot.spec.get("traits").and_then(Value::as_array);
+    for (index, entry) in entries.into_iter().flatten().enumerate() {
+        let key = entry
+            .get("name")
+            .and_then(Value::as_str)
+            .unwrap_or_default();
+        let values = bot.spec_texts(&format!("/traits/{index}/values"));
+        traits.insert(key.to_owned(), values);
     }
     let mut user = existing.unwrap_or_else(|| Resource {
         kind: "user".to_owned(),

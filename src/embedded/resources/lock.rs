@@ -61,7 +61,7 @@ pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource, now: Syste
         resource.expires = Some(resource.expires.map_or(expires, |other| other.min(expires)));
         set(&mut resource.spec, "expires", rfc3339(expires));
     }
-    if resource.spec["created_at"].is_null() {
+    if resource.spec.get("created_at").is_none() {
         set(&mut resource.spec, "created_at", json!(rfc3339(now)));
     }
 }

@@ -34,6 +34,18 @@ pub struct Rejected {
     pub lines: String,
 }
 
+/// Why the resources of a file were not created; nothing was changed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CreateError {
+    /// The file is wrong.
+    #[error(transparent)]
+    Rejected(#[from] Rejected),
+    /// The cluster refused or failed.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+}
+
 /// What the cluster knows about one kind of resource.
 struct Kind {
     name: &'static str,
@@ -155,6 +167,24 @@ pub fn parse(file: &str, text: &str, now: SystemTime) -> Result<Vec<Resource>, R
         });
     }
     Ok(resources)
+}
+
+/// Reads several files, given as name and text; reports what is wrong with any of them.
+pub fn parse_files(files: &[(String, String)], now: SystemTime) -> Result<Vec<Resource>, Rejected> {
+    let mut resources = Vec::new();
+    let mut lines = Vec::new();
+    for (file, text) in files {
+        match parse(file, text, now) {
+            Ok(parsed) => resources.extend(parsed),
+            Err(rejected) => lines.push(rejected.lines),
+        }
+    }
+    if lines.is_empty() {
+        Ok(resources)
+    } else {
+        let lines = lines.join("\n");
+        Err(Rejected { lines })
+    }
 }
 
 /// The resource as `tctl get` shows it.

@@ -44,14 +44,20 @@ pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource, _now: Syst
         }
     }
     let mut all = options(&ttl.map_or_else(|| DEFAULT_TTL.to_owned(), yaml::duration::format));
-    if let (Value::Object(all), Value::Object(given)) = (&mut all, &resource.spec["options"]) {
+    if let (Value::Object(all), Some(Value::Object(given))) =
+        (&mut all, resource.spec.get("options"))
+    {
         for (key, value) in given.iter().filter(|(key, _)| *key != "max_session_ttl") {
             all.insert(key.clone(), value.clone());
         }
     }
     set(&mut resource.spec, "options", all);
     for side in ["allow", "deny"] {
-        let mut conditions = resource.spec[side].take();
+        let mut conditions = resource
+            .spec
+            .get_mut(side)
+            .map(Value::take)
+            .unwrap_or_default();
         if let Some(section) = fields.section(side) {
             check_conditions(section, side == "deny", &mut conditions);
         }

@@ -106,17 +106,17 @@ pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource, _now: Syst
         );
     }
     set(&mut resource.spec, "bot_name", bot);
-    let rules = fields.sections("allow").unwrap_or_default();
+    let allow = fields.sections("allow").unwrap_or_default();
     let method = if fields.has("join_method") {
         fields.one_of("join_method", KNOWN)
-    } else if rules.is_empty() {
+    } else if allow.is_empty() {
         Some("token".to_owned())
     } else {
         Some("ec2".to_owned())
     };
     let Some(method) = method else { return };
     let mut stored = Vec::new();
-    for mut rule in rules.into_iter() {
+    for mut rule in allow {
         stored.push(check_rule(&mut rule, &method));
         rule.finish();
     }
@@ -179,7 +179,8 @@ fn check_rule(rule: &mut Fields<'_>, method: &str) -> Value {
             );
         }
     }
-    let account = stored["aws_account"].as_str();
+    let text = |key| stored.get(key).and_then(Value::as_str);
+    let account = text("aws_account");
     if let Some(account) = account
         && (account.len() != 12 || !account.bytes().all(|b| b.is_ascii_digit()))
     {
@@ -189,7 +190,7 @@ fn check_rule(rule: &mut Fields<'_>, method: &str) -> Value {
             Some("quote it, a leading 0 counts"),
         );
     }
-    if account.is_none() && stored["aws_arn"].is_null() {
+    if account.is_none() && text("aws_arn").is_none() {
         whole(
             rule,
             "a rule needs `aws_account` or `aws_arn`",

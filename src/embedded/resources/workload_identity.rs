@@ -9,7 +9,7 @@ pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource, _now: Syst
     for key in ["spiffe", "rules"] {
         fields.ignore(key);
     }
-    let id = resource.spec["spiffe"]["id"].as_str().unwrap_or_default();
+    let id = resource.spec_text("/spiffe/id");
     if !id.starts_with('/') {
         whole(
             fields,

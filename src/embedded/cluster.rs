@@ -1,0 +1,494 @@
+//! A cluster's data directory opened, its sockets bound, and everything served.
+
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_json::json;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+use super::admin::{self, AdminError};
+use super::audit::{Audit, AuditError};
+use super::ca::{Authorities, AuthorityError};
+use super::listener::Server;
+use super::resources::{self, CreateError, Mode};
+use super::store::{Put, Resource, Store, StoreError};
+use super::tls::{Tls, TlsError, WebCertificate};
+use super::web::Web;
+use super::{ClusterState, SWEEP};
+use crate::clock::Clock;
+use crate::crypto::Suite;
+use crate::spiffe::TrustDomain;
+
+/// The most that is read of a resource file.
+const MAX_FILE: u64 = 1024 * 1024;
+
+/// What a cluster is opened with.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Everything the cluster keeps; made with mode 0700 if missing.
+    pub data_dir: PathBuf,
+    /// The name; needed at the first start only, the host's name if `None` then.
+    pub cluster_name: Option<String>,
+    /// The shared port.
+    pub listen: SocketAddr,
+    /// The port of the auth service alone, for agents with `auth_server`.
+    pub auth_listen: Option<SocketAddr>,
+    /// How agents reach the shared port: host names or addresses, with or without port. The first
+    /// is told to them.
+    pub public_addrs: Vec<String>,
+    /// Files with the web certificate and its key (PEM); self-made if `None`.
+    pub tls: Option<(PathBuf, PathBuf)>,
+    /// Resource files, or directories of them, that are applied at every start.
+    pub resources: Vec<PathBuf>,
+    /// Where the join method `iam` asks instead of AWS.
+    pub sts_endpoint: Option<String>,
+    /// The program's clock.
+    pub clock: Clock,
+}
+
+impl Config {
+    /// A cluster in `data_dir` that listens on a free port of the loopback address only.
+    #[must_use]
+    pub fn local(data_dir: PathBuf, clock: Clock) -> Self {
+        Self {
+            data_dir,
+            cluster_name: None,
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            auth_listen: None,
+            public_addrs: Vec::new(),
+            tls: None,
+            resources: Vec::new(),
+            sts_endpoint: None,
+            clock,
+        }
+    }
+}
+
+/// Why a cluster could not be opened or served.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ClusterError {
+    /// The data directory, or a file in it.
+    #[error("cannot use {path}: {source}")]
+    File {
+        /// The file or directory.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Another process serves this directory; stop it, or use another directory.
+    #[error("another `tbot cluster serve` is running in {0}")]
+    Running(PathBuf),
+    /// The name cannot be a trust domain.
+    #[error(
+        "{0:?} cannot be the name of a cluster: it is its SPIFFE trust domain too (lower-case \
+         letters, digits, `.`, `-` and `_`)"
+    )]
+    Name(String),
+    /// The data directory belongs to a cluster of another name.
+    #[error(
+        "the cluster in {data_dir} is named {found:?}, not {asked:?}: its certificates cannot be \
+         renamed (leave the name out, or use another data directory)"
+    )]
+    OtherName {
+        /// The data directory.
+        data_dir: PathBuf,
+        /// The name it has.
+        found: String,
+        /// The name that was asked for.
+        asked: String,
+    },
+    /// A port is taken or not allowed.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// A resource file is wrong.
+    #[error(transparent)]
+    Resources(#[from] CreateError),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The audit log cannot be opened.
+    #[error(transparent)]
+    Audit(#[from] AuditError),
+    /// The authorities cannot be made or read.
+    #[error(transparent)]
+    Authorities(#[from] AuthorityError),
+    /// The listeners have no certificates.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The admin socket cannot be made.
+    #[error(transparent)]
+    Admin(#[from] AdminError),
+    /// The work was cut off: the process is ending.
+    #[error("opening the cluster was interrupted")]
+    Interrupted,
+}
+
+/// An opened cluster: its sockets are bound, [`Cluster::serve`] answers them.
+#[derive(Debug)]
+pub struct Cluster {
+    state: Arc<ClusterState>,
+    server: Arc<Server>,
+    shared: TcpListener,
+    auth: Option<TcpListener>,
+    admin: admin::Server,
+    web_addr: SocketAddr,
+    auth_addr: Option<SocketAddr>,
+    web_ca: Option<PathBuf>,
+    /// Held as long as the cluster: one process per data directory.
+    _lock: File,
+}
+
+impl Cluster {
+    /// Opens the data directory, makes what is missing in it, and binds the sockets.
+    ///
+    /// The first start makes several keys, which takes a second or two.
+    pub async fn open(config: Config) -> Result<Self, ClusterError> {
+        let shared = bind(config.listen).await?;
+        let web_addr = local(&shared, config.listen)?;
+        let auth = match config.auth_listen {
+            Some(address) => Some(bind(address).await?),
+            None => None,
+        };
+        let auth_addr = match (&auth, config.auth_listen) {
+            (Some(auth), Some(address)) => Some(local(auth, address)?),
+            _ => None,
+        };
+        let opened = tokio::task::spawn_blocking(move || open(config, web_addr))
+            .await
+            .map_err(|_cancelled| ClusterError::Interrupted)??;
+        let state = Arc::new(opened.state);
+        let admin = admin::Server::bind(&opened.data_dir, Arc::clone(&state))?;
+        let server = Arc::new(Server {
+            cluster: state.name.clone(),
+            tls: opened.tls,
+            auth: auth_routes(&state),
+            join: join_routes(&state),
+            web: Arc::new(Web::new(Arc::clone(&state), web_addr)),
+        });
+        Ok(Self {
+            state,
+            server,
+            shared,
+            auth,
+            admin,
+            web_addr,
+            auth_addr,
+            web_ca: opened.web_ca,
+            _lock: opened.lock,
+        })
+    }
+
+    /// What the services share; also the way to create resources from inside the process.
+    #[must_use]
+    pub fn state(&self) -> &Arc<ClusterState> {
+        &self.state
+    }
+
+    /// The address of the shared port, as bound.
+    #[must_use]
+    pub fn web_addr(&self) -> SocketAddr {
+        self.web_addr
+    }
+
+    /// The address of the auth port, if there is one.
+    #[must_use]
+    pub fn auth_addr(&self) -> Option<SocketAddr> {
+        self.auth_addr
+    }
+
+    /// What agents pin to trust this cluster: `sha256:…` of the host authority's key.
+    #[must_use]
+    pub fn ca_pin(&self) -> String {
+        self.state.authorities.host_pin()
+    }
+
+    /// The file with the authority of the self-made web certificate; `None` if it was given.
+    #[must_use]
+    pub fn web_ca(&self) -> Option<&Path> {
+        self.web_ca.as_deref()
+    }
+
+    /// Serves until `shutdown`, then finishes calls in flight for a few seconds.
+    pub async fn serve(self, shutdown: CancellationToken) -> Result<(), ClusterError> {
+        let Self {
+            state,
+            server,
+            shared,
+            auth,
+            admin,
+            ..
+        } = self;
+        tokio::join!(
+            server.serve(shared, auth, shutdown.clone()),
+            admin.serve(shutdown.clone()),
+            sweep(&state, &shutdown),
+        );
+        Ok(())
+    }
+}
+
+fn auth_routes(_state: &Arc<ClusterState>) -> Routes {
+    Routes::default()
+}
+
+fn join_routes(_state: &Arc<ClusterState>) -> Routes {
+    Routes::default()
+}
+
+async fn bind(address: SocketAddr) -> Result<TcpListener, ClusterError> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| ClusterError::Listen { address, source })
+}
+
+fn local(listener: &TcpListener, address: SocketAddr) -> Result<SocketAddr, ClusterError> {
+    listener
+        .local_addr()
+        .map_err(|source| ClusterError::Listen { address, source })
+}
+
+/// Removes expired resources now and then.
+async fn sweep(state: &ClusterState, shutdown: &CancellationToken) {
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            () = state.clock.sleep(SWEEP) => {}
+        }
+        let store = state.store.clone();
+        match tokio::task::spawn_blocking(move || store.sweep()).await {
+            Ok(Ok(0)) | Err(_) => {}
+            Ok(Ok(count)) => tracing::debug!(count, "removed expired resources"),
+            Ok(Err(error)) => tracing::error!(%error, "cannot remove expired resources"),
+        }
+    }
+}
+
+struct Opened {
+    state: ClusterState,
+    tls: Tls,
+    data_dir: PathBuf,
+    web_ca: Option<PathBuf>,
+    lock: File,
+}
+
+fn open(config: Config, web_addr: SocketAddr) -> Result<Opened, ClusterError> {
+    let dir = config.data_dir.as_path();
+    let clock = config.clock.clone();
+    let now = clock.now();
+    let lock = lock(dir)?;
+    let store = Store::open(&dir.join("cluster.db"), clock.clone())?;
+    let name = name(&store, dir, config.cluster_name)?;
+    let audit = Audit::open(&dir.join("audit.jsonl"), clock.clone(), &name)?;
+    let authorities = Authorities::open(&store, &name, Suite::BalancedV1, now)?;
+    resources::seed(&store, &audit, now).map_err(CreateError::from)?;
+    let public_addrs = public_addrs(&config.public_addrs, web_addr);
+    let hosts = hosts(&public_addrs);
+    let (web, web_ca) = match &config.tls {
+        Some((cert, key)) => (WebCertificate::read(cert, key)?, None),
+        None => {
+            let export = dir.join("web-ca.pem");
+            let web = WebCertificate::make(&store, &name, &hosts, Some(&export), now)?;
+            (web, Some(export))
+        }
+    };
+    let names = hosts
+        .into_iter()
+        .filter(|host| host.parse::<std::net::IpAddr>().is_err());
+    let tls = Tls::new(&authorities, &web, names.collect(), &clock)?;
+    if let Some(endpoint) = &config.sts_endpoint {
+        tracing::warn!(
+            endpoint,
+            "IAM joins are verified by this endpoint instead of AWS: whoever controls it decides \
+             who joins"
+        );
+    }
+    let state = ClusterState {
+        name,
+        public_addr: public_addrs.into_iter().next().unwrap_or_default(),
+        clock,
+        store,
+        audit,
+        authorities,
+        sts_endpoint: config.sts_endpoint,
+    };
+    for path in &config.resources {
+        load(&state, path)?;
+    }
+    Ok(Opened {
+        state,
+        tls,
+        data_dir: config.data_dir,
+        web_ca,
+        lock,
+    })
+}
+
+/// Makes the directory if it is missing and takes its lock.
+fn lock(dir: &Path) -> Result<File, ClusterError> {
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| ClusterError::File { path, source }
+    };
+    if !dir.is_dir() {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .map_err(failed(dir))?;
+    }
+    let mode = fs::metadata(dir).map_err(failed(dir))?.permissions().mode();
+    if mode & 0o077 != 0 {
+        tracing::warn!(dir = %dir.display(), "the data directory was open to others, closing it");
+        fs::set_permissions(dir, PermissionsExt::from_mode(0o700)).map_err(failed(dir))?;
+    }
+    let path = dir.join("lock");
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .map_err(failed(&path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(ClusterError::Running(dir.to_owned())),
+        Err(TryLockError::Error(source)) => Err(failed(&path)(source)),
+    }
+}
+
+/// The cluster's name: what the store says, else what was asked for, else the host's name.
+fn name(store: &Store, dir: &Path, asked: Option<String>) -> Result<String, ClusterError> {
+    const KIND: &str = "cluster_name";
+    if let Some(stored) = store.get(KIND, KIND)? {
+        let found = stored.spec_text("/cluster_name").to_owned();
+        return match asked {
+            Some(asked) if asked != found => Err(ClusterError::OtherName {
+                data_dir: dir.to_owned(),
+                found,
+                asked,
+            }),
+            _ => Ok(found),
+        };
+    }
+    let name = asked.unwrap_or_else(host_name);
+    if TrustDomain::new(&name).is_err() {
+        return Err(ClusterError::Name(name));
+    }
+    let resource = Resource {
+        kind: KIND.to_owned(),
+        version: "v2".to_owned(),
+        name: KIND.to_owned(),
+        spec: json!({"cluster_name": name}),
+        ..Resource::default()
+    };
+    store.put(resource, &Put::Create)?;
+    Ok(name)
+}
+
+fn host_name() -> String {
+    let name = nix::unistd::gethostname().unwrap_or_default();
+    let name = name.to_string_lossy().to_lowercase();
+    let fits = |c: &char| c.is_ascii_lowercase() || c.is_ascii_digit() || ".-_".contains(*c);
+    let name: String = name.chars().filter(fits).collect();
+    if name.is_empty() {
+        "localhost".to_owned()
+    } else {
+        name
+    }
+}
+
+/// The public addresses, each with a port; the one that was bound if there are none.
+fn public_addrs(given: &[String], bound: SocketAddr) -> Vec<String> {
+    let mut addrs: Vec<String> = given
+        .iter()
+        .map(|addr| with_port(addr, bound.port()))
+        .collect();
+    if addrs.is_empty() {
+        addrs.push(if bound.ip().is_unspecified() {
+            format!("{}:{}", host_name(), bound.port())
+        } else {
+            bound.to_string()
+        });
+    }
+    addrs
+}
+
+fn with_port(addr: &str, port: u16) -> String {
+    let addr = addr
+        .strip_prefix("https://")
+        .unwrap_or(addr)
+        .trim_end_matches('/');
+    if addr.parse::<std::net::Ipv6Addr>().is_ok() {
+        return format!("[{addr}]:{port}");
+    }
+    match addr.rsplit_once(':') {
+        Some((_, tail)) if tail.parse::<u16>().is_ok() => addr.to_owned(),
+        _ => format!("{addr}:{port}"),
+    }
+}
+
+/// Every name and address that the web certificate must be good for.
+fn hosts(public_addrs: &[String]) -> Vec<String> {
+    let mut hosts: Vec<String> = Vec::new();
+    let public = public_addrs.iter().filter_map(|addr| addr.rsplit_once(':'));
+    let public = public.map(|(host, _)| host.trim_matches(['[', ']']));
+    for host in public.chain(["localhost", "127.0.0.1", "::1"]) {
+        if !hosts.iter().any(|known| known == host) {
+            hosts.push(host.to_owned());
+        }
+    }
+    hosts
+}
+
+/// Applies a resource file, or every `.yaml`, `.yml` and `.json` file of a directory by name.
+fn load(state: &ClusterState, path: &Path) -> Result<(), ClusterError> {
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| ClusterError::File { path, source }
+    };
+    let meta = fs::metadata(path).map_err(failed(path))?;
+    if meta.is_dir() {
+        let mut files = Vec::new();
+        for entry in fs::read_dir(path).map_err(failed(path))? {
+            let file = entry.map_err(failed(path))?.path();
+            let extension = file
+                .extension()
+                .and_then(|e| e.to_str())
+                .unwrap_or_default();
+            if file.is_file() && ["yaml", "yml", "json"].contains(&extension) {
+                files.push(file);
+            }
+        }
+        files.sort();
+        return files.iter().try_for_each(|file| load(state, file));
+    }
+    if meta.len() > MAX_FILE {
+        return Err(failed(path)(io::ErrorKind::FileTooLarge.into()));
+    }
+    let text = fs::read_to_string(path).map_err(failed(path))?;
+    let files = [(path.display().to_string(), text)];
+    for applied in state.create(&files, Mode::Ensure, "system")? {
+        tracing::info!(file = %path.display(), "{}", applied.message);
+        for note in applied.notes {
+            tracing::warn!(file = %path.display(), "{note}");
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
