@@ -2,6 +2,11 @@
 //!
 //! Every kind passes the same contract test (`contract.rs`).
 
+#[cfg(test)]
+mod contract;
+mod directory;
+mod memory;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
@@ -12,7 +17,7 @@ use crate::secret::Secret;
 use crate::yaml::{Fields, Tree};
 
 /// The kinds of destination, by their YAML `type`.
-pub const KINDS: &[&dyn DestinationKind] = &[];
+pub const KINDS: &[&dyn DestinationKind] = &[&directory::Directory, &memory::Memory];
 
 /// Kinds that upstream has, so that one missing here is refused by its name.
 const UPSTREAM: &[&str] = &["directory", "memory", "kubernetes_secret"];
@@ -54,6 +59,15 @@ pub fn from_uri(uri: &str) -> Result<Arc<dyn DestinationPlan>, String> {
                 "{uri:?} is no destination: write a path, `file:///path` or `memory://`"
             ))
         })
+}
+
+/// Splits a URI at the end of its scheme; `None` if it has none.
+fn scheme(uri: &str) -> Option<(&str, &str)> {
+    let (scheme, rest) = uri.split_once(':')?;
+    let mut bytes = scheme.bytes();
+    let named = bytes.next().is_some_and(|b| b.is_ascii_alphabetic())
+        && bytes.all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b));
+    named.then_some((scheme, rest))
 }
 
 /// One kind of destination.

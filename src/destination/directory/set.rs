@@ -1,0 +1,379 @@
+//! Replacing several files as one set, so that a stop at any instruction leaves the old set or the
+//! new one (`docs/adr/0006-file-sets.md`).
+//!
+//! A new set is written whole into a draft directory inside the destination, synced, and committed
+//! by renaming the draft to [`STAGED`]. What is in there is then moved out, file by file, over the
+//! old names; whoever finds a [`STAGED`] directory later, after a crash, finishes the moves.
+
+use std::io;
+use std::time::Duration;
+
+use rustix::io::Errno;
+
+use crate::destination::FileSet;
+use crate::fsx::acl::Acl;
+use crate::fsx::{Access, Entry, Folder, unique};
+use crate::secret::Secret;
+
+/// A committed set whose files are being moved to their names.
+const STAGED: &str = ".tbot-set";
+/// Starts the names of sets that are not complete yet.
+const DRAFT: &str = ".tbot-draft-";
+/// Starts the names of single files that are not complete yet.
+const TEMPORARY: &str = ".tbot-tmp-";
+
+/// How long readers that hold the directory's shared lock are waited for.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Files of a key and its certificates. They are moved one right after the other.
+const PAIRED: &[&str] = &[
+    "key",
+    "key-cert.pub",
+    "key.pub",
+    "ssh_host",
+    "ssh_host-cert.pub",
+    "svid.pem",
+    "svid_key.pem",
+    "tls.crt",
+    "tls.key",
+    "tlscert",
+];
+
+/// How files are made and replaced.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Rules {
+    /// Whether a link in the place of a file is written through.
+    pub(super) follow: bool,
+    /// The access control list that every file gets; without one, a file keeps its access.
+    pub(super) acl: Option<Acl>,
+}
+
+impl Rules {
+    fn new_file(&self) -> Access {
+        Access {
+            acl: self.acl.clone(),
+            ..Access::PRIVATE
+        }
+    }
+}
+
+/// Why a set could not be written.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// The system refused `action` on `name`.
+    Io {
+        action: &'static str,
+        name: String,
+        source: io::Error,
+    },
+    /// `name` is not something to write to.
+    Unsuitable { name: String, problem: &'static str },
+}
+
+impl Failure {
+    fn io(action: &'static str, name: &str) -> impl FnOnce(io::Error) -> Self {
+        let name = name.to_owned();
+        move |source| Self::Io {
+            action,
+            name,
+            source,
+        }
+    }
+}
+
+/// A file to be written.
+struct Item<'a> {
+    name: &'a str,
+    content: &'a Secret<Vec<u8>>,
+    access: Access,
+}
+
+/// Replaces the named files. Files with the right content and access are not touched.
+pub(super) fn write<F: Folder>(folder: &F, files: &FileSet, rules: &Rules) -> Result<(), Failure> {
+    finish(folder, rules)?;
+    let mut changed = Vec::new();
+    let mut in_place = Vec::new();
+    for (name, content) in files {
+        check_name(name)?;
+        let item = |access| Item {
+            name,
+            content,
+            access,
+        };
+        match folder.look(name).map_err(Failure::io("read", name))? {
+            None => changed.push(item(rules.new_file())),
+            Some(Entry::File {
+                content: old,
+                access,
+            }) => {
+                let access = match &rules.acl {
+                    None => access,
+                    Some(acl) if access.acl.as_ref() == Some(acl) => access,
+                    Some(_) => {
+                        changed.push(item(rules.new_file()));
+                        continue;
+                    }
+                };
+                if old != *content {
+                    changed.push(item(access));
+                }
+            }
+            Some(Entry::Link) if rules.follow => in_place.push(item(rules.new_file())),
+            Some(Entry::Link) => {
+                return Err(Failure::Unsuitable {
+                    name: name.clone(),
+                    problem: "is a symbolic link: remove it, or set symlinks: insecure to write \
+                              through it",
+                });
+            }
+            Some(Entry::Other) => {
+                return Err(Failure::Unsuitable {
+                    name: name.clone(),
+                    problem: "is not a regular file: remove it or choose another destination",
+                });
+            }
+        }
+    }
+    changed.sort_by_key(|item| rank(item.name));
+    let mut refusal = None;
+    let left = match changed.as_slice() {
+        [] => Vec::new(),
+        [_] => replace_one(folder, changed, &mut refusal)?,
+        _ => replace_many(folder, changed, rules, &mut refusal)?,
+    };
+    in_place.extend(left);
+    overwrite(folder, &in_place, rules, refusal)
+}
+
+/// Finishes a set that was committed and not moved out completely.
+pub(super) fn finish<F: Folder>(folder: &F, rules: &Rules) -> Result<(), Failure> {
+    let Some(staged) = folder.enter(STAGED).map_err(Failure::io("open", STAGED))? else {
+        return Ok(());
+    };
+    let mut names = staged.names().map_err(Failure::io("list", STAGED))?;
+    names.sort_by_key(|name| rank(name));
+    let moved = if names.is_empty() {
+        Ok(())
+    } else {
+        locked(folder, || {
+            names
+                .iter()
+                .try_for_each(|name| move_out(&staged, folder, name, rules))
+        })
+    };
+    moved?;
+    folder.sync().map_err(Failure::io("sync", "."))?;
+    folder
+        .remove_folder(STAGED)
+        .map_err(Failure::io("remove", STAGED))
+}
+
+/// Removes what a writer left that was stopped before it committed. Only names that this module
+/// makes are touched.
+pub(super) fn clean<F: Folder>(folder: &F) -> Result<(), Failure> {
+    let names = folder.names().map_err(Failure::io("list", "."))?;
+    for name in names {
+        if is_made(&name, TEMPORARY) {
+            folder.remove(&name).map_err(Failure::io("remove", &name))?;
+        } else if is_made(&name, DRAFT) {
+            discard(folder, &name).map_err(Failure::io("remove", &name))?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether the name is `prefix` and what [`unique`] returns.
+fn is_made(name: &str, prefix: &str) -> bool {
+    name.strip_prefix(prefix)
+        .is_some_and(|rest| rest.len() == 16 && rest.bytes().all(|b| b.is_ascii_hexdigit()))
+}
+
+/// The order of the moves: what others refer to first, pairs together, then the one file that says
+/// everything, then texts that point to the others.
+fn rank(name: &str) -> u8 {
+    if PAIRED.contains(&name) {
+        1
+    } else if name == "identity" {
+        2
+    } else {
+        u8::from(name.ends_with("ssh_config") || name == "kubeconfig.yaml") * 3
+    }
+}
+
+fn check_name(name: &str) -> Result<(), Failure> {
+    if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\0']) {
+        return Err(Failure::Unsuitable {
+            name: name.to_owned(),
+            problem: "is no file name",
+        });
+    }
+    Ok(())
+}
+
+/// Whether nothing can be made or moved here, so that writing over what exists is all that is left:
+/// a directory without write permission, a read-only file system.
+fn refused(error: &io::Error) -> bool {
+    matches!(
+        Errno::from_io_error(error),
+        Some(Errno::ACCESS | Errno::PERM | Errno::ROFS)
+    )
+}
+
+/// Whether this one name cannot be replaced, as when a single file is mounted there.
+fn pinned(error: &io::Error) -> bool {
+    refused(error) || matches!(Errno::from_io_error(error), Some(Errno::BUSY | Errno::XDEV))
+}
+
+/// One file: its own rename is the commit. Returns it if it must be written in place.
+fn replace_one<'a, F: Folder>(
+    folder: &F,
+    items: Vec<Item<'a>>,
+    refusal: &mut Option<io::Error>,
+) -> Result<Vec<Item<'a>>, Failure> {
+    let temporary = format!("{TEMPORARY}{}", unique());
+    for item in &items {
+        match folder.create(&temporary, item.content.expose(), &item.access) {
+            Ok(()) => {}
+            Err(error) if refused(&error) => {
+                *refusal = Some(error);
+                return Ok(items);
+            }
+            Err(error) => return Err(Failure::io("write", item.name)(error)),
+        }
+        if let Err(error) = folder.rename(&temporary, folder, item.name) {
+            folder
+                .remove(&temporary)
+                .map_err(Failure::io("remove", &temporary))?;
+            if pinned(&error) {
+                *refusal = Some(error);
+                return Ok(items);
+            }
+            return Err(Failure::io("replace", item.name)(error));
+        }
+        folder.sync().map_err(Failure::io("sync", "."))?;
+    }
+    Ok(Vec::new())
+}
+
+/// Several files through a draft. Returns those that must be written in place.
+fn replace_many<'a, F: Folder>(
+    folder: &F,
+    items: Vec<Item<'a>>,
+    rules: &Rules,
+    refusal: &mut Option<io::Error>,
+) -> Result<Vec<Item<'a>>, Failure> {
+    let name = format!("{DRAFT}{}", unique());
+    let draft = match folder.make(&name) {
+        Ok(draft) => draft,
+        Err(error) if refused(&error) => {
+            *refusal = Some(error);
+            return Ok(items);
+        }
+        Err(error) => return Err(Failure::io("create", &name)(error)),
+    };
+    let mut left = Vec::new();
+    for item in items {
+        match draft.create(item.name, item.content.expose(), &item.access) {
+            Ok(()) => {}
+            // The owner of the old file cannot be given to a new one.
+            Err(error) if refused(&error) => {
+                *refusal = Some(error);
+                left.push(item);
+            }
+            Err(error) => {
+                // The first error tells; what stays is cleaned at the next start.
+                drop(discard(folder, &name));
+                return Err(Failure::io("write", item.name)(error));
+            }
+        }
+    }
+    draft.sync().map_err(Failure::io("sync", &name))?;
+    folder
+        .rename(&name, folder, STAGED)
+        .map_err(Failure::io("commit", &name))?;
+    folder.sync().map_err(Failure::io("sync", "."))?;
+    finish(folder, rules)?;
+    Ok(left)
+}
+
+/// Moves one file of a committed set to its name, or its content where the name is pinned.
+fn move_out<F: Folder>(staged: &F, folder: &F, name: &str, rules: &Rules) -> Result<(), Failure> {
+    match staged.rename(name, folder, name) {
+        Err(error) if pinned(&error) => {
+            let Some(Entry::File { content, .. }) =
+                staged.look(name).map_err(Failure::io("read", name))?
+            else {
+                return Err(Failure::io("replace", name)(error));
+            };
+            folder
+                .overwrite(name, content.expose(), rules.acl.as_ref(), rules.follow)
+                .map_err(Failure::io("write", name))?;
+            staged.remove(name).map_err(Failure::io("remove", name))
+        }
+        moved => moved.map_err(Failure::io("replace", name)),
+    }
+}
+
+/// Writes over existing files: the last resort, during which a reader can see mixed files.
+fn overwrite<F: Folder>(
+    folder: &F,
+    items: &[Item<'_>],
+    rules: &Rules,
+    mut refusal: Option<io::Error>,
+) -> Result<(), Failure> {
+    if items.is_empty() {
+        return Ok(());
+    }
+    locked(folder, || {
+        for item in items {
+            folder
+                .overwrite(
+                    item.name,
+                    item.content.expose(),
+                    rules.acl.as_ref(),
+                    rules.follow,
+                )
+                .map_err(|error| {
+                    // A file that is not there is missing because it could not be made.
+                    let cause = match refusal.take() {
+                        Some(refusal) if error.kind() == io::ErrorKind::NotFound => refusal,
+                        _ => error,
+                    };
+                    Failure::io("write", item.name)(cause)
+                })?;
+        }
+        Ok(())
+    })
+}
+
+/// Runs `work` under the directory's exclusive lock. A reader that takes the shared lock sees whole
+/// sets even when it opens several files; one that never lets go delays a renewal, no more.
+fn locked<F: Folder>(
+    folder: &F,
+    work: impl FnOnce() -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let held = folder.lock(PATIENCE).map_err(Failure::io("lock", "."))?;
+    if !held {
+        tracing::warn!("A reader holds the destination's lock for too long; writing without it");
+    }
+    let done = work();
+    if held {
+        folder.unlock().map_err(Failure::io("unlock", "."))?;
+    }
+    done
+}
+
+/// Removes a draft and what is in it.
+fn discard<F: Folder>(folder: &F, name: &str) -> io::Result<()> {
+    if let Some(draft) = folder.enter(name)? {
+        for file in draft.names()? {
+            draft.remove(&file)?;
+        }
+        folder.remove_folder(name)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "set_tests.rs"]
+mod tests;
