@@ -5,6 +5,7 @@
 
 mod heartbeat;
 mod notify;
+mod pid_file;
 mod supervisor;
 
 use std::net::SocketAddr;
@@ -20,8 +21,7 @@ use crate::clock::Clock;
 use crate::cluster::client::Route;
 use crate::cluster::dial::{Dialer, Tcp};
 use crate::cluster::ping::with_port;
-use crate::cluster::trust::Trust;
-use crate::config::{Address, Plan};
+use crate::config::{Plan, Server as ClusterAddress};
 use crate::destination::{Destination as _, Lock};
 use crate::diag;
 use crate::health::Registry;
@@ -30,6 +30,7 @@ use crate::identity::store::Store;
 use crate::services::{Context, Output, Server, Service, output};
 use crate::telemetry::metrics::Metrics;
 
+use pid_file::PidFile;
 use supervisor::Supervisor;
 
 /// The name under which the bot's own identity reports its health.
@@ -59,6 +60,7 @@ struct Agent {
     shutdown: CancellationToken,
     oneshot: bool,
     _lock: Option<Box<dyn Lock>>,
+    _pid_file: Option<PidFile>,
 }
 
 impl Agent {
@@ -69,12 +71,10 @@ impl Agent {
         let shutdown = CancellationToken::new();
         let (reload, reloads) = watch::channel(0);
 
-        let method = plan
-            .method
-            .context("no join method is configured: set onboarding.join_method or --join-method")?;
-        let address = plan
-            .address
-            .context("no cluster is configured: set proxy_server (or auth_server)")?;
+        let missing = plan.for_start();
+        let (Some(method), Some(server), []) = (plan.onboarding.method, &plan.server, missing.as_slice()) else {
+            bail!(missing.join("\n"));
+        };
 
         let storage = plan.storage.build();
         storage.init().await.context("bot storage")?;
@@ -86,13 +86,9 @@ impl Agent {
         let bot = Bot::new(
             Settings {
                 method,
-                token: plan.token,
-                route: route(&address),
-                trust: Trust {
-                    insecure: plan.insecure,
-                    ca_pins: plan.ca_pins,
-                    ca_path: plan.ca_path,
-                },
+                token: plan.onboarding.token,
+                route: route(server),
+                trust: plan.onboarding.trust,
                 ttl: plan.lifetime.ttl,
                 interval: plan.lifetime.interval,
             },
@@ -155,6 +151,7 @@ impl Agent {
             shutdown,
             oneshot: plan.oneshot,
             _lock: lock,
+            _pid_file: plan.pid_file.map(PidFile::write).transpose()?,
         })
     }
 
@@ -229,9 +226,9 @@ impl Agent {
     }
 }
 
-fn route(address: &Address) -> Route {
-    match address {
-        Address::Proxy(address) => Route::Proxy(with_port(address, "443")),
-        Address::Auth(address) => Route::Direct(with_port(address, "3025")),
+fn route(server: &ClusterAddress) -> Route {
+    match server {
+        ClusterAddress::Proxy(address) => Route::Proxy(with_port(address, "443")),
+        ClusterAddress::Auth(address) => Route::Direct(with_port(address, "3025")),
     }
 }

@@ -1,5 +1,6 @@
-//! SPIFFE IDs and trust domains, parsed strictly (SPIFFE-ID.md).
+//! SPIFFE IDs, trust domains and JWT-SVIDs, read strictly.
 
 mod id;
+pub mod jwt;
 
 pub use id::{IdError, SpiffeId, TrustDomain};
