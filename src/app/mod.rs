@@ -42,7 +42,15 @@ const IDENTITY: &str = "identity";
 /// What keeps it from starting, a first join that the cluster refuses, a service that ends by
 /// itself, and with `oneshot` any output that failed.
 pub async fn run(plan: Plan) -> anyhow::Result<()> {
-    Agent::build(plan).await?.run().await
+    run_until(plan, CancellationToken::new()).await
+}
+
+/// As [`run`], and `shutdown` ends it too.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_until(plan: Plan, shutdown: CancellationToken) -> anyhow::Result<()> {
+    Box::pin(Agent::build(plan, shutdown)).await?.run().await
 }
 
 /// A plan whose sockets are bound and whose destinations are ready, before the first network
@@ -64,11 +72,10 @@ struct Agent {
 }
 
 impl Agent {
-    async fn build(plan: Plan) -> anyhow::Result<Self> {
+    async fn build(plan: Plan, shutdown: CancellationToken) -> anyhow::Result<Self> {
         let clock = Clock::system();
         let registry = Registry::new(clock.clone());
         let metrics = Metrics::new();
-        let shutdown = CancellationToken::new();
         let (reload, reloads) = watch::channel(0);
 
         let missing = plan.for_start();

@@ -44,6 +44,8 @@ impl Supervisor {
         let mut signals = Signals::listen()?;
         let result = loop {
             tokio::select! {
+                biased;
+                () = self.shutdown.cancelled() => break Ok(()),
                 ended = self.tasks.join_next() => break why(ended),
                 asked = signals.next() => match asked {
                     Asked::Stop(name) => {
