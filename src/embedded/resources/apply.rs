@@ -258,7 +258,16 @@ fn message(resource: &Resource, known: bool) -> String {
 fn notes(store: &Store, resource: &Resource) -> Result<Vec<String>, StoreError> {
     let mut notes = Vec::new();
     if resource.kind == "bot" {
-        for role in resource.spec_texts("/roles") {
+        let roles = resource.spec_texts("/roles");
+        if roles.is_empty() {
+            notes.push(format!(
+                "bot {:?} lists no roles: it may issue every workload identity (role {:?}); list \
+                 roles to narrow that",
+                resource.name,
+                role::PRESET
+            ));
+        }
+        for role in roles {
             if store.get("role", &role)?.is_none() {
                 notes.push(format!(
                     "there is no role {role:?} yet: outputs of bot {:?} fail until it is created",

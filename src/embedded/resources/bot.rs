@@ -80,11 +80,11 @@ pub(super) fn role(bot: &Resource) -> Resource {
         .pointer("/max_session_ttl/seconds")
         .and_then(Value::as_u64);
     let ttl = Duration::from_secs(ttl.unwrap_or_default());
-    let roles = bot.spec_texts("/roles");
-    let impersonate = if roles.is_empty() {
-        json!({})
-    } else {
-        json!({"roles": roles})
+    // A bot without roles could do nothing at all, and the guides begin with one. On a single node,
+    // whose administrator makes both, it may issue workload identities (docs/adr/0007).
+    let roles = match bot.spec_texts("/roles") {
+        none if none.is_empty() => vec![super::role::PRESET.to_owned()],
+        roles => roles,
     };
     Resource {
         kind: "role".to_owned(),
@@ -94,7 +94,7 @@ pub(super) fn role(bot: &Resource) -> Resource {
         labels: BTreeMap::from([("teleport.internal/bot".to_owned(), bot.name.clone())]),
         spec: json!({
             "allow": {
-                "impersonate": impersonate,
+                "impersonate": {"roles": roles},
                 "rules": [{"resources": ["cert_authority"], "verbs": ["readnosecrets"]}],
             },
             "deny": {},

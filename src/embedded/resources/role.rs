@@ -142,12 +142,15 @@ fn labels(fields: &mut Fields<'_>, key: &str) -> Option<BTreeMap<String, Vec<Str
     Some(labels)
 }
 
+/// The name of [`preset`].
+pub(super) const PRESET: &str = "wildcard-workload-identity-issuer";
+
 /// The role that a new cluster has: whoever holds it may issue every workload identity.
 pub(super) fn preset() -> Resource {
     Resource {
         kind: "role".to_owned(),
         version: "v7".to_owned(),
-        name: "wildcard-workload-identity-issuer".to_owned(),
+        name: PRESET.to_owned(),
         description: "Issue any workload identity".to_owned(),
         labels: BTreeMap::from([(
             "teleport.internal/resource-type".to_owned(),

@@ -80,9 +80,16 @@ async fn the_files_of_the_guide_become_what_a_cluster_shows() {
             "Workload identity \"example-workload-identity\" has been created",
         ]
     );
+    // The guide's bot lists no roles, which is worth a word; the rest is not.
+    assert!(applied[0].notes[0].contains("wildcard-workload-identity-issuer"));
     assert!(
-        applied.iter().all(|one| one.notes.is_empty()),
+        applied[1..].iter().all(|one| one.notes.is_empty()),
         "{applied:?}"
+    );
+    let role = store.get("role", "bot-example").unwrap().unwrap();
+    assert_eq!(
+        role.spec["allow"]["impersonate"]["roles"],
+        json!(["wildcard-workload-identity-issuer"])
     );
     let seen = |kind: &str, name: &str| {
         let mut view = view(&store.get(kind, name).unwrap().unwrap());
