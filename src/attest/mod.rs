@@ -1,15 +1,28 @@
 //! Who is asking: the peer pinned at accept, and the attestors that describe it.
+//!
+//! [`Peer`] is the pinned process, [`Plan`] the configured attestors, [`Attestors`] runs them:
+//! `unix` first and in any case, the others each for itself.
+
+mod peer;
+mod plan;
+mod runner;
+pub mod systemd;
+pub mod unix;
 
 use std::fmt;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 
+pub use peer::{Peer, PeerError};
+pub use plan::Plan;
+pub use runner::{Attestors, Gone};
+
 use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
 use crate::yaml::{Fields, Tree};
 
 /// The attestors, in the order in which they run. `unix` always runs first.
-pub const ATTESTORS: &[&dyn AttestorKind] = &[];
+pub const ATTESTORS: &[&dyn AttestorKind] = &[&unix::Kind, &systemd::Kind];
 
 /// One kind of attestor: a key below `attestors` in a service's configuration.
 pub trait AttestorKind: Sync + fmt::Debug {
@@ -40,6 +53,9 @@ pub struct AttestError {
 pub trait Attestor: Send + Sync + fmt::Debug {
     /// The YAML key of its kind.
     fn name(&self) -> &'static str;
-    /// Adds what it finds to `attributes`.
-    async fn attest(&self, pid: i32, attributes: &mut WorkloadAttrs) -> Result<(), AttestError>;
+    /// Adds what it finds to `attributes`. The caller makes sure afterwards that the peer still
+    /// lives, so that what was found by its process ID was about it.
+    async fn attest(&self, peer: &Peer, attributes: &mut WorkloadAttrs) -> Result<(), AttestError>;
+    /// The kind's section with the configured values.
+    fn emit(&self) -> Tree;
 }

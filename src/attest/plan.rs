@@ -1,0 +1,165 @@
+//! The `attestors` section of a service.
+
+use std::sync::Arc;
+
+use super::{ATTESTORS, Attestor, Attestors, unix};
+use crate::yaml::{Fields, Tree};
+
+/// Attestors of other agents that this one does not have yet. Their sections are accepted as long
+/// as they are not enabled.
+const ABSENT: &[&str] = &["kubernetes", "podman", "docker", "sigstore"];
+
+/// The order in which a configuration file lists the sections (upstream writes it so).
+const WRITTEN: &[&str] = &[
+    "kubernetes",
+    "podman",
+    "docker",
+    "systemd",
+    "unix",
+    "sigstore",
+];
+
+/// The configured attestors. Nothing was touched yet.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    attestors: Vec<Arc<dyn Attestor>>,
+}
+
+impl Default for Plan {
+    /// `unix` with its defaults, nothing else.
+    fn default() -> Self {
+        Self {
+            attestors: vec![Arc::new(unix::Unix::default())],
+        }
+    }
+}
+
+impl Plan {
+    /// Reads the `attestors` key of a service; problems go to `fields`, and `None` comes back then.
+    pub fn parse(fields: &mut Fields<'_>) -> Option<Self> {
+        if !fields.has("attestors") {
+            fields.ignore("attestors");
+            return Some(Self::default());
+        }
+        let mut section = fields.section("attestors")?;
+        for name in ABSENT {
+            absent(&mut section, name);
+        }
+        let mut attestors = Vec::new();
+        for kind in ATTESTORS {
+            attestors.extend(kind.parse(section.section(kind.name())));
+        }
+        let sound = !section.problems().has_errors();
+        section.finish();
+        sound.then_some(Self { attestors })
+    }
+
+    /// The `attestors` section as written in a configuration file, defaults included.
+    pub fn emit(&self) -> Tree {
+        let section = |name: &&'static str| {
+            let kind = ATTESTORS.iter().find(|kind| kind.name() == *name);
+            let configured = self.attestors.iter().find(|a| a.name() == *name);
+            let tree = match kind {
+                Some(kind) => kind.emit(configured.map(AsRef::as_ref)),
+                None => disabled(),
+            };
+            ((*name).to_owned(), tree)
+        };
+        Tree::Map(WRITTEN.iter().map(section).collect())
+    }
+
+    /// The attestors, ready to run.
+    pub fn build(&self) -> Attestors {
+        Attestors::new(self.attestors.iter().map(Arc::clone))
+    }
+}
+
+/// `enabled: false`, how a configuration file shows an attestor that is off.
+pub(super) fn disabled() -> Tree {
+    Tree::map([("enabled", Some(Tree::Bool(false)))])
+}
+
+/// Reads the section of an attestor that does not exist here: it must not be enabled.
+fn absent(fields: &mut Fields<'_>, name: &str) {
+    // Its other keys are not read, and thus neither wrong nor unknown.
+    let Some(mut section) = fields.section(name) else {
+        return;
+    };
+    if section.bool("enabled").unwrap_or(false) {
+        let here: Vec<&str> = ATTESTORS.iter().map(|kind| kind.name()).collect();
+        section.error(
+            "enabled",
+            format!("the {name} attestor is not available in this version"),
+            Some(&format!("remove it; available: {}", here.join(", "))),
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::yaml::{Problems, emit, parse};
+
+    fn read(source: &str) -> (Option<Plan>, String) {
+        let node = parse(source).unwrap();
+        let problems = Problems::new();
+        let mut fields = Fields::new(&node, "", &problems).unwrap();
+        let plan = Plan::parse(&mut fields);
+        fields.finish();
+        (plan, problems.render("t"))
+    }
+
+    const DEFAULTS: &str = "kubernetes:\n  enabled: false\npodman:\n  enabled: false\n\
+        docker:\n  enabled: false\nsystemd:\n  enabled: false\nunix:\n  \
+        binary_hash_max_size_bytes: 1073741824\nsigstore:\n  enabled: false\n";
+
+    #[test]
+    fn the_defaults_are_written_as_upstream_writes_them() {
+        for source in ["listen: x\n", "attestors:\n", "attestors: {}\n"] {
+            let node = parse(source).unwrap();
+            let problems = Problems::new();
+            let mut fields = Fields::new(&node, "", &problems).unwrap();
+            let plan = Plan::parse(&mut fields).unwrap();
+            assert_eq!(emit::emit(&plan.emit()), DEFAULTS, "{source}");
+        }
+    }
+
+    #[test]
+    fn what_is_configured_reads_back() {
+        let source = "attestors:\n  systemd:\n    enabled: true\n  unix:\n    \
+            binary_hash_max_size_bytes: -1\n  docker:\n    enabled: false\n    addr: x\n";
+        let (plan, problems) = read(source);
+        assert_eq!(problems, "");
+        let text = emit::emit(&plan.unwrap().emit());
+        let enabled = DEFAULTS
+            .replace("systemd:\n  enabled: false", "systemd:\n  enabled: true")
+            .replace("1073741824", "-1");
+        assert_eq!(text, enabled);
+    }
+
+    #[test]
+    fn problems_are_told_by_name() {
+        for (source, expected) in [
+            (
+                "attestors: {docker: {enabled: true}}",
+                "attestors.docker.enabled: the docker attestor is not available in this version \
+                 (remove it; available: unix, systemd)",
+            ),
+            ("attestors: {unix: {binary_hash_max_size_bytes: -2}}", "-1"),
+            ("attestors: {systemd: {enabled: 1}}", "true"),
+            ("attestors: [unix]", "must be a mapping"),
+            ("attestors: {unix: 3}", "must be a mapping"),
+        ] {
+            let (plan, problems) = read(source);
+            assert!(plan.is_none(), "{source}");
+            assert!(problems.contains(expected), "{source}: {problems}");
+        }
+    }
+
+    #[test]
+    fn unknown_keys_warn_only() {
+        let (plan, problems) = read("attestors: {systemdd: {enabled: true}}");
+        assert!(plan.is_some());
+        assert!(problems.contains("did you mean `systemd`?"), "{problems}");
+    }
+}

@@ -1,0 +1,234 @@
+//! Runs the attestors on one peer.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::time::{Instant, timeout_at};
+
+use super::{Attestor, Peer};
+use crate::backoff::{Loudness, Repeated};
+use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
+
+/// The longest one attestation takes in all. A slow attestor's attributes stay unset then. Above
+/// the longest limit of a single attestor (30 s), and below the patience of callers.
+const DEADLINE: Duration = Duration::from_secs(40);
+
+/// The peer ended while it was attested: whatever was found may be about another process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("process {pid} ended while it was being identified")]
+pub struct Gone {
+    /// Its former process ID.
+    pub pid: i32,
+}
+
+/// The attestors of a service, ready to run.
+#[derive(Debug)]
+pub struct Attestors {
+    steps: Vec<Step>,
+}
+
+#[derive(Debug)]
+struct Step {
+    attestor: Arc<dyn Attestor>,
+    failures: Mutex<Repeated>,
+}
+
+impl Attestors {
+    /// `attestors` run in this order. The first one is the base: without it nothing is known.
+    pub fn new(attestors: impl IntoIterator<Item = Arc<dyn Attestor>>) -> Self {
+        let step = |attestor| Step {
+            attestor,
+            failures: Mutex::new(Repeated::default()),
+        };
+        Self {
+            steps: attestors.into_iter().map(step).collect(),
+        }
+    }
+
+    /// Everything that could be found out about `peer`.
+    ///
+    /// If the first attestor fails, nothing is known and the attributes are empty: rules that need
+    /// none still match. Another failing one only leaves its own attributes unset.
+    pub async fn attest(&self, peer: &Peer) -> Result<WorkloadAttrs, Gone> {
+        let deadline = Instant::now() + DEADLINE;
+        let mut attributes = WorkloadAttrs::default();
+        for (index, step) in self.steps.iter().enumerate() {
+            // Each works on a copy, so that one that is cut off leaves nothing half done.
+            let mut found = attributes.clone();
+            let problem = match timeout_at(deadline, step.attestor.attest(peer, &mut found)).await {
+                Ok(Ok(())) => {
+                    step.recovered();
+                    attributes = found;
+                    continue;
+                }
+                Ok(Err(error)) => error.to_string(),
+                Err(_) => format!("no answer within {} s", DEADLINE.as_secs()),
+            };
+            if !peer.is_alive() {
+                break;
+            }
+            step.failed(&problem, index == 0);
+            if index == 0 {
+                attributes = WorkloadAttrs::default();
+                break;
+            }
+        }
+        if peer.is_alive() {
+            Ok(attributes)
+        } else {
+            Err(Gone { pid: peer.pid() })
+        }
+    }
+}
+
+impl Step {
+    fn failed(&self, problem: &str, base: bool) {
+        let loudness = self.row().failed();
+        let attestor = self.attestor.name();
+        let effect = if base {
+            "the caller stays unattested"
+        } else {
+            "its attributes stay unset"
+        };
+        match loudness {
+            Loudness::Warn => tracing::warn!(attestor, problem, effect, "Attestation failed"),
+            Loudness::Debug => tracing::debug!(attestor, problem, effect, "Attestation failed"),
+        }
+    }
+
+    fn recovered(&self) {
+        if let Some(failures) = self.row().recovered() {
+            tracing::info!(
+                attestor = self.attestor.name(),
+                failures,
+                "Attestation works again"
+            );
+        }
+    }
+
+    fn row(&self) -> std::sync::MutexGuard<'_, Repeated> {
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attest::AttestError;
+    use crate::pb::teleport::workloadidentity::v1::{WorkloadAttrsSystemd, WorkloadAttrsUnix};
+    use crate::yaml::Tree;
+    use async_trait::async_trait;
+    use tokio::sync::Notify;
+
+    #[derive(Debug)]
+    enum Fake {
+        Unix,
+        Service,
+        Fails,
+        Hangs,
+        /// Tells that it was reached, then waits to be let on.
+        Waits(Arc<Notify>, Arc<Notify>),
+    }
+
+    #[async_trait]
+    impl Attestor for Fake {
+        fn name(&self) -> &'static str {
+            "fake"
+        }
+
+        async fn attest(&self, peer: &Peer, found: &mut WorkloadAttrs) -> Result<(), AttestError> {
+            match self {
+                Self::Unix => {
+                    found.unix = Some(WorkloadAttrsUnix {
+                        attested: true,
+                        pid: peer.pid(),
+                        ..WorkloadAttrsUnix::default()
+                    });
+                }
+                Self::Service => found.systemd = Some(WorkloadAttrsSystemd::default()),
+                Self::Fails => {
+                    found.systemd = Some(WorkloadAttrsSystemd::default());
+                    return Err(AttestError {
+                        attestor: "fake",
+                        pid: peer.pid(),
+                        problem: "no".into(),
+                    });
+                }
+                Self::Hangs => std::future::pending().await,
+                Self::Waits(reached, on) => {
+                    reached.notify_one();
+                    on.notified().await;
+                }
+            }
+            Ok(())
+        }
+
+        fn emit(&self) -> Tree {
+            Tree::Null
+        }
+    }
+
+    fn attestors(fakes: impl IntoIterator<Item = Fake>) -> Attestors {
+        Attestors::new(
+            fakes
+                .into_iter()
+                .map(|fake| Arc::new(fake) as Arc<dyn Attestor>),
+        )
+    }
+
+    fn own() -> Peer {
+        Peer::open(i32::try_from(std::process::id()).unwrap(), 0, 0).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_failing_base_means_no_attributes() {
+        let found = attestors([Fake::Fails, Fake::Service]).attest(&own()).await;
+        assert_eq!(found.unwrap(), WorkloadAttrs::default());
+    }
+
+    #[tokio::test]
+    async fn another_failing_one_is_left_out() {
+        let found = attestors([Fake::Unix, Fake::Fails])
+            .attest(&own())
+            .await
+            .unwrap();
+        assert!(found.unix.is_some());
+        assert!(found.systemd.is_none());
+        let found = attestors([Fake::Unix, Fake::Service])
+            .attest(&own())
+            .await
+            .unwrap();
+        assert!(found.systemd.is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_hanging_one_is_cut_off() {
+        let found = attestors([Fake::Unix, Fake::Hangs])
+            .attest(&own())
+            .await
+            .unwrap();
+        assert!(found.unix.is_some());
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_ends_meanwhile_gets_nothing() {
+        let mut child = tokio::process::Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let pid = i32::try_from(child.id().unwrap()).unwrap();
+        let peer = Peer::open(pid, 0, 0).unwrap();
+        let (reached, on) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let waits = Fake::Waits(Arc::clone(&reached), Arc::clone(&on));
+        let attestors = attestors([Fake::Unix, waits]);
+        let exit = async {
+            reached.notified().await;
+            drop(child.stdin.take());
+            child.wait().await.unwrap();
+            on.notify_one();
+        };
+        let (found, ()) = tokio::join!(attestors.attest(&peer), exit);
+        assert_eq!(found, Err(Gone { pid }));
+    }
+}
