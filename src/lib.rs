@@ -21,4 +21,5 @@ pub mod secret;
 pub mod services;
 pub mod spiffe;
 pub mod telemetry;
+pub mod workload;
 pub mod yaml;

@@ -1,0 +1,515 @@
+//! Issued SVIDs, one entry per selector, life and set of attributes, renewed from one queue.
+//!
+//! [`Cache::run`] is the only task: it starts what is due, keeps the number of requests in flight
+//! small, and publishes each outcome to the entry's subscribers. Everything else only looks at
+//! entries. What to do next is decided by `after`, a pure function.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use prost::Message as _;
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
+
+use super::issue::{IssueError, Issuer, Svid};
+use super::selector::Selector;
+use crate::backoff::{Backoff, Loudness, Repeated};
+use crate::clock::Clock;
+use crate::crypto::{jitter, sha256};
+use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
+
+/// Requests in flight at a time. A cluster answers one in some milliseconds; more would only queue
+/// there.
+const IN_FLIGHT: usize = 16;
+/// How long an entry outlives its last subscriber, for callers that connect anew each time.
+const GRACE: Duration = Duration::from_secs(30);
+/// How long a refusal answers for the cluster.
+const REFUSAL_KEPT: Duration = Duration::from_secs(1);
+/// Renewals after a change that concerns everybody spread over this time.
+const SPREAD: Duration = Duration::from_secs(10);
+/// First and longest wait after a failure.
+const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// The part of the wait for a renewal that jitter takes off at most.
+const JITTER: f64 = 0.1;
+
+/// What an entry's subscribers see.
+#[derive(Debug, Clone, Default)]
+pub enum State {
+    /// Being issued for the first time.
+    #[default]
+    Pending,
+    /// At least one SVID, in the cluster's order.
+    Ready(Arc<[Svid]>),
+    /// The cluster decided that there is none.
+    Refused(Arc<str>),
+    /// None is held and none can be had now.
+    Unavailable(Arc<str>),
+}
+
+impl State {
+    /// Whether this is an answer at `now`. Expired SVIDs are none.
+    pub fn is_answer(&self, now: SystemTime) -> bool {
+        match self {
+            Self::Pending => false,
+            Self::Ready(svids) => not_after(svids) > now,
+            Self::Refused(_) | Self::Unavailable(_) => true,
+        }
+    }
+}
+
+/// What makes two requests the same. Attributes include the process ID, so that no two processes
+/// share a private key.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Key {
+    selector: Selector,
+    ttl: Duration,
+    attributes: [u8; 32],
+}
+
+/// Issued SVIDs, shared by all who ask for the same. Cloning shares the cache.
+#[derive(Debug, Clone)]
+pub struct Cache(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    issuer: Arc<dyn Issuer>,
+    clock: Clock,
+    interval: Duration,
+    wake: Notify,
+    table: Mutex<Table>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    ids: HashMap<Key, u64>,
+    entries: HashMap<u64, Entry>,
+    /// When each entry that is not in flight wants attention.
+    queue: BTreeSet<(SystemTime, u64)>,
+    next_id: u64,
+}
+
+#[derive(Debug)]
+struct Entry {
+    key: Key,
+    attributes: Arc<WorkloadAttrs>,
+    state: watch::Sender<State>,
+    subscribers: usize,
+    abandoned: Option<SystemTime>,
+    attempted: Option<SystemTime>,
+    due: SystemTime,
+    in_flight: bool,
+    backoff: Backoff,
+    failures: Repeated,
+}
+
+impl Table {
+    /// Puts an entry into the queue at the time when it next wants attention.
+    fn enqueue(&mut self, id: u64) {
+        let Some(entry) = self.entries.get(&id) else {
+            return;
+        };
+        if entry.in_flight {
+            return;
+        }
+        let at = entry.wanted_at();
+        self.queue.insert((at, id));
+    }
+
+    fn dequeue(&mut self, id: u64) {
+        if let Some(entry) = self.entries.get(&id) {
+            self.queue.remove(&(entry.wanted_at(), id));
+        }
+    }
+
+    /// Changes an entry and keeps the queue in step.
+    fn update(&mut self, id: u64, change: impl FnOnce(&mut Entry)) {
+        self.dequeue(id);
+        if let Some(entry) = self.entries.get_mut(&id) {
+            change(entry);
+        }
+        self.enqueue(id);
+    }
+
+    fn remove(&mut self, id: u64) {
+        self.dequeue(id);
+        if let Some(entry) = self.entries.remove(&id) {
+            self.ids.remove(&entry.key);
+        }
+    }
+}
+
+impl Entry {
+    fn wanted_at(&self) -> SystemTime {
+        self.abandoned.map_or(self.due, |since| since + GRACE)
+    }
+}
+
+/// One interest in an entry. The entry ends a while after its last subscription.
+#[derive(Debug)]
+pub struct Subscription {
+    cache: Arc<Inner>,
+    id: u64,
+    state: watch::Receiver<State>,
+}
+
+impl Subscription {
+    /// What is held now, and every change of it.
+    pub fn state(&mut self) -> &mut watch::Receiver<State> {
+        &mut self.state
+    }
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        let now = self.cache.clock.now();
+        let mut table = self.cache.table();
+        table.update(self.id, |entry| {
+            entry.subscribers = entry.subscribers.saturating_sub(1);
+            if entry.subscribers == 0 {
+                entry.abandoned = Some(now);
+            }
+        });
+        drop(table);
+        self.cache.wake.notify_one();
+    }
+}
+
+impl Inner {
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+type Outcome = Result<Vec<Svid>, IssueError>;
+
+impl Cache {
+    /// A cache that renews what `issuer` issues after `interval` at the latest. Nothing happens
+    /// before [`Cache::run`].
+    pub fn new(issuer: Arc<dyn Issuer>, clock: Clock, interval: Duration) -> Self {
+        Self(Arc::new(Inner {
+            issuer,
+            clock,
+            interval,
+            wake: Notify::new(),
+            table: Mutex::new(Table::default()),
+        }))
+    }
+
+    /// Takes part in the entry for these attributes, and makes it if there is none.
+    pub fn subscribe(
+        &self,
+        selector: &Selector,
+        ttl: Duration,
+        attributes: &WorkloadAttrs,
+    ) -> Subscription {
+        let key = Key {
+            selector: selector.clone(),
+            ttl,
+            attributes: digest(attributes),
+        };
+        let now = self.0.clock.now();
+        let mut table = self.0.table();
+        let id = if let Some(id) = table.ids.get(&key) {
+            *id
+        } else {
+            let id = table.next_id;
+            table.next_id += 1;
+            table.ids.insert(key.clone(), id);
+            table.entries.insert(id, Entry::new(key, attributes, now));
+            id
+        };
+        let mut state = None;
+        table.update(id, |entry| {
+            entry.subscribers += 1;
+            entry.abandoned = None;
+            entry.ask_again_if_stale(now);
+            state = Some(entry.state.subscribe());
+        });
+        drop(table);
+        self.0.wake.notify_one();
+        Subscription {
+            cache: Arc::clone(&self.0),
+            id,
+            state: state.unwrap_or_else(|| watch::channel(State::Pending).1),
+        }
+    }
+
+    /// Renews every entry soon, spread over some seconds: the authority or the operator's wish
+    /// changed. What is held stays in use meanwhile.
+    pub fn renew_all(&self) {
+        let now = self.0.clock.now();
+        let mut table = self.0.table();
+        let ids: Vec<u64> = table.entries.keys().copied().collect();
+        for id in ids {
+            table.update(id, |entry| {
+                entry.due = entry.due.min(now + SPREAD.mul_f64(jitter()));
+            });
+        }
+        drop(table);
+        self.0.wake.notify_one();
+    }
+
+    /// How many entries there are.
+    pub fn len(&self) -> usize {
+        self.0.table().entries.len()
+    }
+
+    /// Whether there is no entry.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Issues and renews until the future is dropped.
+    pub async fn run(&self) {
+        let mut flights: JoinSet<(u64, Outcome)> = JoinSet::new();
+        loop {
+            let now = self.0.clock.now();
+            while flights.len() < IN_FLIGHT {
+                let Some((id, key, attributes)) = self.take_due(now) else {
+                    break;
+                };
+                let issuer = Arc::clone(&self.0.issuer);
+                flights.spawn(async move {
+                    let outcome = issuer.issue(&key.selector, key.ttl, &attributes).await;
+                    (id, outcome)
+                });
+            }
+            let next = self.0.table().queue.first().map(|(at, _)| *at);
+            let room = flights.len() < IN_FLIGHT;
+            tokio::select! {
+                () = self.0.wake.notified() => {}
+                Some(ended) = flights.join_next() => {
+                    // A task that panicked has no outcome; its entry is asked for again.
+                    match ended {
+                        Ok((id, outcome)) => self.finish(id, outcome),
+                        Err(error) => {
+                            tracing::error!(%error, "Issuing an SVID panicked");
+                            self.release_lost();
+                        }
+                    }
+                }
+                () = self.0.clock.sleep_until(next.unwrap_or(now)), if next.is_some() && room => {}
+            }
+        }
+    }
+
+    /// Removes what nobody wants any more, and takes the next entry that is to be issued.
+    fn take_due(&self, now: SystemTime) -> Option<(u64, Key, Arc<WorkloadAttrs>)> {
+        let mut table = self.0.table();
+        loop {
+            let (at, id) = *table.queue.first()?;
+            if at > now {
+                return None;
+            }
+            table.queue.pop_first();
+            let Some(entry) = table.entries.get_mut(&id) else {
+                continue;
+            };
+            if entry.abandoned.is_some() {
+                table.remove(id);
+                continue;
+            }
+            entry.in_flight = true;
+            entry.attempted = Some(now);
+            return Some((id, entry.key.clone(), Arc::clone(&entry.attributes)));
+        }
+    }
+
+    fn finish(&self, id: u64, outcome: Outcome) {
+        let now = self.0.clock.now();
+        let interval = self.0.interval;
+        let mut table = self.0.table();
+        table.update(id, |entry| {
+            entry.in_flight = false;
+            entry.tell(&outcome);
+            let held = entry.state.borrow().clone();
+            let next = after(now, &held, outcome, interval, &mut entry.backoff, jitter());
+            entry.due = next.due;
+            if let Some(state) = next.publish {
+                entry.state.send_replace(state);
+            }
+        });
+    }
+
+    /// Makes every entry whose request vanished due again.
+    fn release_lost(&self) {
+        let now = self.0.clock.now();
+        let mut table = self.0.table();
+        let lost: Vec<u64> = table
+            .entries
+            .iter()
+            .filter(|(_, entry)| entry.in_flight)
+            .map(|(id, _)| *id)
+            .collect();
+        for id in lost {
+            table.update(id, |entry| {
+                entry.in_flight = false;
+                entry.due = now + BACKOFF.1;
+            });
+        }
+    }
+}
+
+impl Entry {
+    fn new(key: Key, attributes: &WorkloadAttrs, now: SystemTime) -> Self {
+        Self {
+            key,
+            attributes: Arc::new(attributes.clone()),
+            state: watch::Sender::new(State::Pending),
+            subscribers: 0,
+            abandoned: None,
+            attempted: None,
+            due: now,
+            in_flight: false,
+            backoff: Backoff::new(BACKOFF.0, BACKOFF.1),
+            failures: Repeated::default(),
+        }
+    }
+
+    /// A new subscriber is not turned away with an old refusal or an old outage.
+    fn ask_again_if_stale(&mut self, now: SystemTime) {
+        let stale = match &*self.state.borrow() {
+            State::Refused(_) | State::Unavailable(_) => self
+                .attempted
+                .is_none_or(|attempted| attempted + REFUSAL_KEPT <= now),
+            State::Ready(svids) => not_after(svids) <= now,
+            State::Pending => false,
+        };
+        if stale && !self.in_flight {
+            self.due = now;
+            self.state.send_replace(State::Pending);
+        }
+    }
+
+    fn tell(&mut self, outcome: &Outcome) {
+        let unix = self.attributes.unix.as_ref();
+        let pid = unix.map(|unix| unix.pid);
+        let uid = unix.map(|unix| unix.uid);
+        let service = self.attributes.systemd.as_ref().map(|s| s.service.as_str());
+        match outcome {
+            Ok(svids) => {
+                self.failures.recovered();
+                for svid in svids {
+                    tracing::info!(
+                        r#type = "x509-svid",
+                        spiffe_id = %svid.id,
+                        serial_number = svid.serial,
+                        hint = svid.hint,
+                        expires_at = %super::rfc3339(svid.not_after),
+                        workload_identity_name = svid.name,
+                        workload_identity_revision = svid.revision,
+                        pid,
+                        uid,
+                        systemd_service = service,
+                        "Issued Workload Identity Credential"
+                    );
+                }
+            }
+            Err(error) => match self.failures.failed() {
+                Loudness::Warn => {
+                    tracing::warn!(pid, uid, systemd_service = service, %error, "No SVID was issued");
+                }
+                Loudness::Debug => {
+                    tracing::debug!(pid, uid, systemd_service = service, %error, "No SVID was issued");
+                }
+            },
+        }
+    }
+}
+
+/// What follows from an outcome.
+#[derive(Debug)]
+struct Next {
+    /// What subscribers are to see; `None` leaves what they see.
+    publish: Option<State>,
+    /// When to ask again.
+    due: SystemTime,
+}
+
+/// Decides what follows when `outcome` arrives at `now` while `held` is what subscribers see.
+fn after(
+    now: SystemTime,
+    held: &State,
+    outcome: Outcome,
+    interval: Duration,
+    backoff: &mut Backoff,
+    random: f64,
+) -> Next {
+    match outcome {
+        Ok(svids) => {
+            backoff.reset();
+            let svids: Arc<[Svid]> = svids.into();
+            let due = renew_at(now, not_after(&svids), interval, random);
+            Next {
+                publish: Some(State::Ready(svids)),
+                due,
+            }
+        }
+        Err(IssueError::Refused(why)) => Next {
+            publish: Some(State::Refused(why.into())),
+            due: now + backoff.next_wait(random),
+        },
+        Err(error @ (IssueError::Unavailable(_) | IssueError::Answer(_))) => {
+            let retry = now + backoff.next_wait(random);
+            match held {
+                // The last good one stays, and its end is not slept through.
+                State::Ready(svids) if not_after(svids) > now => Next {
+                    publish: None,
+                    due: retry.min(not_after(svids)),
+                },
+                _ => Next {
+                    publish: Some(State::Unavailable(error.to_string().into())),
+                    due: retry,
+                },
+            }
+        }
+    }
+}
+
+/// The deadline of a renewal, fixed when something was issued: after `interval`, before two thirds
+/// of the life are over, and up to a tenth earlier so that agents do not march in step.
+fn renew_at(now: SystemTime, not_after: SystemTime, interval: Duration, random: f64) -> SystemTime {
+    let life = not_after.duration_since(now).unwrap_or_default();
+    let wait = interval.min(life * 2 / 3).max(Duration::from_secs(1));
+    now + wait.mul_f64(1.0 - JITTER * random)
+}
+
+/// When the first of them expires.
+fn not_after(svids: &[Svid]) -> SystemTime {
+    let ends = svids.iter().map(|svid| svid.not_after);
+    ends.min().unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
+/// A digest of all attributes. Protobuf maps have no order, so they are sorted out of the way.
+fn digest(attributes: &WorkloadAttrs) -> [u8; 32] {
+    let mut plain = attributes.clone();
+    let mut labels: Vec<(u8, String, String)> = Vec::new();
+    let mut take = |tag: u8, map: &mut HashMap<String, String>| {
+        labels.extend(map.drain().map(|(key, value)| (tag, key, value)));
+    };
+    if let Some(kubernetes) = &mut plain.kubernetes {
+        take(0, &mut kubernetes.labels);
+    }
+    if let Some(podman) = &mut plain.podman {
+        if let Some(container) = &mut podman.container {
+            take(1, &mut container.labels);
+        }
+        if let Some(pod) = &mut podman.pod {
+            take(2, &mut pod.labels);
+        }
+    }
+    if let Some(container) = plain.docker.as_mut().and_then(|d| d.container.as_mut()) {
+        take(3, &mut container.labels);
+    }
+    labels.sort_unstable();
+    let mut bytes = plain.encode_length_delimited_to_vec();
+    for (tag, key, value) in labels {
+        bytes.push(tag);
+        for text in [key, value] {
+            bytes.extend((text.len() as u64).to_be_bytes());
+            bytes.extend(text.as_bytes());
+        }
+    }
+    sha256(&bytes)
+}
