@@ -1,0 +1,359 @@
+//! The `workload-identity-api` service: the SPIFFE Workload API on a unix socket.
+//!
+//! `listener.rs` opens the socket, `incoming.rs` pins who connects, `api.rs` answers calls,
+//! `limits.rs` keeps one user from starving the others. Issuing, caching and following bundles are
+//! [`crate::workload`]'s.
+
+mod api;
+mod incoming;
+mod limits;
+mod listener;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use async_trait::async_trait;
+use tokio::sync::watch;
+use tonic::service::interceptor::InterceptedService;
+
+use self::api::Api;
+use self::listener::{Bound, Listen};
+use super::{Context, Flag, FlagValue, Lifetime, Server, Service, ServiceKind, ServicePlan};
+use crate::attest;
+use crate::cluster::Client;
+use crate::destination::DestinationPlan;
+use crate::identity::{Handle, IdentityError, Request};
+use crate::pb::workload_api::spiffe_workload_api_server::SpiffeWorkloadApiServer;
+use crate::workload::{
+    Access, Bundles, Cache, ClusterIssuer, Crl, IssueError, Selector, bundle, crl,
+};
+use crate::yaml::{Fields, Tree};
+
+/// The YAML `type`.
+const NAME: &str = "workload-identity-api";
+/// Calls and streams that one connection may have open. Each costs memory that a caller decides on.
+const STREAMS_PER_CONNECTION: u32 = 1000;
+/// The largest request, in bytes: none of the served ones has content.
+const MAX_REQUEST: usize = 64 * 1024;
+/// How long open calls may take to end when the service stops.
+const DRAIN: Duration = Duration::from_secs(3);
+
+/// The kind.
+#[derive(Debug)]
+pub struct Kind;
+
+impl ServiceKind for Kind {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn aliases(&self) -> &'static [&'static str] {
+        &["workload-api"]
+    }
+
+    fn flags(&self) -> &'static [Flag] {
+        &[
+            Flag {
+                name: "listen",
+                yaml: "listen",
+                value: FlagValue::Text,
+                required: true,
+                help: "Where to listen, for example unix:///opt/machine-id/workload.sock",
+            },
+            Flag {
+                name: "name-selector",
+                yaml: "selector.name",
+                value: FlagValue::Text,
+                required: false,
+                help: "The name of the workload identity to issue",
+            },
+            Flag {
+                name: "label-selector",
+                yaml: "selector.labels",
+                value: FlagValue::Labels,
+                required: false,
+                help: "Labels of the workload identities to issue, as key=value,key2=value2",
+            },
+        ]
+    }
+
+    fn parse(&self, fields: &mut Fields<'_>) -> Option<Box<dyn ServicePlan>> {
+        let listen = fields
+            .required("listen")
+            .and_then(|text| match Listen::parse(&text) {
+                Ok((listen, None)) => Some(listen),
+                Ok((listen, Some(warning))) => {
+                    fields.warn("listen", warning, Some("write unix:///path/to.sock"));
+                    Some(listen)
+                }
+                Err(problem) => {
+                    fields.error(
+                        "listen",
+                        problem,
+                        Some("for example unix:///opt/machine-id/workload.sock"),
+                    );
+                    None
+                }
+            });
+        let attestors = attest::Plan::parse(fields);
+        let selector = Selector::parse(fields);
+        Some(Box::new(Plan {
+            listen: listen?,
+            attestors: attestors?,
+            selector: selector?,
+        }))
+    }
+
+    fn skips_maximum_ttl(&self) -> bool {
+        true
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Plan {
+    listen: Listen,
+    attestors: attest::Plan,
+    selector: Selector,
+}
+
+impl ServicePlan for Plan {
+    fn label(&self) -> String {
+        format!("{NAME}:{}", self.listen)
+    }
+
+    fn destination(&self) -> Option<&Arc<dyn DestinationPlan>> {
+        None
+    }
+
+    fn emit(&self) -> Vec<(String, Tree)> {
+        vec![
+            ("listen".to_owned(), Tree::text(self.listen.to_string())),
+            ("attestors".to_owned(), self.attestors.emit()),
+            ("selector".to_owned(), self.selector.emit()),
+        ]
+    }
+
+    fn build(&self) -> Service {
+        Service::Server(Box::new(WorkloadApi {
+            plan: self.clone(),
+            bound: None,
+        }))
+    }
+}
+
+/// The running service.
+#[derive(Debug)]
+struct WorkloadApi {
+    plan: Plan,
+    bound: Option<Bound>,
+}
+
+#[async_trait]
+impl Server for WorkloadApi {
+    async fn bind(&mut self) -> anyhow::Result<()> {
+        self.bound = Some(self.plan.listen.bind().await?);
+        Ok(())
+    }
+
+    async fn run(mut self: Box<Self>, context: Context) -> anyhow::Result<()> {
+        let bound = match self.bound.take() {
+            Some(bound) => bound,
+            None => self.plan.listen.bind().await?,
+        };
+        let (bundles, follow_bundles) = watch::channel(None);
+        let (revoked, follow_revoked) = watch::channel(Crl::Pending);
+        let access = Derived::new(context.identity.clone(), context.lifetime);
+        let issuer = ClusterIssuer::new(
+            Arc::new(access),
+            follow_bundles.clone(),
+            context.clock.clone(),
+        );
+        let cache = Cache::new(
+            Arc::new(issuer),
+            context.clock.clone(),
+            context.lifetime.interval,
+        );
+        let api = Api::new(
+            api::Sources {
+                cache: cache.clone(),
+                bundles: follow_bundles.clone(),
+                crl: follow_revoked,
+            },
+            self.plan.attestors.build(),
+            self.plan.selector.clone(),
+            &context,
+        );
+        tracing::info!(listen = %self.plan.listen, "Workload API is listening");
+        let service = SpiffeWorkloadApiServer::new(api).max_decoding_message_size(MAX_REQUEST);
+        let serve = tonic::transport::Server::builder()
+            .max_concurrent_streams(Some(STREAMS_PER_CONNECTION))
+            .add_service(InterceptedService::new(service, api::require_header))
+            .serve_with_incoming_shutdown(
+                incoming::accept(&bound, context.clock.clone()),
+                context.shutdown.clone().cancelled_owned(),
+            );
+        let work = async {
+            tokio::join!(
+                cache.run(),
+                follow(&context, &bundles, &revoked),
+                report(&context, &follow_bundles),
+                renew_on_change(&context, &cache, follow_bundles.clone()),
+            )
+        };
+        let late = async {
+            context.shutdown.cancelled().await;
+            context.clock.sleep(DRAIN).await;
+        };
+        tokio::select! {
+            served = serve => served.with_context(|| format!("serving {}", self.plan.listen))?,
+            _ = work => {}
+            () = late => {}
+        }
+        drop(bound);
+        Ok(())
+    }
+}
+
+/// Follows bundles and revocations as the bot itself, from its first join on.
+async fn follow(
+    context: &Context,
+    bundles: &watch::Sender<Option<Arc<Bundles>>>,
+    revoked: &watch::Sender<Crl>,
+) {
+    let Some(identity) = context.identity.ready().await else {
+        return std::future::pending().await;
+    };
+    let client = context.identity.client();
+    tokio::join!(
+        bundle::follow(client, identity.cluster(), &context.clock, bundles),
+        crl::follow(client, &context.clock, revoked),
+    );
+}
+
+/// The service is healthy once it could serve.
+async fn report(context: &Context, bundles: &watch::Receiver<Option<Arc<Bundles>>>) {
+    let mut bundles = bundles.clone();
+    if bundles.wait_for(Option::is_some).await.is_ok() {
+        context.health.healthy();
+    }
+    std::future::pending::<()>().await;
+}
+
+/// A new authority, and the operator's wish, renew every SVID ahead of time.
+async fn renew_on_change(
+    context: &Context,
+    cache: &Cache,
+    mut bundles: watch::Receiver<Option<Arc<Bundles>>>,
+) {
+    let mut reloads = context.identity.reloads();
+    let mut local = None;
+    loop {
+        let current = bundles
+            .borrow_and_update()
+            .as_ref()
+            .map(|b| b.local().clone());
+        if current != local {
+            if local.is_some() {
+                tracing::info!("The cluster's SPIFFE authority changed: renewing every SVID");
+                cache.renew_all();
+            }
+            local = current;
+        }
+        tokio::select! {
+            changed = bundles.changed() => if changed.is_err() { return },
+            reload = reloads.changed() => match reload {
+                Ok(()) => cache.renew_all(),
+                Err(_) => return,
+            },
+        }
+    }
+}
+
+/// Issues with the roles that the bot may impersonate.
+struct Derived {
+    handle: Handle,
+    request: Request,
+}
+
+impl Derived {
+    fn new(handle: Handle, lifetime: Lifetime) -> Self {
+        Self {
+            handle,
+            request: Request {
+                roles: Vec::new(),
+                ttl: lifetime.ttl,
+                cluster: None,
+                reissuable: false,
+            },
+        }
+    }
+}
+
+impl fmt::Debug for Derived {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Derived")
+    }
+}
+
+#[async_trait]
+impl Access for Derived {
+    async fn client(&self) -> Result<Client, IssueError> {
+        // While the bot joins, callers wait; how long is theirs to say.
+        if self.handle.ready().await.is_none() {
+            return Err(IssueError::Unavailable("the agent is stopping".into()));
+        }
+        self.handle
+            .derived(&self.request)
+            .await
+            .map_err(|error| match error {
+                IdentityError::Cluster(error) => error.into(),
+                IdentityError::NoRoles => IssueError::Refused(error.to_string()),
+                other => IssueError::Unavailable(other.to_string()),
+            })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::yaml::{Problems, emit, parse};
+
+    fn read(source: &str) -> (Option<Box<dyn ServicePlan>>, String) {
+        let node = parse(source).unwrap();
+        let problems = Problems::new();
+        let mut fields = Fields::new(&node, "", &problems).unwrap();
+        let plan = Kind.parse(&mut fields);
+        fields.finish();
+        (plan, problems.render("t"))
+    }
+
+    #[test]
+    fn the_section_is_written_as_upstream_writes_it() {
+        let (plan, problems) = read("listen: unix:///x.sock\nselector:\n  name: n\n");
+        assert_eq!(problems, "");
+        let plan = plan.unwrap();
+        assert_eq!(plan.label(), "workload-identity-api:unix:///x.sock");
+        let expected = "listen: unix:///x.sock\nattestors:\n  kubernetes:\n    enabled: false\n  \
+            podman:\n    enabled: false\n  docker:\n    enabled: false\n  systemd:\n    \
+            enabled: false\n  unix:\n    binary_hash_max_size_bytes: 1073741824\n  sigstore:\n    \
+            enabled: false\nselector:\n  name: \"n\"\n";
+        assert_eq!(emit::emit(&Tree::Map(plan.emit())), expected);
+        let (again, problems) = read(expected);
+        assert_eq!(problems, "");
+        assert_eq!(emit::emit(&Tree::Map(again.unwrap().emit())), expected);
+    }
+
+    #[test]
+    fn every_problem_is_told_in_one_run() {
+        let (plan, problems) = read("listen: http://x\nattestors: {docker: {enabled: true}}\n");
+        assert!(plan.is_none());
+        for key in ["listen: ", "attestors.docker.enabled: ", "selector: "] {
+            assert!(
+                problems.contains(&format!("error: {key}")),
+                "{key}: {problems}"
+            );
+        }
+    }
+}
