@@ -1,1 +1,18 @@
+//! Tests of the whole: the built binary, the tree of sources, the wire format.
+//!
+//! One binary, so that it is linked once. `common` has what starts real parts.
 
+#![expect(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::print_stderr,
+    clippy::string_slice,
+    clippy::unwrap_used,
+    reason = "a test may end where it stands"
+)]
+
+mod architecture;
+mod common;
+mod harness;
+mod wire;

@@ -6,7 +6,7 @@
 # Nothing outside the namespaces changes: the root file system is read-only in there, /etc, /var,
 # /opt, /root and /usr/local/bin are overlays whose changes stay in memory, /tmp, /run and /dev are
 # new (systemd-tmpfiles empties /tmp at boot!), and the processes live in a cgroup of their own. The network is the host's, so that units reach servers on 127.0.0.1. Killing this
-# process kills everything in it; what is left then is an empty cgroup, named in WORK_DIR/cgroup.
+# process kills everything in it; what is left then is an empty cgroup, named in WORK_DIR.cgroup.
 set -euo pipefail
 work=$1 binary=$2
 mkdir -p "$work"
@@ -18,7 +18,7 @@ if [ -z "$unified" ]; then
 fi
 cgroup=$unified/tbot-test-$$
 mkdir "$cgroup"
-echo "$cgroup" > "$work/cgroup"
+echo "$cgroup" > "$work.cgroup"
 echo $$ > "$cgroup/cgroup.procs"
 
 inside() {
