@@ -5,6 +5,7 @@
 
 pub mod attest;
 pub mod backoff;
+pub mod cli;
 pub mod clock;
 pub mod cluster;
 pub mod config;

@@ -1,0 +1,104 @@
+//! `tbot cluster serve`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::Args;
+use sd_notify::NotifyState;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::Clock;
+use crate::embedded::{Cluster, Config};
+
+/// Arguments of `tbot cluster serve`.
+#[derive(Debug, Clone, Args)]
+pub struct ServeArgs {
+    /// Address of the one port for agents and HTTPS
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:3080")]
+    listen: SocketAddr,
+    /// Address of a second port for agents that use auth_server
+    #[arg(long, value_name = "ADDR")]
+    auth_listen: Option<SocketAddr>,
+    /// Name of the cluster and its trust domain; fixed at the first start [default: the host name]
+    #[arg(long, value_name = "NAME")]
+    cluster_name: Option<String>,
+    /// How agents reach the port: HOST[:PORT]; may be repeated, the first is told to agents
+    #[arg(long, value_name = "ADDR")]
+    public_addr: Vec<String>,
+    /// Certificate chain of the HTTPS side, PEM [default: a self-made one, see web-ca.pem]
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// Key of that certificate, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Resource files, or directories of them, to apply at every start
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    resources: Vec<PathBuf>,
+    /// Endpoint to ask instead of AWS STS when bots join with the method iam (tests, private
+    /// endpoints)
+    #[arg(long, value_name = "URL")]
+    sts_endpoint: Option<String>,
+}
+
+/// Serves until SIGINT or SIGTERM.
+pub(super) async fn run(args: ServeArgs, data_dir: PathBuf) -> anyhow::Result<()> {
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch for SIGINT")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot watch for SIGTERM")?;
+    let cluster = Cluster::open(Config {
+        data_dir: data_dir.clone(),
+        cluster_name: args.cluster_name,
+        listen: args.listen,
+        auth_listen: args.auth_listen,
+        public_addrs: args.public_addr,
+        tls: args.tls_cert.zip(args.tls_key),
+        resources: args.resources,
+        sts_endpoint: args.sts_endpoint,
+        clock: Clock::system(),
+    })
+    .await?;
+    let state = cluster.state();
+    tracing::info!(
+        cluster = %state.name,
+        listen = %cluster.web_addr(),
+        public_addr = %state.public_addr,
+        data_dir = %data_dir.display(),
+        ca_pin = %cluster.ca_pin(),
+        "Cluster is serving"
+    );
+    if let Some(address) = cluster.auth_addr() {
+        tracing::info!(listen = %address, "Auth service is serving");
+    }
+    if let Some(path) = cluster.web_ca() {
+        tracing::info!(
+            authority = %path.display(),
+            "The HTTPS certificate is self-made; agents trust it with this authority, or with \
+             --insecure"
+        );
+    }
+    let name = state.name.clone();
+    let shutdown = CancellationToken::new();
+    let serving = cluster.serve(shutdown.clone());
+    let mut serving = std::pin::pin!(serving);
+    tell(&[
+        NotifyState::Ready,
+        NotifyState::Status(&format!("Serving cluster {name}")),
+    ]);
+    let signalled = tokio::select! {
+        result = &mut serving => return Ok(result?),
+        _ = interrupt.recv() => "SIGINT",
+        _ = terminate.recv() => "SIGTERM",
+    };
+    tracing::info!(signal = signalled, "Stopping");
+    tell(&[NotifyState::Stopping]);
+    shutdown.cancel();
+    Ok(serving.await?)
+}
+
+/// Tells the service manager, if there is one.
+fn tell(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::debug!(%error, "the service manager could not be told");
+    }
+}
