@@ -4,7 +4,10 @@
 //! [`state`] decides what to do next, [`bot`] does it, [`Handle`] is what services see.
 
 pub mod material;
+pub mod store;
 
+#[cfg(test)]
+pub(crate) mod fixtures;
 mod handle;
 
 pub use handle::{Handle, IdentityError, Request};
