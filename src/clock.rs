@@ -7,6 +7,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use rustls::pki_types::UnixTime;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio::time::Instant;
@@ -70,6 +71,14 @@ impl Clock {
             };
             tokio::time::sleep(step).await;
         }
+    }
+}
+
+impl rustls::time_provider::TimeProvider for Clock {
+    /// TLS judges certificates by the program's clock too.
+    fn current_time(&self) -> Option<UnixTime> {
+        let since = self.now().duration_since(SystemTime::UNIX_EPOCH).ok()?;
+        Some(UnixTime::since_unix_epoch(since))
     }
 }
 

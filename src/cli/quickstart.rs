@@ -18,6 +18,7 @@ use crate::clock::{Clock, rfc3339};
 use crate::config::{self, Overlay, Server, Source};
 use crate::crypto::random;
 use crate::crypto::x509::Certificate;
+use crate::embedded::resources::Mode;
 use crate::embedded::{self, Cluster};
 use crate::env::Env;
 use crate::pb::workload_api::X509svidResponse;
@@ -78,7 +79,7 @@ pub async fn run(dir: &Path, once: bool, env: &Env) -> anyhow::Result<()> {
     let address = cluster.auth_addr().context("the cluster has no auth port")?;
     home.write_config(address, &cluster.ca_pin())?;
     if !home.has_identity(clock.now()) {
-        home.make_token(&cluster, clock.now()).await?;
+        home.make_token(&cluster, clock.now())?;
     }
     let plan = home.plan(env)?;
 
@@ -219,7 +220,7 @@ services:
     }
 
     /// Makes a join token for the bot: in the cluster, and in the file that `tbot.yaml` names.
-    async fn make_token(&self, cluster: &Cluster, now: SystemTime) -> anyhow::Result<()> {
+    fn make_token(&self, cluster: &Cluster, now: SystemTime) -> anyhow::Result<()> {
         let token = hex::encode(random::<16>());
         let expires = rfc3339(now + TOKEN_LIFE);
         let resource = format!(
@@ -227,8 +228,8 @@ services:
              spec: {{roles: [Bot], bot_name: quickstart, join_method: token}}\n"
         );
         cluster
-            .create("token.yaml", &resource)
-            .await
+            .state()
+            .create(&[("token.yaml".to_owned(), resource)], Mode::Create, "quickstart")
             .context("the join token could not be made")?;
         write_private(&self.dir.join("token"), &format!("{token}\n"))
     }

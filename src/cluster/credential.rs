@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
+use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
 
 use super::ClusterError;
+use crate::clock::Clock;
 use crate::crypto::{PrivateKey, pem};
 
 /// The domain of a cluster's internal names (upstream `api/constants`).
@@ -24,8 +26,10 @@ pub struct Credential {
 }
 
 impl Credential {
-    /// Builds a credential from an identity's parts. `authorities` are PEM texts.
+    /// Builds a credential from an identity's parts. `authorities` are PEM texts; `clock` says
+    /// what is valid.
     pub fn new(
+        clock: &Clock,
         cluster: &str,
         key: &PrivateKey,
         certificate_der: &[u8],
@@ -34,7 +38,10 @@ impl Credential {
         let unusable = |problem: String| ClusterError::Trust(format!("identity: {problem}"));
         let roots = roots_of(authorities)?;
         let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.pkcs8_der().expose().clone()));
-        let tls = ClientConfig::builder()
+        let provider = Arc::new(aws_lc_rs::default_provider());
+        let tls = ClientConfig::builder_with_details(provider, Arc::new(clock.clone()))
+            .with_safe_default_protocol_versions()
+            .map_err(|source| unusable(source.to_string()))?
             .with_root_certificates(roots)
             .with_client_auth_cert(vec![CertificateDer::from(certificate_der.to_vec())], key)
             .map_err(|source| unusable(source.to_string()))?;

@@ -347,7 +347,7 @@ impl Bot {
     /// Makes an identity the current one. `issued` is when it was asked for; a stored one is taken
     /// to be as old as it says.
     fn publish(&mut self, identity: Identity, issued: Option<SystemTime>) -> Result<(), BotError> {
-        let credential = identity.credential()?;
+        let credential = identity.credential(&self.clock)?;
         let fresh = issued.is_some();
         let held = Held {
             not_before: identity.not_before(),

@@ -259,7 +259,7 @@ impl Derived {
         if held.as_ref().is_none_or(|held| held.renew_at <= now) {
             match handle.issue(request).await {
                 Ok(identity) => {
-                    let credential = identity.credential()?;
+                    let credential = identity.credential(&handle.0.clock)?;
                     let life = identity.not_after().duration_since(now).unwrap_or_default();
                     *held = Some(Held {
                         not_after: identity.not_after(),

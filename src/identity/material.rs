@@ -2,6 +2,7 @@
 
 use std::time::SystemTime;
 
+use crate::clock::Clock;
 use crate::cluster::{ClusterError, Credential};
 use crate::crypto::ssh::{SshCertificate, SshError};
 use crate::crypto::x509::{COMMON_NAME, Certificate, CertificateError, ORGANIZATION};
@@ -181,8 +182,9 @@ impl Identity {
     }
 
     /// What a channel to the cluster presents with this identity.
-    pub fn credential(&self) -> Result<Credential, ClusterError> {
+    pub fn credential(&self, clock: &Clock) -> Result<Credential, ClusterError> {
         Credential::new(
+            clock,
             &self.cluster,
             &self.key,
             self.tls.der(),
