@@ -24,6 +24,7 @@ use crate::pb::proto::{Event, Operation, Watch};
 use crate::pb::teleport::machineid::v1::SpiffeFederation;
 use crate::pb::types::{CaKeySet, CertAuthorityV2, WatchKind};
 use crate::spiffe::TrustDomain;
+use crate::spiffe::jwt::JwtBundle;
 
 /// The authority whose certificates make the bundle.
 const AUTHORITY: &str = "spiffe";
@@ -42,14 +43,20 @@ pub struct Bundles {
     trust_domain: TrustDomain,
     local: Bytes,
     authorities: Vec<Certificate>,
+    jwt: JwtBundle,
     federated: BTreeMap<TrustDomain, Bytes>,
 }
 
 impl PartialEq for Bundles {
     fn eq(&self, other: &Self) -> bool {
         // The authorities are the local bundle, parsed.
-        (&self.trust_domain, &self.local, &self.federated)
-            == (&other.trust_domain, &other.local, &other.federated)
+        (&self.trust_domain, &self.local, &self.jwt, &self.federated)
+            == (
+                &other.trust_domain,
+                &other.local,
+                &other.jwt,
+                &other.federated,
+            )
     }
 }
 
@@ -81,6 +88,13 @@ impl Bundles {
         if authorities.is_empty() {
             return Err(BundleError::Empty);
         }
+        let keys = [&spec.active_keys, &spec.additional_trusted_keys]
+            .into_iter()
+            .flatten()
+            .flat_map(|set| &set.jwt)
+            .filter_map(|pair| std::str::from_utf8(&pair.public_key).ok());
+        let jwt = JwtBundle::from_pems(keys)
+            .map_err(|_source| BundleError::Malformed(trust_domain.clone()))?;
         let local = authorities
             .iter()
             .flat_map(Certificate::der)
@@ -90,6 +104,7 @@ impl Bundles {
             trust_domain,
             local,
             authorities,
+            jwt,
             federated: BTreeMap::new(),
         })
     }
@@ -102,6 +117,11 @@ impl Bundles {
     /// The cluster's own bundle: DER certificates, one after the other.
     pub fn local(&self) -> &Bytes {
         &self.local
+    }
+
+    /// The keys that verify the cluster's JWT-SVIDs.
+    pub fn jwt(&self) -> &JwtBundle {
+        &self.jwt
     }
 
     /// The certificates of the cluster's own bundle.

@@ -396,7 +396,7 @@ impl Entry {
                         spiffe_id = %svid.id,
                         serial_number = svid.serial,
                         hint = svid.hint,
-                        expires_at = %super::rfc3339(svid.not_after),
+                        expires_at = %crate::clock::rfc3339(svid.not_after),
                         workload_identity_name = svid.name,
                         workload_identity_revision = svid.revision,
                         pid,

@@ -8,20 +8,12 @@ pub mod bundle;
 pub mod cache;
 pub mod crl;
 pub mod issue;
+pub mod jwt;
 pub mod selector;
 
 pub use bundle::{BundleFeed, Bundles};
 pub use cache::{Cache, State, Subscription};
 pub use crl::{Crl, CrlFeed};
 pub use issue::{Access, ClusterIssuer, IssueError, Issuer, Svid};
+pub use jwt::JwtIssuer;
 pub use selector::Selector;
-
-/// A time as RFC 3339 in UTC with seconds, for logs.
-pub(crate) fn rfc3339(at: std::time::SystemTime) -> String {
-    use time::format_description::well_known::Rfc3339;
-    time::OffsetDateTime::from(at)
-        .replace_nanosecond(0)
-        .ok()
-        .and_then(|at| at.format(&Rfc3339).ok())
-        .unwrap_or_default()
-}

@@ -1,6 +1,6 @@
 //! The calls of the SPIFFE Workload API (`SPIFFE_Workload_API.md`).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,12 +18,15 @@ use crate::clock::Clock;
 use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
 use crate::pb::workload_api::spiffe_workload_api_server::SpiffeWorkloadApi;
 use crate::pb::workload_api::{
-    JwtBundlesRequest, JwtBundlesResponse, JwtsvidRequest, JwtsvidResponse, ValidateJwtsvidRequest,
-    ValidateJwtsvidResponse, X509BundlesRequest, X509BundlesResponse, X509svid, X509svidRequest,
-    X509svidResponse,
+    JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse,
+    ValidateJwtsvidRequest, ValidateJwtsvidResponse, X509BundlesRequest, X509BundlesResponse,
+    X509svid, X509svidRequest, X509svidResponse,
 };
 use crate::services::Context;
-use crate::workload::{Bundles, Cache, Crl, Selector, State, Subscription, Svid};
+use crate::spiffe::{SpiffeId, jwt};
+use crate::workload::{
+    Bundles, Cache, Crl, IssueError, JwtIssuer, Selector, State, Subscription, Svid,
+};
 
 /// The metadata that every call carries (`SPIFFE_Workload_Endpoint.md` 6), so that a browser or a
 /// proxied request cannot reach the API by accident.
@@ -45,9 +48,10 @@ pub(super) fn require_header(request: Request<()>) -> Result<Request<()>, Status
 }
 
 /// Where answers come from.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Sources {
     pub(super) cache: Cache,
+    pub(super) jwt: JwtIssuer,
     pub(super) bundles: watch::Receiver<Option<Arc<Bundles>>>,
     pub(super) crl: watch::Receiver<Crl>,
 }
@@ -320,10 +324,61 @@ fn federated(bundles: &Bundles) -> impl Iterator<Item = (String, Bytes)> {
         .map(|(domain, bundle)| (domain.id(), bundle.clone()))
 }
 
-fn not_served<T>() -> Result<Response<T>, Status> {
-    Err(Status::unimplemented(
-        "this version serves X.509-SVIDs and X.509 bundles only",
-    ))
+/// `FetchJWTBundles`.
+struct JwtBundles;
+
+impl Content for JwtBundles {
+    type Message = JwtBundlesResponse;
+
+    async fn changed(&mut self) {
+        std::future::pending::<()>().await;
+    }
+
+    fn message(
+        &mut self,
+        bundles: &Bundles,
+        _crl: Vec<Bytes>,
+        _clock: &Clock,
+    ) -> Result<Option<JwtBundlesResponse>, Box<Status>> {
+        let local = (bundles.trust_domain().id(), bundles.jwt().jwks());
+        Ok(Some(JwtBundlesResponse {
+            bundles: HashMap::from([local]),
+        }))
+    }
+
+    fn missing(&self) -> &'static str {
+        "the revocation list"
+    }
+}
+
+/// A refusal or a failure to issue, as the standard wants it answered.
+fn not_issued(error: IssueError) -> Status {
+    match error {
+        IssueError::Refused(why) => Status::permission_denied(format!("no identity issued: {why}")),
+        IssueError::Unavailable(why) | IssueError::Answer(why) => Status::unavailable(why),
+    }
+}
+
+/// JSON claims as protobuf.
+fn claims(value: serde_json::Value) -> prost_types::Value {
+    use prost_types::value::Kind;
+    use serde_json::Value;
+    let kind = match value {
+        Value::Null => Kind::NullValue(0),
+        Value::Bool(flag) => Kind::BoolValue(flag),
+        Value::Number(number) => Kind::NumberValue(number.as_f64().unwrap_or_default()),
+        Value::String(text) => Kind::StringValue(text),
+        Value::Array(values) => Kind::ListValue(prost_types::ListValue {
+            values: values.into_iter().map(claims).collect(),
+        }),
+        Value::Object(fields) => Kind::StructValue(prost_types::Struct {
+            fields: fields
+                .into_iter()
+                .map(|(name, value)| (name, claims(value)))
+                .collect(),
+        }),
+    };
+    prost_types::Value { kind: Some(kind) }
 }
 
 #[tonic::async_trait]
@@ -355,22 +410,93 @@ impl SpiffeWorkloadApi for Api {
 
     async fn fetch_jwtsvid(
         &self,
-        _request: Request<JwtsvidRequest>,
+        request: Request<JwtsvidRequest>,
     ) -> Result<Response<JwtsvidResponse>, Status> {
-        not_served()
+        let (caller, _permit) = self.admit(&request).map_err(|status| *status)?;
+        let JwtsvidRequest {
+            audience,
+            spiffe_id,
+        } = request.into_inner();
+        if audience.is_empty() || audience.iter().any(String::is_empty) {
+            return Err(Status::invalid_argument("audience must be specified"));
+        }
+        if !spiffe_id.is_empty() && spiffe_id.parse::<SpiffeId>().is_err() {
+            return Err(Status::invalid_argument("spiffe_id is no SPIFFE ID"));
+        }
+        let attributes = self.attributes(&caller).await?;
+        let issuing = self
+            .sources
+            .jwt
+            .issue(&self.selector, self.ttl, &attributes, &audience);
+        let issued = tokio::select! {
+            issued = issuing => issued.map_err(not_issued)?,
+            () = self.clock.sleep(PATIENCE) => {
+                return Err(Status::unavailable("not ready yet: waiting for the cluster to issue the JWT-SVID"));
+            }
+        };
+        if !caller.is_alive() {
+            return Err(Status::aborted("the calling process has ended"));
+        }
+        let mut hints = HashSet::new();
+        let svids: Vec<Jwtsvid> = issued
+            .into_iter()
+            .filter(|svid| spiffe_id.is_empty() || svid.id.to_string() == spiffe_id)
+            .map(|svid| Jwtsvid {
+                spiffe_id: svid.id.to_string(),
+                // Hints are unique within a response; the first keeps it.
+                hint: if hints.insert(svid.hint.clone()) {
+                    svid.hint
+                } else {
+                    String::new()
+                },
+                svid: svid.token,
+            })
+            .collect();
+        if svids.is_empty() {
+            return Err(Status::permission_denied(
+                "no identity issued: the workload is not entitled to the requested identity",
+            ));
+        }
+        Ok(Response::new(JwtsvidResponse { svids }))
     }
 
     async fn fetch_jwt_bundles(
         &self,
-        _request: Request<JwtBundlesRequest>,
+        request: Request<JwtBundlesRequest>,
     ) -> Result<Response<Self::FetchJWTBundlesStream>, Status> {
-        not_served()
+        let (caller, permit) = self.admit(&request).map_err(|status| *status)?;
+        self.feed(JwtBundles, caller, permit).start().await
     }
 
     async fn validate_jwtsvid(
         &self,
-        _request: Request<ValidateJwtsvidRequest>,
+        request: Request<ValidateJwtsvidRequest>,
     ) -> Result<Response<ValidateJwtsvidResponse>, Status> {
-        not_served()
+        let (_caller, _permit) = self.admit(&request).map_err(|status| *status)?;
+        let ValidateJwtsvidRequest { audience, svid } = request.into_inner();
+        if audience.is_empty() || svid.is_empty() {
+            return Err(Status::invalid_argument(
+                "audience and svid must be specified",
+            ));
+        }
+        let Some(bundles) = self.sources.bundles.borrow().clone() else {
+            return Err(Status::unavailable(
+                "not ready yet: waiting for the trust bundle",
+            ));
+        };
+        let valid = jwt::validate(&svid, &audience, self.clock.now(), |domain| {
+            (domain == bundles.trust_domain()).then(|| bundles.jwt())
+        })
+        .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        Ok(Response::new(ValidateJwtsvidResponse {
+            spiffe_id: valid.id.to_string(),
+            claims: Some(prost_types::Struct {
+                fields: valid
+                    .claims
+                    .into_iter()
+                    .map(|(name, value)| (name, claims(value)))
+                    .collect(),
+            }),
+        }))
     }
 }

@@ -27,7 +27,7 @@ use crate::destination::DestinationPlan;
 use crate::identity::{Handle, IdentityError, Request};
 use crate::pb::workload_api::spiffe_workload_api_server::SpiffeWorkloadApiServer;
 use crate::workload::{
-    Access, Bundles, Cache, ClusterIssuer, Crl, IssueError, Selector, bundle, crl,
+    Access, Bundles, Cache, ClusterIssuer, Crl, IssueError, JwtIssuer, Selector, bundle, crl,
 };
 use crate::yaml::{Fields, Tree};
 
@@ -35,7 +35,7 @@ use crate::yaml::{Fields, Tree};
 const NAME: &str = "workload-identity-api";
 /// Calls and streams that one connection may have open. Each costs memory that a caller decides on.
 const STREAMS_PER_CONNECTION: u32 = 1000;
-/// The largest request, in bytes: none of the served ones has content.
+/// The largest request, in bytes; the largest that has a meaning carries one token.
 const MAX_REQUEST: usize = 64 * 1024;
 /// How long open calls may take to end when the service stops.
 const DRAIN: Duration = Duration::from_secs(3);
@@ -164,12 +164,14 @@ impl Server for WorkloadApi {
         };
         let (bundles, follow_bundles) = watch::channel(None);
         let (revoked, follow_revoked) = watch::channel(Crl::Pending);
-        let access = Derived::new(context.identity.clone(), context.lifetime);
-        let issuer = ClusterIssuer::new(
-            Arc::new(access),
+        let access: Arc<dyn Access> =
+            Arc::new(Derived::new(context.identity.clone(), context.lifetime));
+        let jwt = JwtIssuer::new(
+            Arc::clone(&access),
             follow_bundles.clone(),
             context.clock.clone(),
         );
+        let issuer = ClusterIssuer::new(access, follow_bundles.clone(), context.clock.clone());
         let cache = Cache::new(
             Arc::new(issuer),
             context.clock.clone(),
@@ -178,6 +180,7 @@ impl Server for WorkloadApi {
         let api = Api::new(
             api::Sources {
                 cache: cache.clone(),
+                jwt,
                 bundles: follow_bundles.clone(),
                 crl: follow_revoked,
             },

@@ -1,0 +1,141 @@
+//! Asks the cluster for JWT-SVIDs. Each is for one audience set and short-lived; none is kept here.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::issue::{Access, IssueError};
+use super::{Bundles, Selector};
+use crate::clock::Clock;
+use crate::pb::teleport::workloadidentity::v1::credential::Credential as Kind;
+use crate::pb::teleport::workloadidentity::v1::issue_workload_identities_request::Credential as ManyParams;
+use crate::pb::teleport::workloadidentity::v1::issue_workload_identity_request::Credential as OneParams;
+use crate::pb::teleport::workloadidentity::v1::{
+    Credential, IssueWorkloadIdentitiesRequest, IssueWorkloadIdentityRequest, JwtsvidParams,
+    WorkloadAttrs,
+};
+use crate::spiffe::{SpiffeId, jwt};
+
+/// A JWT-SVID as the cluster issued it, verified.
+#[derive(Clone)]
+pub struct JwtSvid {
+    /// The SPIFFE ID, equal to the token's subject.
+    pub id: SpiffeId,
+    /// The token. Whoever has it can use it.
+    pub token: String,
+    /// What tells this identity from others of the same workload; may be empty.
+    pub hint: String,
+}
+
+impl std::fmt::Debug for JwtSvid {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "JwtSvid({})", self.id)
+    }
+}
+
+/// Issues JWT-SVIDs through a cluster.
+#[derive(Debug)]
+pub struct JwtIssuer {
+    access: Arc<dyn Access>,
+    bundles: watch::Receiver<Option<Arc<Bundles>>>,
+    clock: Clock,
+}
+
+impl JwtIssuer {
+    /// An issuer that verifies what it gets against `bundles`.
+    pub fn new(
+        access: Arc<dyn Access>,
+        bundles: watch::Receiver<Option<Arc<Bundles>>>,
+        clock: Clock,
+    ) -> Self {
+        Self {
+            access,
+            bundles,
+            clock,
+        }
+    }
+
+    /// One token for each identity that `selector` grants to a workload with these attributes.
+    pub async fn issue(
+        &self,
+        selector: &Selector,
+        ttl: Duration,
+        attributes: &WorkloadAttrs,
+        audiences: &[String],
+    ) -> Result<Vec<JwtSvid>, IssueError> {
+        let client = self.access.client().await?;
+        let params = JwtsvidParams {
+            audiences: audiences.to_vec(),
+        };
+        let requested_ttl = prost_types::Duration::try_from(ttl).ok();
+        let workload_attrs = Some(attributes.clone());
+        let credentials = match selector {
+            Selector::Name(name) => {
+                let request = IssueWorkloadIdentityRequest {
+                    name: name.clone(),
+                    credential: Some(OneParams::JwtSvidParams(params)),
+                    workload_attrs,
+                    requested_ttl,
+                    ..IssueWorkloadIdentityRequest::default()
+                };
+                vec![client.issue_workload_identity(request).await?]
+            }
+            Selector::Labels(labels) => {
+                let request = IssueWorkloadIdentitiesRequest {
+                    label_selectors: Selector::label_selectors(labels),
+                    credential: Some(ManyParams::JwtSvidParams(params)),
+                    workload_attrs,
+                    requested_ttl,
+                };
+                client.issue_workload_identities(request).await?
+            }
+        };
+        let mut bundles = self.bundles.clone();
+        let bundles = bundles
+            .wait_for(Option::is_some)
+            .await
+            .ok()
+            .and_then(|bundles| bundles.clone())
+            .ok_or_else(|| IssueError::Unavailable("the agent is stopping".into()))?;
+        credentials
+            .into_iter()
+            .map(|credential| self.checked(credential, &bundles, audiences))
+            .collect::<Result<_, _>>()
+            .map_err(IssueError::Answer)
+    }
+
+    fn checked(
+        &self,
+        credential: Credential,
+        bundles: &Bundles,
+        audiences: &[String],
+    ) -> Result<JwtSvid, String> {
+        let Some(Kind::JwtSvid(issued)) = credential.credential else {
+            return Err("it holds no JWT-SVID".into());
+        };
+        let audience = audiences.first().map(String::as_str).unwrap_or_default();
+        let verified = jwt::validate(&issued.jwt, audience, self.clock.now(), |domain| {
+            (domain == bundles.trust_domain()).then(|| bundles.jwt())
+        })
+        .map_err(|source| source.to_string())?;
+        if verified.id.to_string() != credential.spiffe_id {
+            return Err(format!(
+                "a token of {} came for {}",
+                verified.id, credential.spiffe_id
+            ));
+        }
+        tracing::info!(
+            kind = "jwt-svid",
+            spiffe_id = %verified.id,
+            jti = issued.jti,
+            workload_identity = credential.workload_identity_name,
+            "Issued Workload Identity Credential"
+        );
+        Ok(JwtSvid {
+            id: verified.id,
+            token: issued.jwt,
+            hint: credential.hint,
+        })
+    }
+}
