@@ -11,6 +11,7 @@ pub mod cluster;
 pub mod config;
 pub mod crypto;
 pub mod destination;
+pub mod diag;
 pub mod embedded;
 pub mod env;
 pub mod fsx;
