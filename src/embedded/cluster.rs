@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::json;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -15,7 +16,7 @@ use tonic::service::Routes;
 use super::admin::{self, AdminError};
 use super::audit::{Audit, AuditError};
 use super::ca::{Authorities, AuthorityError};
-use super::listener::Server;
+use super::listener::{Port, Server};
 use super::resources::{self, CreateError, Mode};
 use super::store::{Put, Resource, Store, StoreError};
 use super::tls::{Tls, TlsError, WebCertificate};
@@ -222,6 +223,12 @@ impl Cluster {
         self.web_ca.as_deref()
     }
 
+    /// The auth port without its socket, for tests in simulated time.
+    #[must_use]
+    pub fn auth_port(&self) -> AuthPort {
+        AuthPort(Arc::clone(&self.server))
+    }
+
     /// Serves until `shutdown`, then finishes calls in flight for a few seconds.
     pub async fn serve(self, shutdown: CancellationToken) -> Result<(), ClusterError> {
         let Self {
@@ -238,6 +245,25 @@ impl Cluster {
             sweep(&state, &shutdown),
         );
         Ok(())
+    }
+}
+
+/// Answers connections as the auth port does, over transports of the caller's.
+#[derive(Debug, Clone)]
+pub struct AuthPort(Arc<Server>);
+
+impl AuthPort {
+    /// Answers one connection until it ends.
+    ///
+    /// # Errors
+    /// What ended it before its time.
+    pub async fn answer(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    ) -> io::Result<()> {
+        let peer = SocketAddr::from(([127, 0, 0, 1], 0));
+        let forever = CancellationToken::new();
+        Box::pin(self.0.connection(stream, peer, Port::Auth, forever)).await
     }
 }
 
