@@ -17,7 +17,7 @@ use super::admin::{self, AdminError};
 use super::audit::{Audit, AuditError};
 use super::ca::{Authorities, AuthorityError};
 use super::listener::{Port, Server};
-use super::resources::{self, CreateError, Mode};
+use super::resources::{self, Applied, CreateError, Mode};
 use super::store::{Put, Resource, Store, StoreError};
 use super::tls::{Tls, TlsError, WebCertificate};
 use super::web::Web;
@@ -199,6 +199,16 @@ impl Cluster {
         &self.state
     }
 
+    /// Creates the resources in `text`, which messages call `file`, as `tctl create` would.
+    pub async fn create(&self, file: &str, text: &str) -> Result<Vec<Applied>, ClusterError> {
+        let state = Arc::clone(&self.state);
+        let files = [(file.to_owned(), text.to_owned())];
+        tokio::task::spawn_blocking(move || state.create(&files, Mode::Create, "system"))
+            .await
+            .map_err(|_cancelled| ClusterError::Interrupted)?
+            .map_err(ClusterError::from)
+    }
+
     /// The address of the shared port, as bound.
     #[must_use]
     pub fn web_addr(&self) -> SocketAddr {
@@ -323,13 +333,12 @@ fn open(config: Config, web_addr: SocketAddr) -> Result<Opened, ClusterError> {
     resources::seed(&store, &audit, now).map_err(CreateError::from)?;
     let public_addrs = public_addrs(&config.public_addrs, web_addr);
     let hosts = hosts(&public_addrs);
-    let (web, web_ca) = match &config.tls {
-        Some((cert, key)) => (WebCertificate::read(cert, key)?, None),
-        None => {
-            let export = dir.join("web-ca.pem");
-            let web = WebCertificate::make(&store, &name, &hosts, Some(&export), now)?;
-            (web, Some(export))
-        }
+    let (web, web_ca) = if let Some((cert, key)) = &config.tls {
+        (WebCertificate::read(cert, key)?, None)
+    } else {
+        let export = dir.join("web-ca.pem");
+        let web = WebCertificate::make(&store, &name, &hosts, Some(&export), now)?;
+        (web, Some(export))
     };
     let names = hosts
         .into_iter()
