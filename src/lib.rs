@@ -17,6 +17,7 @@ pub mod env;
 pub mod fsx;
 pub mod health;
 pub mod identity;
+pub mod install;
 pub mod join;
 pub mod pb;
 pub mod secret;

@@ -1,3 +1,7 @@
 //! The `tbot` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    tbot::cli::main()
+}

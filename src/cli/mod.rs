@@ -1,3 +1,119 @@
 //! The command line: one file for each command, and the only place that prints.
 
+mod args;
 pub mod cluster;
+mod completion;
+mod configure;
+mod exit;
+mod flags;
+mod install;
+mod man;
+mod start;
+mod version;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser as _};
+use tracing::level_filters::LevelFilter;
+
+use crate::env::Env;
+use crate::telemetry::{self, Colour};
+use args::{Cli, Command, Globals, InstallTarget};
+use exit::{Exit, Failure, print};
+
+/// Runs the command that the process was started with.
+pub fn main() -> ExitCode {
+    let env = Env::of_process();
+    let exit = match Cli::try_parse() {
+        Ok(cli) => finish(run(&cli, &env)),
+        Err(error) => finish(unparsed(&error)),
+    };
+    exit.into()
+}
+
+fn finish(outcome: Result<(), Failure>) -> Exit {
+    match outcome {
+        Ok(()) => Exit::Success,
+        Err(failure) => {
+            failure.print();
+            failure.exit()
+        }
+    }
+}
+
+/// Help goes to standard output; a wrong command line is a usage error.
+fn unparsed(error: &clap::Error) -> Result<(), Failure> {
+    if !error.use_stderr() {
+        return print(&error.render().to_string());
+    }
+    let text = error.render().to_string();
+    let text = text.strip_prefix("error: ").unwrap_or(&text);
+    Err(Failure::usage(text.trim_end()))
+}
+
+fn run(cli: &Cli, env: &Env) -> Result<(), Failure> {
+    let globals = &cli.globals;
+    if globals.fips() == Some(true) {
+        return Err(Failure::usage(
+            "--fips: this program is not built with a FIPS-validated module (leave the flag out, or \
+             use a FIPS build of upstream's agent)",
+        ));
+    }
+    telemetry::init(
+        globals.log_format.into(),
+        level(globals, env)?,
+        Colour::Auto,
+    )?;
+    let Some(command) = &cli.command else {
+        return print(&Cli::command().render_help().to_string());
+    };
+    match command {
+        Command::Version => print(&version::line()),
+        Command::Start(flags) => start::run(globals, flags, env),
+        Command::Configure(args) => configure::run(globals, args, env),
+        Command::Install { target } => match target {
+            InstallTarget::Systemd(args) => install::run(globals, args, env),
+        },
+        Command::Completion { shell } => print(&completion::script(*shell)),
+        Command::Cluster(args) => cluster(args.clone(), env),
+        Command::Man { dir } => man::run(dir.as_deref()),
+    }
+}
+
+fn cluster(args: cluster::ClusterArgs, env: &Env) -> Result<(), Failure> {
+    let (mut out, mut err) = (std::io::stdout(), std::io::stderr());
+    runtime()?.block_on(cluster::run(args, env, &mut out, &mut err))?;
+    Ok(())
+}
+
+/// What asynchronous commands run on.
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+}
+
+/// `--log-level`, else DEBUG with `--debug` or `TBOT_DEBUG`, else INFO.
+fn level(globals: &Globals, env: &Env) -> Result<LevelFilter, Failure> {
+    if let Some(level) = globals.log_level {
+        return Ok(level.into());
+    }
+    let debug = match (globals.debug(), env.get("TBOT_DEBUG")) {
+        (Some(typed), _) => typed,
+        (None, None) => false,
+        (None, Some(value)) => match value {
+            "1" | "t" | "T" | "true" | "TRUE" | "True" => true,
+            "0" | "f" | "F" | "false" | "FALSE" | "False" => false,
+            _ => {
+                return Err(Failure::usage(format!(
+                    "TBOT_DEBUG is {value:?}: set it to `true` or `false`, or unset it"
+                )));
+            }
+        },
+    };
+    Ok(if debug {
+        LevelFilter::DEBUG
+    } else {
+        LevelFilter::INFO
+    })
+}

@@ -3,8 +3,8 @@
 
 use crate::yaml::Fields;
 
-use super::onboarding::{self, Onboarding};
-use super::plan::Address;
+use super::onboarding;
+use super::plan::{Onboarding, Server};
 use crate::join::TokenSource;
 
 /// How to write one, for hints.
@@ -23,7 +23,7 @@ struct Parts {
 /// conflicts are reported.
 pub(super) fn apply(
     fields: &mut Fields<'_>,
-    address: &mut Option<Address>,
+    server: &mut Option<Server>,
     onboarding: &mut Onboarding,
 ) {
     const KEY: &str = "join_uri";
@@ -38,7 +38,7 @@ pub(super) fn apply(
         }
     };
     let taken = [
-        (address.is_some(), "the cluster's address"),
+        (server.is_some(), "the cluster's address"),
         (onboarding.method.is_some(), "the join method"),
         (onboarding.token.is_some(), "the token"),
     ];
@@ -61,10 +61,10 @@ pub(super) fn apply(
             Some(&format!("write {FORM}")),
         );
     }
-    *address = Some(if parts.proxy {
-        Address::Proxy(parts.address)
+    *server = Some(if parts.proxy {
+        Server::Proxy(parts.address)
     } else {
-        Address::Auth(parts.address)
+        Server::Auth(parts.address)
     });
     onboarding.method = onboarding::method(fields, KEY, &parts.method);
     onboarding.token = Some(TokenSource::new(parts.token));

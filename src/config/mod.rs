@@ -16,7 +16,7 @@ use crate::env::Env;
 use crate::yaml::{self, Node, Problem, Problems, Severity, Value};
 
 pub use overlay::{OnboardingFlags, Origin, Overlay, ServiceFlags};
-pub use plan::{Address, Plan, PlannedService};
+pub use plan::{Onboarding, Plan, PlannedService, Server};
 
 /// The directory of the bot's own state when none is configured.
 pub const DEFAULT_STORAGE: &str = "/var/lib/teleport/bot";

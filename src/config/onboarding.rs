@@ -1,9 +1,10 @@
 //! The `onboarding` section: how the bot joins and whom it believes while it has no identity.
 
-use std::path::PathBuf;
-
+use crate::cluster::trust::Trust;
 use crate::join::{self, JoinMethod, METHODS, TokenSource};
 use crate::yaml::Fields;
+
+use super::plan::Onboarding;
 
 /// Sections of upstream's other join methods. They are read by nobody while those methods do not
 /// exist here, and no mistake in a file that is shared with upstream.
@@ -15,18 +16,15 @@ const OTHER_SECTIONS: &[&str] = &[
     "terraform",
 ];
 
-/// The section's values; see the fields of the same names in [`super::Plan`].
-#[derive(Debug, Default)]
-pub(super) struct Onboarding {
-    pub(super) method: Option<&'static dyn JoinMethod>,
-    pub(super) token: Option<TokenSource>,
-    pub(super) ca_pins: Vec<String>,
-    pub(super) ca_path: Option<PathBuf>,
-}
-
 /// Reads the section from the root's fields.
 pub(super) fn read(root: &mut Fields<'_>, insecure: bool) -> Onboarding {
-    let mut onboarding = Onboarding::default();
+    let mut onboarding = Onboarding {
+        trust: Trust {
+            insecure,
+            ..Trust::default()
+        },
+        ..Onboarding::default()
+    };
     let Some(mut fields) = root.section("onboarding") else {
         return onboarding;
     };
@@ -34,9 +32,9 @@ pub(super) fn read(root: &mut Fields<'_>, insecure: bool) -> Onboarding {
     onboarding.method = fields
         .string("join_method")
         .and_then(|name| method(&fields, "join_method", &name));
-    onboarding.ca_pins = fields.strings("ca_pins").unwrap_or_default();
-    onboarding.ca_path = fields.string("ca_path").map(Into::into);
-    for (index, pin) in onboarding.ca_pins.iter().enumerate() {
+    onboarding.trust.ca_pins = fields.strings("ca_pins").unwrap_or_default();
+    onboarding.trust.ca_path = fields.string("ca_path").map(Into::into);
+    for (index, pin) in onboarding.trust.ca_pins.iter().enumerate() {
         if !is_pin(pin) {
             fields.error(
                 "ca_pins",
@@ -45,8 +43,8 @@ pub(super) fn read(root: &mut Fields<'_>, insecure: bool) -> Onboarding {
             );
         }
     }
-    let pinned = !onboarding.ca_pins.is_empty();
-    let has_ca = onboarding.ca_path.is_some();
+    let pinned = !onboarding.trust.ca_pins.is_empty();
+    let has_ca = onboarding.trust.ca_path.is_some();
     for (given, key) in [(pinned, "ca_pins"), (has_ca, "ca_path")] {
         if given && insecure {
             fields.error(

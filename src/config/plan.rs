@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::cluster::trust::Trust;
 use crate::destination::DestinationPlan;
 use crate::join::{JoinMethod, TokenSource};
 use crate::services::{Lifetime, ServicePlan};
@@ -10,11 +11,22 @@ use crate::yaml::{Tree, duration, emit::emit};
 
 /// How the cluster is reached, as `host:port`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Address {
+pub enum Server {
     /// Through a proxy: the usual way.
     Proxy(String),
     /// An auth service directly (on 18.0 also a proxy's address is taken here).
     Auth(String),
+}
+
+/// How the bot joins.
+#[derive(Clone, Debug, Default)]
+pub struct Onboarding {
+    /// `None` only for commands that do not join; [`Plan::for_start`] refuses it.
+    pub method: Option<&'static dyn JoinMethod>,
+    /// Needed by every method unless a stored identity is still valid.
+    pub token: Option<TokenSource>,
+    /// How the first connection is judged.
+    pub trust: Trust,
 }
 
 /// One service with its name and lifetime settled.
@@ -36,22 +48,18 @@ pub struct PlannedService {
 
 /// Everything that was decided from file, flags and variables. Nothing after it validates again.
 #[derive(Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a switch of the file"
+)]
 pub struct Plan {
     /// `None` only for commands that do not connect; [`Plan::for_start`] refuses it.
-    pub address: Option<Address>,
+    pub server: Option<Server>,
     /// Use the proxy's configured address instead of the one it advertises
     /// (`TBOT_USE_PROXY_ADDR=yes`).
     pub use_proxy_address: bool,
-    /// How the bot joins; `None` only for commands that do not ([`Plan::for_start`]).
-    pub method: Option<&'static dyn JoinMethod>,
-    /// Needed by every method unless a stored identity is still valid.
-    pub token: Option<TokenSource>,
-    /// Believe any server on the first connection.
-    pub insecure: bool,
-    /// `sha256:<hex>` pins of the authorities of an auth service.
-    pub ca_pins: Vec<String>,
-    /// A PEM file with the authority of an auth service.
-    pub ca_path: Option<PathBuf>,
+    /// How the bot joins.
+    pub onboarding: Onboarding,
     /// Where the bot's own identity is kept.
     pub storage: Arc<dyn DestinationPlan>,
     /// In the order of the file, `outputs` last.
@@ -75,13 +83,13 @@ impl Plan {
     #[must_use]
     pub fn for_start(&self) -> Vec<String> {
         let mut missing = Vec::new();
-        match &self.address {
+        match &self.server {
             None => missing.push(
                 "no cluster address: set `proxy_server` (or --proxy-server) to your proxy's \
                  host:port, for example example.teleport.sh:443"
                     .to_owned(),
             ),
-            Some(Address::Auth(_)) if self.use_proxy_address => missing.push(
+            Some(Server::Auth(_)) if self.use_proxy_address => missing.push(
                 "TBOT_USE_PROXY_ADDR=yes needs `proxy_server`: set it, or unset the variable"
                     .to_owned(),
             ),
@@ -94,7 +102,7 @@ impl Plan {
     /// What keeps this plan from being written as a configuration file.
     #[must_use]
     pub fn for_configure(&self) -> Vec<String> {
-        if self.method.is_some() {
+        if self.onboarding.method.is_some() {
             return Vec::new();
         }
         let known: Vec<&str> = crate::join::METHODS.iter().map(|m| m.name()).collect();
@@ -117,15 +125,15 @@ impl Plan {
     }
 
     fn tree(&self, token: impl Fn(&crate::secret::Secret<String>) -> String) -> Tree {
-        let (proxy, auth) = match &self.address {
-            Some(Address::Proxy(address)) => (Some(Tree::text(address)), None),
-            Some(Address::Auth(address)) => (None, Some(Tree::text(address))),
+        let (proxy, auth) = match &self.server {
+            Some(Server::Proxy(address)) => (Some(Tree::text(address)), None),
+            Some(Server::Auth(address)) => (None, Some(Tree::text(address))),
             None => (None, None),
         };
         let services: Vec<Tree> = self.services.iter().map(PlannedService::tree).collect();
         Tree::map([
             ("version", Some(Tree::text("v2"))),
-            ("onboarding", self.onboarding(token)),
+            ("onboarding", self.onboarding.tree(token)),
             ("storage", Some(self.storage.emit())),
             (
                 "services",
@@ -145,11 +153,16 @@ impl Plan {
             ("oneshot", Some(Tree::Bool(self.oneshot))),
             ("fips", Some(Tree::Bool(false))),
             ("diag_addr", self.diag_addr.as_deref().map(Tree::text)),
-            ("insecure", self.insecure.then_some(Tree::Bool(true))),
+            (
+                "insecure",
+                self.onboarding.trust.insecure.then_some(Tree::Bool(true)),
+            ),
         ])
     }
+}
 
-    fn onboarding(&self, token: impl Fn(&crate::secret::Secret<String>) -> String) -> Option<Tree> {
+impl Onboarding {
+    fn tree(&self, token: impl Fn(&crate::secret::Secret<String>) -> String) -> Option<Tree> {
         let token = self.token.as_ref().map(|source| {
             Tree::Text(match source {
                 TokenSource::Value(value) => token(value),
@@ -157,10 +170,12 @@ impl Plan {
             })
         });
         let ca_path = self
+            .trust
             .ca_path
             .as_ref()
             .map(|p| Tree::text(p.display().to_string()));
-        let ca_pins = (!self.ca_pins.is_empty()).then(|| Tree::texts(self.ca_pins.iter().cloned()));
+        let ca_pins = (!self.trust.ca_pins.is_empty())
+            .then(|| Tree::texts(self.trust.ca_pins.iter().cloned()));
         if token.is_none() && ca_path.is_none() && ca_pins.is_none() && self.method.is_none() {
             return None;
         }

@@ -8,7 +8,7 @@ use crate::env::Env;
 use crate::yaml::{Fields, Node, Problems, nearest};
 
 use super::overlay::Overlay;
-use super::plan::{Address, Plan};
+use super::plan::{Plan, Server};
 use super::{DEFAULT_STORAGE, join_uri, lifetime, onboarding, services};
 
 /// Makes the plan; `None` only if there are errors among `problems`.
@@ -33,9 +33,9 @@ pub(super) fn plan(
             Some("remove it, or use a FIPS build of upstream's agent"),
         );
     }
-    let mut address = server(&mut root);
+    let mut server = server(&mut root);
     let mut onboarding = onboarding::read(&mut root, insecure);
-    join_uri::apply(&mut root, &mut address, &mut onboarding);
+    join_uri::apply(&mut root, &mut server, &mut onboarding);
     let storage = storage(&mut root);
     let agent = lifetime::of_agent(&mut root, oneshot);
     let services = services::read(&mut root, agent, oneshot);
@@ -55,13 +55,9 @@ pub(super) fn plan(
     });
     *conflicts = shared(std::iter::once(("storage", &storage)).chain(written));
     Some(Plan {
-        address,
+        server,
         use_proxy_address: env.get("TBOT_USE_PROXY_ADDR") == Some("yes"),
-        method: onboarding.method,
-        token: onboarding.token,
-        insecure,
-        ca_pins: onboarding.ca_pins,
-        ca_path: onboarding.ca_path,
+        onboarding,
         storage,
         services,
         lifetime: agent,
@@ -121,20 +117,20 @@ fn version(root: &mut Fields<'_>) -> bool {
     }
 }
 
-fn server(root: &mut Fields<'_>) -> Option<Address> {
+fn server(root: &mut Fields<'_>) -> Option<Server> {
     let proxy = cluster_address(root, "proxy_server", "example.teleport.sh:443");
     let auth = cluster_address(root, "auth_server", "auth.example.com:3025");
     match (proxy, auth) {
-        (Some(proxy), None) => Some(Address::Proxy(proxy)),
+        (Some(proxy), None) => Some(Server::Proxy(proxy)),
         (Some(proxy), Some(_)) => {
             root.warn(
                 "auth_server",
                 "`proxy_server` is set too, and it is the one that is used",
                 Some("remove one of them: upstream's 18.0 refuses to start with both"),
             );
-            Some(Address::Proxy(proxy))
+            Some(Server::Proxy(proxy))
         }
-        (None, Some(auth)) => Some(Address::Auth(auth)),
+        (None, Some(auth)) => Some(Server::Auth(auth)),
         (None, None) => None,
     }
 }

@@ -23,7 +23,6 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use rustls::pki_types::CertificateDer;
 use rustls::server::Acceptor;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -113,15 +112,10 @@ pub(super) struct Server {
 
 /// Which socket accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Port {
+enum Port {
     Shared,
     Auth,
 }
-
-/// What a connection runs on: TCP, or whatever a test brings.
-pub(super) trait Transport: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
-
-impl<T: AsyncRead + AsyncWrite + Unpin + Send + 'static> Transport for T {}
 
 impl Server {
     /// Serves until `shutdown`; then waits a few seconds for calls in flight.
@@ -155,8 +149,6 @@ impl Server {
             let server = Arc::clone(&self);
             let shutdown = shutdown.clone();
             connections.spawn(async move {
-                // Without it small answers wait; where it fails, they do.
-                drop(stream.set_nodelay(true));
                 if let Err(error) = server.connection(stream, peer, port, shutdown).await {
                     tracing::debug!(%peer, %error, "connection ended");
                 }
@@ -170,14 +162,14 @@ impl Server {
         }
     }
 
-    /// Answers one connection until it ends.
-    pub(super) async fn connection(
+    async fn connection(
         &self,
-        stream: impl Transport,
+        stream: TcpStream,
         peer: SocketAddr,
         port: Port,
         shutdown: CancellationToken,
     ) -> io::Result<()> {
+        stream.set_nodelay(true)?;
         let handshake = Box::pin(self.handshake(stream, port));
         let Some((listener, stream)) = tokio::time::timeout(HANDSHAKE, handshake)
             .await
@@ -217,11 +209,11 @@ impl Server {
             .map_err(|error| Status::permission_denied(error.to_string()))
     }
 
-    async fn handshake<S: Transport>(
+    async fn handshake(
         &self,
-        stream: S,
+        stream: TcpStream,
         port: Port,
-    ) -> io::Result<Option<(Listener, TlsStream<S>)>> {
+    ) -> io::Result<Option<(Listener, TlsStream<TcpStream>)>> {
         let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
         let route = match port {
             Port::Auth => Route::Auth,
@@ -283,7 +275,7 @@ fn grpc(
 }
 
 async fn run<S, B>(
-    stream: TlsStream<impl Transport>,
+    stream: TlsStream<TcpStream>,
     service: S,
     shutdown: &CancellationToken,
 ) -> io::Result<()>

@@ -27,7 +27,7 @@ mod web;
 
 use std::time::Duration;
 
-pub use cluster::{AuthPort, Cluster, ClusterError, Config};
+pub use cluster::{Cluster, ClusterError, Config};
 pub use tls::TlsError;
 
 use crate::clock::Clock;

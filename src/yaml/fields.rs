@@ -309,10 +309,6 @@ impl<'a> Fields<'a> {
     }
 
     /// Ends the reading: see [`Fields::warn_unknown`].
-    #[expect(
-        clippy::needless_pass_by_value,
-        reason = "nothing is read after the end"
-    )]
     pub fn finish(self) {
         self.warn_unknown();
     }

@@ -66,18 +66,9 @@ pub(super) fn pairs(rows: &[(String, String)]) -> String {
         .map(|(key, _)| key.chars().count())
         .max()
         .unwrap_or_default();
-    let mut text = String::new();
-    for (key, value) in rows {
-        let pad = width.saturating_sub(key.chars().count()) + 2;
-        text.extend([
-            key.as_str(),
-            &" ".repeat(pad),
-            value,
-            "
-",
-        ]);
-    }
-    text
+    rows.iter()
+        .map(|(key, value)| format!("{key:width$}  {value}\n"))
+        .collect()
 }
 
 /// A table with a head.

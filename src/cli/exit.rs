@@ -1,0 +1,134 @@
+//! How a command ends: the exit codes, and the one place where errors become text.
+
+use std::io::{IsTerminal as _, Write as _};
+use std::process::ExitCode;
+
+/// What the shell sees. Upstream ends with 1 for everything; here a mistake of the caller can be
+/// told from a failure of the world.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Exit {
+    /// The command did what was asked.
+    Success = 0,
+    /// Something failed while it ran: a cluster, a disk, another process.
+    Runtime = 1,
+    /// The command line or the configuration is wrong; nothing was done.
+    Usage = 2,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+/// Why a command ended early.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// A wrong command line or configuration: one line for each problem.
+    Usage(Vec<String>),
+    /// Anything else, with its chain of causes.
+    Runtime(anyhow::Error),
+}
+
+impl Failure {
+    /// One usage problem.
+    pub(super) fn usage(line: impl Into<String>) -> Self {
+        Self::Usage(vec![line.into()])
+    }
+
+    /// The exit code that goes with it.
+    pub(super) fn exit(&self) -> Exit {
+        match self {
+            Self::Usage(_) => Exit::Usage,
+            Self::Runtime(_) => Exit::Runtime,
+        }
+    }
+
+    /// The text for standard error, without the leading `ERROR: `: the outermost cause, then each
+    /// further one on its own line, indented.
+    fn text(&self) -> String {
+        match self {
+            Self::Usage(lines) => lines.join("\n"),
+            Self::Runtime(error) => {
+                let mut text = String::new();
+                let mut last = String::new();
+                for cause in error.chain() {
+                    let cause = cause.to_string();
+                    // Many errors repeat their source in their own text.
+                    if last.ends_with(&cause) {
+                        continue;
+                    }
+                    if !text.is_empty() {
+                        text.push_str("\n\t");
+                    }
+                    text.push_str(&cause);
+                    last = cause;
+                }
+                text
+            }
+        }
+    }
+
+    /// Writes the error to standard error, its first word red on a terminal.
+    pub(super) fn print(&self) {
+        let mut stderr = std::io::stderr().lock();
+        let label = if stderr.is_terminal() {
+            "\u{1b}[31mERROR: \u{1b}[0m"
+        } else {
+            "ERROR: "
+        };
+        // There is nobody left to tell if standard error is gone.
+        let _written = writeln!(stderr, "{label}{}", self.text());
+    }
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.text())
+    }
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::Runtime(error.into())
+    }
+}
+
+/// Writes to standard output. A reader that went away (`tbot … | head -1`) is no failure.
+pub(super) fn print(text: &str) -> Result<(), Failure> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+    {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context as _;
+
+    use super::*;
+
+    #[test]
+    fn one_line_for_each_cause() {
+        let error = Err::<(), _>(anyhow::anyhow!("connection refused"))
+            .context("cannot reach example.com:443")
+            .context("joining")
+            .unwrap_err();
+        let failure = Failure::Runtime(error);
+        assert_eq!(
+            failure.text(),
+            "joining\n\tcannot reach example.com:443\n\tconnection refused"
+        );
+        assert_eq!(failure.exit(), Exit::Runtime);
+    }
+
+    #[test]
+    fn a_cause_already_told_is_not_repeated() {
+        let inner = anyhow::anyhow!("no route").context("dial: no route");
+        assert_eq!(Failure::Runtime(inner).text(), "dial: no route");
+    }
+}
