@@ -8,6 +8,7 @@
 //! - [`store`]: resources in SQLite, with revisions, expiry and transactions.
 //! - [`resources`]: resource files, checked and applied as `tctl create` does.
 //! - [`audit`]: one JSON line for each join, certificate, refusal and administrative change.
+//! - [`auth`]: joins, certificates, authorities and what else agents call.
 //! - [`ca`]: the authorities, and the making of certificates.
 //! - [`caller`]: who calls, by certificate and listener.
 //! - [`admin`]: commands over a unix socket in the data directory.
@@ -15,6 +16,7 @@
 
 pub mod admin;
 pub mod audit;
+pub mod auth;
 pub mod ca;
 pub mod caller;
 mod cluster;
