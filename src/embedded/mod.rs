@@ -7,6 +7,7 @@
 //!   services share.
 //! - [`store`]: resources in SQLite, with revisions, expiry and transactions.
 //! - [`resources`]: resource files, checked and applied as `tctl create` does.
+//! - [`workload_identity`]: who may have which SVID, and the making of it.
 //! - [`audit`]: one JSON line for each join, certificate, refusal and administrative change.
 //! - [`auth`]: joins, certificates, authorities and what else agents call.
 //! - [`ca`]: the authorities, and the making of certificates.
@@ -26,6 +27,7 @@ pub mod resources;
 pub mod store;
 mod tls;
 mod web;
+pub mod workload_identity;
 
 use std::time::Duration;
 
