@@ -218,13 +218,10 @@ impl Driver {
                     self.health.healthy();
                     self.count(Outcome::Succeeded { retries }, began);
                     retries = 0;
-                    match row.recovered() {
-                        Some(failures) => tracing::info!(
-                            service = %self.name,
-                            failures,
-                            "The output is fresh again"
-                        ),
-                        None => tracing::info!(service = %self.name, "Wrote the output"),
+                    if let Some(failures) = row.recovered() {
+                        tracing::info!(service = %self.name, failures, "The output is fresh again");
+                    } else {
+                        tracing::info!(service = %self.name, "Wrote the output");
                     }
                 }
                 Err(error) => {

@@ -114,4 +114,3 @@ async fn blocking<T: Send + 'static>(
         .await
         .map_err(|_cancelled| Refusal::unavailable("the cluster is shutting down"))?
 }
-

@@ -1,7 +1,5 @@
 //! The texts that make OpenSSH use the identity: `known_hosts` and `ssh_config`.
 
-use std::fmt::Write as _;
-
 use crate::services::authorities::Authority;
 
 /// What the texts say.
@@ -52,10 +50,8 @@ impl Ssh<'_> {
             let command = self.proxy_command(directory, cluster);
             let [hosts, key, certificate] =
                 ["known_hosts", "key", "key-cert.pub"].map(|name| path(directory, name));
-            add(
-                &mut text,
-                format_args!(
-                    "# Common flags for all {cluster} hosts\n\
+            text.push_str(&format!(
+                "# Common flags for all {cluster} hosts\n\
                      Host *.{cluster} {proxy}\n    \
                      UserKnownHostsFile {hosts}\n    \
                      IdentityFile {key}\n    \
@@ -64,8 +60,7 @@ impl Ssh<'_> {
                      Host *.{cluster} !{proxy}\n    \
                      Port 3022\n    \
                      ProxyCommand {command}\n"
-                ),
-            );
+            ));
         }
         text.push_str("\n# End generated Teleport configuration\n");
         text
@@ -102,17 +97,9 @@ impl Ssh<'_> {
     }
 }
 
-fn add(text: &mut String, piece: std::fmt::Arguments<'_>) {
-    // Writing to a text cannot fail.
-    drop(text.write_fmt(piece));
-}
-
 fn add_authorities(text: &mut String, hosts: &str, authority: &Authority) {
     for key in &authority.ssh {
-        add(
-            text,
-            format_args!("@cert-authority {hosts} {key} type=host\n"),
-        );
+        text.push_str(&format!("@cert-authority {hosts} {key} type=host\n"));
     }
 }
 
@@ -150,7 +137,7 @@ mod tests {
         }
     }
 
-    fn ssh<'a>(clusters: &'a [Authority]) -> Ssh<'a> {
+    fn ssh(clusters: &[Authority]) -> Ssh<'_> {
         Ssh {
             clusters: clusters.iter().collect(),
             proxy_host: "example.teleport.sh",
