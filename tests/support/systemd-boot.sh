@@ -24,7 +24,7 @@ echo $$ > "$cgroup/cgroup.procs"
 inside() {
     set -euo pipefail
     mount --make-rprivate /
-    hostname tbot-test
+    hostname ip-10-0-0-1
     mount -t tmpfs -o mode=755 tmpfs "$work"
     for dir in etc var opt root usr/local/bin; do
         layer=$work/${dir//\//-}
@@ -53,6 +53,7 @@ inside() {
         ln -s /dev/null "/etc/systemd/system-generators/${generator##*/}"
     done
     : > /etc/fstab
+    echo ip-10-0-0-1 > /etc/hostname
     mkdir -p /etc/systemd/journald.conf.d
     printf '[Journal]\nStorage=volatile\nReadKMsg=no\nForwardToSyslog=no\n' > /etc/systemd/journald.conf.d/test.conf
     tr -d - < /proc/sys/kernel/random/uuid > /etc/machine-id
