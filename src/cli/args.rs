@@ -165,6 +165,12 @@ pub(super) enum Command {
     },
     /// Run and administer the embedded single-node cluster
     Cluster(ClusterArgs),
+    /// Show what a SPIFFE Workload API gives to this process
+    SpiffeInspect {
+        /// The API's address: unix:///path or tcp://IP:port; default `SPIFFE_ENDPOINT_SOCKET`
+        #[arg(long, value_name = "URI")]
+        path: Option<String>,
+    },
     /// Print a shell's completion script
     Completion {
         /// The shell

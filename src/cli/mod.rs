@@ -8,6 +8,7 @@ mod exit;
 mod flags;
 mod install;
 mod man;
+pub mod spiffe_inspect;
 mod start;
 mod version;
 
@@ -74,6 +75,16 @@ fn run(cli: &Cli, env: &Env) -> Result<(), Failure> {
         Command::Install { target } => match target {
             InstallTarget::Systemd(args) => install::run(globals, args, env),
         },
+        Command::SpiffeInspect { path } => {
+            let endpoint = env.get("SPIFFE_ENDPOINT_SOCKET").map(str::to_owned);
+            if path.is_none() && endpoint.is_none() {
+                return Err(Failure::usage(
+                    "which Workload API? Give --path unix:///path/to.sock, or set \
+                     SPIFFE_ENDPOINT_SOCKET",
+                ));
+            }
+            Ok(runtime()?.block_on(spiffe_inspect::run(path.clone(), endpoint))?)
+        }
         Command::Completion { shell } => print(&completion::script(*shell)),
         Command::Cluster(args) => cluster(args.clone(), env),
         Command::Man { dir } => man::run(dir.as_deref()),

@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
-use der::Decode as _;
-use der::asn1::UintRef;
+use der::asn1::{BitString, Null, ObjectIdentifier, Uint, UintRef};
+use der::{Decode as _, Encode as _};
 use ssh_key::public::{EcdsaPublicKey, Ed25519PublicKey, KeyData, RsaPublicKey};
 use ssh_key::{Mpint, PublicKey};
-use x509_cert::spki::SubjectPublicKeyInfoRef;
+use x509_cert::spki::{
+    AlgorithmIdentifierOwned, SubjectPublicKeyInfoOwned, SubjectPublicKeyInfoRef,
+};
 
 use super::{KeyAlgorithm, PrivateKey, random};
 
@@ -68,6 +70,51 @@ pub fn key_data_of_spki(spki: &[u8]) -> Result<KeyData, SshError> {
             .map_err(|_source| SshError::Unsupported),
         _ => Err(SshError::Unsupported),
     }
+}
+
+/// The SubjectPublicKeyInfo of an `authorized_keys` line; a comment is allowed, options are not.
+///
+/// # Errors
+/// [`SshError::Malformed`], or [`SshError::Unsupported`] for keys other than RSA, P-256 and
+/// Ed25519.
+pub fn spki_of_public_line(line: &str) -> Result<Vec<u8>, SshError> {
+    #[derive(der::Sequence)]
+    struct RsaKey {
+        n: Uint,
+        e: Uint,
+    }
+    let unsupported = |_source| SshError::Unsupported;
+    let key = PublicKey::from_openssh(line.trim()).map_err(|_source| SshError::Malformed)?;
+    let (oid, parameters, bits) = match key.key_data() {
+        KeyData::Rsa(key) => {
+            let uint = |number: &Mpint| {
+                let bytes = number.as_positive_bytes().ok_or(SshError::Malformed)?;
+                Uint::new(bytes).map_err(unsupported)
+            };
+            let key = RsaKey {
+                n: uint(&key.n)?,
+                e: uint(&key.e)?,
+            };
+            let bits = key.to_der().map_err(unsupported)?;
+            ("1.2.840.113549.1.1.1", Some(Null.into()), bits)
+        }
+        KeyData::Ecdsa(key @ EcdsaPublicKey::NistP256(_)) => {
+            let curve = ObjectIdentifier::new_unwrap("1.2.840.10045.3.1.7");
+            let bits = key.as_sec1_bytes().to_vec();
+            ("1.2.840.10045.2.1", Some((&curve).into()), bits)
+        }
+        KeyData::Ed25519(key) => ("1.3.101.112", None, key.0.to_vec()),
+        _ => return Err(SshError::Unsupported),
+    };
+    SubjectPublicKeyInfoOwned {
+        algorithm: AlgorithmIdentifierOwned {
+            oid: ObjectIdentifier::new_unwrap(oid),
+            parameters,
+        },
+        subject_public_key: BitString::from_bytes(&bits).map_err(unsupported)?,
+    }
+    .to_der()
+    .map_err(unsupported)
 }
 
 /// What matters of an SSH certificate.
@@ -277,6 +324,28 @@ mod tests {
             assert_eq!(
                 facts.valid_before(),
                 SystemTime::UNIX_EPOCH + Duration::from_secs(200)
+            );
+        }
+    }
+
+    #[test]
+    fn lines_give_back_the_key() {
+        for algorithm in [
+            KeyAlgorithm::Rsa2048,
+            KeyAlgorithm::EcdsaP256,
+            KeyAlgorithm::Ed25519,
+        ] {
+            let key = PrivateKey::generate(algorithm).unwrap();
+            let line = key.public_ssh_line().unwrap();
+            assert_eq!(spki_of_public_line(&line), Ok(key.public_spki()));
+            let commented = format!("{} me@home", line.trim_end());
+            assert_eq!(spki_of_public_line(&commented), Ok(key.public_spki()));
+        }
+        for junk in ["", "ssh-rsa", "ssh-rsa AAAA", "-----BEGIN PUBLIC KEY-----"] {
+            assert_eq!(
+                spki_of_public_line(junk),
+                Err(SshError::Malformed),
+                "{junk}"
             );
         }
     }

@@ -160,6 +160,21 @@ impl Certificate {
         })
     }
 
+    /// The IP addresses of the subject alternative name extension.
+    #[must_use]
+    pub fn ip_sans(&self) -> Vec<String> {
+        self.sans(|name| match name {
+            GeneralName::IpAddress(octets) => {
+                let bytes = octets.as_bytes();
+                let v4 = <[u8; 4]>::try_from(bytes).map(std::net::IpAddr::from);
+                let address =
+                    v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(std::net::IpAddr::from));
+                address.ok().map(|address| address.to_string())
+            }
+            _ => None,
+        })
+    }
+
     /// Whether the certificate certifies the public half of `key`.
     #[must_use]
     pub fn is_for(&self, key: &PrivateKey) -> bool {

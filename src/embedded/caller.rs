@@ -131,6 +131,8 @@ pub struct TlsIdentity {
     pub impersonator: String,
     /// What the join proved; `Null` if unknown.
     pub join_attributes: Value,
+    /// The same as the certificate writes it; empty if unknown.
+    pub join_attributes_text: String,
     /// The address recorded when the certificate was made.
     pub client_ip: String,
     /// End of validity.
@@ -178,10 +180,12 @@ impl TlsIdentity {
                 .parse()
                 .map_err(|_source| IdentityError::Malformed("generation"))?,
         };
-        let join_attributes = match one(oid::JOIN_ATTRIBUTES) {
-            None => Value::Null,
-            Some(json) => serde_json::from_str(&json)
-                .map_err(|_source| IdentityError::Malformed("join attributes"))?,
+        let join_attributes_text = text(oid::JOIN_ATTRIBUTES);
+        let join_attributes = if join_attributes_text.is_empty() {
+            Value::Null
+        } else {
+            serde_json::from_str(&join_attributes_text)
+                .map_err(|_source| IdentityError::Malformed("join attributes"))?
         };
         Ok(Self {
             user,
@@ -196,6 +200,7 @@ impl TlsIdentity {
             disallow_reissue: flag(&text(oid::DISALLOW_REISSUE)),
             impersonator: text(oid::IMPERSONATOR),
             join_attributes,
+            join_attributes_text,
             client_ip: text(oid::CLIENT_IP),
             expires: certificate.not_after(),
         })

@@ -10,10 +10,10 @@ use std::sync::Arc;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tonic::service::Routes;
 
 use super::admin::{self, AdminError};
 use super::audit::{Audit, AuditError};
+use super::auth::{self, StsError};
 use super::ca::{Authorities, AuthorityError};
 use super::listener::Server;
 use super::resources::{self, CreateError, Mode};
@@ -123,6 +123,9 @@ pub enum ClusterError {
     /// The audit log cannot be opened.
     #[error(transparent)]
     Audit(#[from] AuditError),
+    /// The endpoint for IAM joins cannot be used.
+    #[error(transparent)]
+    Sts(#[from] StsError),
     /// The authorities cannot be made or read.
     #[error(transparent)]
     Authorities(#[from] AuthorityError),
@@ -175,8 +178,8 @@ impl Cluster {
         let server = Arc::new(Server {
             cluster: state.name.clone(),
             tls: opened.tls,
-            auth: auth_routes(&state),
-            join: join_routes(&state),
+            auth: auth::auth_routes(&state)?,
+            join: auth::proxy_join_routes(&state)?,
             web: Arc::new(Web::new(Arc::clone(&state), web_addr)),
         });
         Ok(Self {
@@ -239,14 +242,6 @@ impl Cluster {
         );
         Ok(())
     }
-}
-
-fn auth_routes(_state: &Arc<ClusterState>) -> Routes {
-    Routes::default()
-}
-
-fn join_routes(_state: &Arc<ClusterState>) -> Routes {
-    Routes::default()
 }
 
 async fn bind(address: SocketAddr) -> Result<TcpListener, ClusterError> {

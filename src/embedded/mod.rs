@@ -7,7 +7,9 @@
 //!   services share.
 //! - [`store`]: resources in SQLite, with revisions, expiry and transactions.
 //! - [`resources`]: resource files, checked and applied as `tctl create` does.
+//! - [`workload_identity`]: who may have which SVID, and the making of it.
 //! - [`audit`]: one JSON line for each join, certificate, refusal and administrative change.
+//! - [`auth`]: joins, certificates, authorities and what else agents call.
 //! - [`ca`]: the authorities, and the making of certificates.
 //! - [`caller`]: who calls, by certificate and listener.
 //! - [`admin`]: commands over a unix socket in the data directory.
@@ -15,6 +17,7 @@
 
 pub mod admin;
 pub mod audit;
+pub mod auth;
 pub mod ca;
 pub mod caller;
 mod cluster;
@@ -24,6 +27,7 @@ pub mod resources;
 pub mod store;
 mod tls;
 mod web;
+pub mod workload_identity;
 
 use std::time::Duration;
 

@@ -115,7 +115,7 @@ enum Unusable {
 
 enum Slot {
     Pending(PrivateKey),
-    Issued(Stored),
+    Issued(Box<Stored>),
 }
 
 impl Store {
@@ -212,7 +212,7 @@ impl Store {
                     position.sequence = position.sequence.max(sequence);
                     match content {
                         Slot::Pending(key) => pending = Some((sequence, key)),
-                        Slot::Issued(stored) => issued.push((sequence, slot, stored)),
+                        Slot::Issued(stored) => issued.push((sequence, slot, *stored)),
                     }
                 }
                 Err(problem) => loaded
@@ -348,7 +348,7 @@ fn decode(bytes: &Secret<Vec<u8>>) -> Result<(u64, Slot), Unusable> {
             ssh,
             ssh_authorities,
             token_hash,
-        } => Slot::Issued(Stored {
+        } => Slot::Issued(Box::new(Stored {
             identity: Identity::new(
                 PrivateKey::from_pem(key)?,
                 tls.clone(),
@@ -357,7 +357,7 @@ fn decode(bytes: &Secret<Vec<u8>>) -> Result<(u64, Slot), Unusable> {
                 ssh_authorities.clone(),
             )?,
             token_hash: token_hash.clone(),
-        }),
+        })),
     };
     Ok((record.sequence, slot))
 }

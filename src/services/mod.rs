@@ -3,6 +3,9 @@
 //! An [`Output`] asks for a certificate and renders it as files; issuing, writing, retries, health
 //! and metrics are the runner's (`output.rs`). A [`Server`] runs until it is told to stop.
 
+mod authorities;
+pub mod identity;
+pub mod output;
 pub mod workload_identity_api;
 
 use std::fmt;
@@ -20,7 +23,7 @@ use crate::telemetry::metrics::Metrics;
 use crate::yaml::{Fields, Tree};
 
 /// The kinds of service, by their YAML `type`.
-pub const KINDS: &[&dyn ServiceKind] = &[&workload_identity_api::Kind];
+pub const KINDS: &[&dyn ServiceKind] = &[&identity::Kind, &workload_identity_api::Kind];
 
 /// Kinds that upstream has, so that one missing here is refused by its name.
 pub const UPSTREAM: &[&str] = &[

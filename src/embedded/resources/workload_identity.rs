@@ -3,18 +3,19 @@
 use std::time::SystemTime;
 
 use super::{Resource, whole};
+use crate::embedded::workload_identity::resource::{spec_from_json, spec_to_json};
 use crate::yaml::Fields;
 
 pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource, _now: SystemTime) {
-    for key in ["spiffe", "rules"] {
+    for key in fields.keys() {
         fields.ignore(key);
     }
-    let id = resource.spec_text("/spiffe/id");
-    if !id.starts_with('/') {
-        whole(
+    match spec_from_json(&resource.spec) {
+        Ok(spec) => resource.spec = spec_to_json(&spec),
+        Err(error) => whole(
             fields,
-            format!("`spiffe.id` must start with `/`, not be {id:?}"),
-            "write the path of the SPIFFE ID, for example `/svc/foo`",
-        );
+            format!("`{}` {}", error.path, error.problem),
+            "correct it as the reference of the resource says",
+        ),
     }
 }

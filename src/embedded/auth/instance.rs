@@ -1,0 +1,282 @@
+//! Bot instances: a record for each joined bot, and the generation counter that notices when two
+//! parties hold one certificate.
+
+use std::time::{Duration, SystemTime};
+
+use base64::Engine as _;
+use serde_json::{Value, json};
+
+use super::refusal::Refusal;
+use crate::embedded::instant::rfc3339;
+use crate::embedded::store::{Put, Resource, Tx};
+
+/// The kind under which instances are stored.
+const KIND: &str = "bot_instance";
+/// How many authentications and heartbeats a record keeps besides the first.
+const KEPT: usize = 10;
+/// How long a record outlives the certificate.
+const GRACE: Duration = Duration::from_mins(5);
+/// The label of a bot's user with the highest generation of a renewable certificate.
+const GENERATION_LABEL: &str = "teleport.internal/bot-generation";
+
+/// What a caller's certificate says about its instance.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Presented {
+    /// The instance, a UUID.
+    pub(super) id: String,
+    /// Its generation; 0 on certificates of outputs.
+    pub(super) generation: u32,
+}
+
+/// One successful authentication of an instance.
+#[derive(Debug, Clone)]
+pub(super) struct Authentication {
+    /// The join method.
+    pub(super) method: String,
+    /// The token's name in a form that may be shown.
+    pub(super) token: String,
+    /// The public key, exactly as it was sent.
+    pub(super) public_key: Vec<u8>,
+    /// What was proved: the method's attributes under the names of the event.
+    pub(super) metadata: Value,
+    /// What was proved, as it goes into certificates.
+    pub(super) join_attributes: Value,
+    /// End of the certificate that is issued.
+    pub(super) expires: SystemTime,
+}
+
+/// What follows from a presented generation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Decision {
+    /// A new instance, beginning with this generation.
+    New(u32),
+    /// The same instance with this generation.
+    Next(u32),
+    /// The answer to this very request was issued before and got lost: the same again.
+    Again(u32),
+    /// Somebody else has used the certificate: lock the bot.
+    Stolen {
+        /// The generation that was expected.
+        stored: u32,
+        /// Whether the instance itself is known.
+        known: bool,
+    },
+    /// A certificate without a generation cannot stand for an instance.
+    Missing,
+}
+
+/// Decides by the generation: `stored` is that of the record and the key it was issued for,
+/// `label` that of the bot's user.
+///
+/// Only renewable certificates (method `token`) enforce it; other methods prove themselves anew
+/// each time, so a wrong number is no theft. A renewable one whose number is one behind may come
+/// with the very key that got the current number: the agent asked, the cluster answered, and the
+/// answer was lost. Who stole the certificate does not have that key and would gain nothing.
+pub(super) fn decide(
+    presented: Option<u32>,
+    stored: Option<(u32, bool)>,
+    label: u32,
+    renewable: bool,
+) -> Decision {
+    match (presented, stored) {
+        (None, _) => Decision::New(1),
+        (Some(0), Some(_)) => Decision::Missing,
+        (Some(presented), Some((stored, _))) if presented == stored => Decision::Next(stored + 1),
+        (Some(presented), Some((stored, true))) if presented.checked_add(1) == Some(stored) => {
+            Decision::Again(stored)
+        }
+        (Some(_), Some((stored, _))) if renewable => Decision::Stolen {
+            stored,
+            known: true,
+        },
+        (Some(_), Some((stored, _))) => Decision::Next(stored + 1),
+        (Some(0), None) => Decision::New(1),
+        (Some(presented), None) if renewable && presented == label => Decision::New(presented + 1),
+        (Some(_), None) if renewable => Decision::Stolen {
+            stored: label,
+            known: false,
+        },
+        (Some(_), None) => Decision::New(1),
+    }
+}
+
+/// The record of an instance, if it belongs to this bot.
+pub(super) fn find(tx: &Tx<'_>, bot: &str, id: &str) -> Result<Option<Resource>, Refusal> {
+    let found = tx.get(KIND, id)?;
+    Ok(found.filter(|record| record.spec_text("/bot_name") == bot))
+}
+
+/// The generation of the record's last authentication, and whether it was made with this key.
+pub(super) fn last(record: &Resource, public_key: &[u8]) -> (u32, bool) {
+    let latest = record.status.pointer("/latest_authentications");
+    let latest = latest.and_then(Value::as_array).and_then(|all| all.last());
+    let generation = latest
+        .and_then(|entry| entry.get("generation"))
+        .and_then(Value::as_u64)
+        .and_then(|number| u32::try_from(number).ok())
+        .unwrap_or_default();
+    let key = latest
+        .and_then(|entry| entry.get("public_key"))
+        .and_then(Value::as_str);
+    (generation, key == Some(encode(public_key).as_str()))
+}
+
+/// The authentication that a renewal continues: method, token and attributes of the last one.
+pub(super) fn inherited(
+    record: &Resource,
+    public_key: Vec<u8>,
+    expires: SystemTime,
+) -> Authentication {
+    let latest = record.status.pointer("/latest_authentications");
+    let latest = latest.and_then(Value::as_array).and_then(|all| all.last());
+    let member = |key: &str| latest.and_then(|entry| entry.get(key)).cloned();
+    let text = |key: &str| match member(key) {
+        Some(Value::String(text)) => text,
+        _ => String::new(),
+    };
+    Authentication {
+        method: text("join_method"),
+        token: text("join_token"),
+        public_key,
+        metadata: member("metadata").unwrap_or_default(),
+        join_attributes: member("join_attrs").unwrap_or_default(),
+        expires,
+    }
+}
+
+/// Writes an authentication into the instance's record, making the record if there is none.
+pub(super) fn record(
+    tx: &Tx<'_>,
+    bot: &str,
+    id: &str,
+    generation: u32,
+    by: &Authentication,
+    now: SystemTime,
+) -> Result<(), Refusal> {
+    let entry = json!({
+        "authenticated_at": rfc3339(now),
+        "join_method": by.method,
+        "join_token": by.token,
+        "metadata": by.metadata,
+        "join_attrs": by.join_attributes,
+        "generation": generation,
+        "public_key": encode(&by.public_key),
+    });
+    let existing = find(tx, bot, id)?;
+    let mut record = existing.unwrap_or_else(|| Resource {
+        kind: KIND.to_owned(),
+        version: "v1".to_owned(),
+        name: id.to_owned(),
+        spec: json!({"bot_name": bot, "instance_id": id}),
+        status: json!({"initial_authentication": entry}),
+        ..Resource::default()
+    });
+    push(&mut record.status, "latest_authentications", entry);
+    let until = by.expires + GRACE;
+    record.expires = Some(record.expires.map_or(until, |known| known.max(until)));
+    tx.put(record, &Put::Upsert)?;
+    Ok(())
+}
+
+/// Keeps a heartbeat: the first, and the last few.
+pub(super) fn heartbeat(
+    tx: &Tx<'_>,
+    bot: &str,
+    id: &str,
+    heartbeat: Value,
+    health: Value,
+) -> Result<(), Refusal> {
+    let mut record = find(tx, bot, id)?
+        .ok_or_else(|| Refusal::not_found(format!("bot_instance {id:?} is not found")))?;
+    if let Some(status) = record.status.as_object_mut() {
+        status
+            .entry("initial_heartbeat")
+            .or_insert_with(|| heartbeat.clone());
+        status.insert("service_health".to_owned(), health);
+    }
+    push(&mut record.status, "latest_heartbeats", heartbeat);
+    let put = Put::Update {
+        revision: record.revision.clone(),
+    };
+    tx.put(record, &put)?;
+    Ok(())
+}
+
+/// The generation in the label of a bot's user.
+pub(super) fn label(user: &Resource) -> u32 {
+    let label = user.labels.get(GENERATION_LABEL);
+    label
+        .and_then(|number| number.parse().ok())
+        .unwrap_or_default()
+}
+
+/// Raises that label, never lowers it.
+pub(super) fn raise_label(tx: &Tx<'_>, mut user: Resource, generation: u32) -> Result<(), Refusal> {
+    if generation > label(&user) {
+        user.labels
+            .insert(GENERATION_LABEL.to_owned(), generation.to_string());
+        tx.put(user, &Put::Upsert)?;
+    }
+    Ok(())
+}
+
+fn push(status: &mut Value, key: &str, entry: Value) {
+    let Some(status) = status.as_object_mut() else {
+        return;
+    };
+    let list = status.entry(key).or_insert_with(|| json!([]));
+    if let Some(list) = list.as_array_mut() {
+        list.push(entry);
+        let surplus = list.len().saturating_sub(KEPT);
+        list.drain(..surplus);
+    }
+}
+
+fn encode(bytes: &[u8]) -> String {
+    base64::engine::general_purpose::STANDARD.encode(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn generations_decide() {
+        let stolen = |stored, known| Decision::Stolen { stored, known };
+        let cases = [
+            // presented, stored, label, renewable
+            (None, None, 0, true, Decision::New(1)),
+            (None, Some((4, false)), 4, true, Decision::New(1)),
+            (Some(4), Some((4, false)), 4, true, Decision::Next(5)),
+            (Some(4), Some((4, false)), 0, false, Decision::Next(5)),
+            (Some(3), Some((4, false)), 4, true, stolen(4, true)),
+            (Some(5), Some((4, false)), 4, true, stolen(4, true)),
+            (Some(3), Some((4, true)), 4, true, Decision::Again(4)),
+            (Some(2), Some((4, true)), 4, true, stolen(4, true)),
+            (Some(3), Some((4, false)), 0, false, Decision::Next(5)),
+            (Some(0), Some((4, false)), 4, true, Decision::Missing),
+            (Some(0), Some((4, false)), 4, false, Decision::Missing),
+            (Some(4), None, 4, true, Decision::New(5)),
+            (Some(3), None, 4, true, stolen(4, false)),
+            (Some(3), None, 0, false, Decision::New(1)),
+            (Some(0), None, 0, true, Decision::New(1)),
+        ];
+        for (presented, stored, label, renewable, expected) in cases {
+            assert_eq!(
+                decide(presented, stored, label, renewable),
+                expected,
+                "{presented:?} {stored:?} {label} {renewable}"
+            );
+        }
+    }
+
+    #[test]
+    fn lists_keep_the_last_ten() {
+        let mut status = json!({});
+        for number in 0..25 {
+            push(&mut status, "list", number.into());
+        }
+        let kept: Vec<u64> = (15..25).collect();
+        assert_eq!(status, json!({"list": kept}));
+    }
+}

@@ -1,0 +1,458 @@
+//! The small services: ping, authorities, roles, preferences, watches, heartbeats.
+
+use std::collections::BTreeSet;
+
+use serde_json::{Value, json};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::{Auth, Refusal, authorize, blocking, caller, instance, user_agent};
+use crate::crypto::pem;
+use crate::embedded::SERVER_VERSION;
+use crate::embedded::ca::AuthorityType;
+use crate::embedded::caller::{Caller, TlsIdentity};
+use crate::embedded::instant::rfc3339;
+use crate::pb::proto::auth_service_server::AuthService;
+use crate::pb::proto::{
+    Certs, Event, GetClusterCaCertResponse, GetRoleRequest, Operation, PingRequest, PingResponse,
+    UserCertsRequest, Watch, event,
+};
+use crate::pb::teleport::clusterconfig::v1::GetAuthPreferenceRequest;
+use crate::pb::teleport::clusterconfig::v1::cluster_config_service_server::ClusterConfigService;
+use crate::pb::teleport::machineid::v1 as machineid;
+use crate::pb::teleport::machineid::v1::bot_instance_service_server::BotInstanceService;
+use crate::pb::teleport::machineid::v1::spiffe_federation_service_server::SpiffeFederationService;
+use crate::pb::teleport::presence::v1 as presence;
+use crate::pb::teleport::presence::v1::presence_service_server::PresenceService;
+use crate::pb::teleport::trust::v1 as trust;
+use crate::pb::teleport::trust::v1::trust_service_server::TrustService;
+use crate::pb::types::{self, CertAuthorityV2, SignatureAlgorithmSuite};
+
+/// Types of authorities that a bigger cluster has and this one does not.
+const ABSENT: &[&str] = &[
+    "openssh",
+    "saml_idp",
+    "oidc_idp",
+    "okta",
+    "awsra",
+    "bound_keypair",
+];
+/// Events that wait for a slow watcher before it is cut off.
+const WATCH_BUFFER: usize = 16;
+
+impl Auth {
+    async fn authorized(&self, caller: Caller) -> Result<TlsIdentity, Refusal> {
+        let state = std::sync::Arc::clone(&self.state);
+        blocking(move || authorize(&state, &caller)).await
+    }
+
+    fn suite(&self) -> i32 {
+        SignatureAlgorithmSuite::from(self.state.authorities.suite()).into()
+    }
+}
+
+/// The authorities that answer a question for one type.
+///
+/// An 18.0.0 cluster answers `db` with `db_client` too (its cache selects by prefix), and its
+/// agents write both into their files. This one does the same, so that the files are the same.
+fn authorities_of(name: &str) -> Result<&'static [AuthorityType], Refusal> {
+    Ok(match AuthorityType::from_name(name) {
+        Some(AuthorityType::Host) => &[AuthorityType::Host],
+        Some(AuthorityType::User) => &[AuthorityType::User],
+        Some(AuthorityType::Spiffe) => &[AuthorityType::Spiffe],
+        Some(AuthorityType::Jwt) => &[AuthorityType::Jwt],
+        Some(AuthorityType::Db) => &[AuthorityType::Db, AuthorityType::DbClient],
+        Some(AuthorityType::DbClient) => &[AuthorityType::DbClient],
+        None if ABSENT.contains(&name) => &[],
+        None => {
+            let text = format!("{name:?} authority type is not supported");
+            return Err(Refusal::bad_parameter(text));
+        }
+    })
+}
+
+fn no_secrets(include_key: bool) -> Result<(), Refusal> {
+    if include_key {
+        let text = "access denied to perform action \"read\" on \"cert_authority\"";
+        return Err(Refusal::denied(text));
+    }
+    Ok(())
+}
+
+#[tonic::async_trait]
+impl AuthService for Auth {
+    async fn ping(&self, request: Request<PingRequest>) -> Result<Response<PingResponse>, Status> {
+        let caller = caller(&request)?;
+        Ok(Response::new(PingResponse {
+            cluster_name: self.state.name.clone(),
+            server_version: SERVER_VERSION.to_owned(),
+            proxy_public_addr: self.state.public_addr.clone(),
+            is_boring: false,
+            remote_addr: caller.addr.to_string(),
+            load_all_c_as: false,
+            signature_algorithm_suite: self.suite(),
+        }))
+    }
+
+    async fn get_cluster_ca_cert(
+        &self,
+        _request: Request<()>,
+    ) -> Result<Response<GetClusterCaCertResponse>, Status> {
+        // Public: agents compare it with their pins before they trust anything.
+        let certificates = self.state.authorities.trusted_tls(AuthorityType::Host);
+        let pem: Vec<String> = certificates
+            .iter()
+            .map(|der| pem::encode("CERTIFICATE", der).trim_end().to_owned())
+            .collect();
+        Ok(Response::new(GetClusterCaCertResponse {
+            tlsca: (pem.join("\n") + "\n").into_bytes(),
+        }))
+    }
+
+    async fn get_role(
+        &self,
+        request: Request<GetRoleRequest>,
+    ) -> Result<Response<types::RoleV6>, Status> {
+        let identity = self.authorized(caller(&request)?).await?;
+        let name = request.into_inner().name;
+        if !identity.roles.contains(&name) {
+            let text = "access denied to perform action \"read\" on \"role\"";
+            return Err(Refusal::denied(text).into());
+        }
+        let store = self.state.store.clone();
+        let role = blocking(move || {
+            store
+                .get("role", &name)?
+                .ok_or_else(|| Refusal::not_found(format!("role {name} is not found")))
+        })
+        .await?;
+        let impersonate = role.spec_texts("/allow/impersonate/roles");
+        Ok(Response::new(types::RoleV6 {
+            kind: role.kind,
+            sub_kind: role.sub_kind,
+            version: role.version,
+            metadata: Some(types::Metadata {
+                name: role.name,
+                namespace: "default".to_owned(),
+                description: role.description,
+                labels: role.labels.into_iter().collect(),
+                revision: role.revision,
+                ..types::Metadata::default()
+            }),
+            spec: Some(types::RoleSpecV6 {
+                allow: Some(types::RoleConditions {
+                    impersonate: Some(types::ImpersonateConditions { roles: impersonate }),
+                }),
+            }),
+        }))
+    }
+
+    async fn generate_user_certs(
+        &self,
+        request: Request<UserCertsRequest>,
+    ) -> Result<Response<Certs>, Status> {
+        let (caller, agent) = (caller(&request)?, user_agent(&request));
+        let auth = self.clone();
+        let certs =
+            blocking(move || auth.user_certs(&caller, &agent, &request.into_inner())).await?;
+        Ok(Response::new(certs))
+    }
+
+    type WatchEventsStream = ReceiverStream<Result<Event, Status>>;
+
+    async fn watch_events(
+        &self,
+        request: Request<Watch>,
+    ) -> Result<Response<Self::WatchEventsStream>, Status> {
+        self.authorized(caller(&request)?).await?;
+        let watched = watched(&request.into_inner(), &self.state.name)?;
+        let authorities = self.state.authorities.clone();
+        let mut changes = authorities.subscribe();
+        let mut known: Vec<_> = watched
+            .iter()
+            .map(|kind| authorities.message(*kind))
+            .collect();
+        let (events, stream) = tokio::sync::mpsc::channel(WATCH_BUFFER);
+        tokio::spawn(async move {
+            let init = Event {
+                r#type: Operation::Init.into(),
+                resource: None,
+            };
+            if events.send(Ok(init)).await.is_err() {
+                return;
+            }
+            loop {
+                tokio::select! {
+                    () = events.closed() => return,
+                    changed = changes.changed() => if changed.is_err() { return },
+                }
+                let current: Vec<_> = watched
+                    .iter()
+                    .map(|kind| authorities.message(*kind))
+                    .collect();
+                for authority in current
+                    .iter()
+                    .filter(|authority| !known.contains(authority))
+                {
+                    let put = Event {
+                        r#type: Operation::Put.into(),
+                        resource: Some(event::Resource::CertAuthority(authority.clone())),
+                    };
+                    // Somebody who does not read is cut off and watches again.
+                    if events.try_send(Ok(put)).is_err() {
+                        return;
+                    }
+                }
+                known = current;
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}
+
+/// The authorities that a watch asks for.
+fn watched(watch: &Watch, cluster: &str) -> Result<BTreeSet<AuthorityType>, Refusal> {
+    let mut watched = BTreeSet::new();
+    if watch.kinds.is_empty() {
+        return Err(Refusal::bad_parameter("can't setup global watch"));
+    }
+    for kind in &watch.kinds {
+        match kind.kind.as_str() {
+            "cert_authority" => {
+                no_secrets(kind.load_secrets)?;
+                watched.extend(AuthorityType::ALL.into_iter().filter(|authority| {
+                    kind.filter.is_empty()
+                        || kind
+                            .filter
+                            .get(authority.name())
+                            .is_some_and(|name| name == cluster)
+                }));
+            }
+            // There are none here, so there is nothing to tell of them.
+            "spiffe_federation" => {}
+            _ if watch.allow_partial_success => {}
+            other => {
+                let text = format!("watcher object {other:?} is not supported by this cluster");
+                return Err(Refusal::bad_parameter(text));
+            }
+        }
+    }
+    Ok(watched)
+}
+
+#[tonic::async_trait]
+impl TrustService for Auth {
+    async fn get_cert_authority(
+        &self,
+        request: Request<trust::GetCertAuthorityRequest>,
+    ) -> Result<Response<CertAuthorityV2>, Status> {
+        self.authorized(caller(&request)?).await?;
+        let request = request.into_inner();
+        no_secrets(request.include_key)?;
+        let found = authorities_of(&request.r#type)?
+            .first()
+            .filter(|_| request.domain == self.state.name)
+            .ok_or_else(|| {
+                let text = format!(
+                    "cert authority {}/{} is not found",
+                    request.r#type, request.domain
+                );
+                Refusal::not_found(text)
+            })?;
+        Ok(Response::new(self.state.authorities.message(*found)))
+    }
+
+    async fn get_cert_authorities(
+        &self,
+        request: Request<trust::GetCertAuthoritiesRequest>,
+    ) -> Result<Response<trust::GetCertAuthoritiesResponse>, Status> {
+        self.authorized(caller(&request)?).await?;
+        let request = request.into_inner();
+        no_secrets(request.include_key)?;
+        let found = authorities_of(&request.r#type)?;
+        Ok(Response::new(trust::GetCertAuthoritiesResponse {
+            cert_authorities_v2: found
+                .iter()
+                .map(|kind| self.state.authorities.message(*kind))
+                .collect(),
+        }))
+    }
+}
+
+#[tonic::async_trait]
+impl ClusterConfigService for Auth {
+    async fn get_auth_preference(
+        &self,
+        request: Request<GetAuthPreferenceRequest>,
+    ) -> Result<Response<types::AuthPreferenceV2>, Status> {
+        self.authorized(caller(&request)?).await?;
+        Ok(Response::new(types::AuthPreferenceV2 {
+            kind: "cluster_auth_preference".to_owned(),
+            sub_kind: String::new(),
+            version: "v2".to_owned(),
+            metadata: Some(types::Metadata {
+                name: "cluster-auth-preference".to_owned(),
+                namespace: "default".to_owned(),
+                ..types::Metadata::default()
+            }),
+            spec: Some(types::AuthPreferenceSpecV2 {
+                r#type: "local".to_owned(),
+                second_factor: "otp".to_owned(),
+                signature_algorithm_suite: self.suite(),
+            }),
+        }))
+    }
+}
+
+#[tonic::async_trait]
+impl PresenceService for Auth {
+    async fn list_remote_clusters(
+        &self,
+        request: Request<presence::ListRemoteClustersRequest>,
+    ) -> Result<Response<presence::ListRemoteClustersResponse>, Status> {
+        self.authorized(caller(&request)?).await?;
+        // One node: no other cluster is connected.
+        Ok(Response::new(
+            presence::ListRemoteClustersResponse::default(),
+        ))
+    }
+}
+
+#[tonic::async_trait]
+impl SpiffeFederationService for Auth {
+    async fn list_spiffe_federations(
+        &self,
+        request: Request<machineid::ListSpiffeFederationsRequest>,
+    ) -> Result<Response<machineid::ListSpiffeFederationsResponse>, Status> {
+        self.authorized(caller(&request)?).await?;
+        Ok(Response::new(
+            machineid::ListSpiffeFederationsResponse::default(),
+        ))
+    }
+}
+
+#[tonic::async_trait]
+impl BotInstanceService for Auth {
+    async fn submit_heartbeat(
+        &self,
+        request: Request<machineid::SubmitHeartbeatRequest>,
+    ) -> Result<Response<machineid::SubmitHeartbeatResponse>, Status> {
+        let identity = self.authorized(caller(&request)?).await?;
+        let request = request.into_inner();
+        let lacks = |what| Refusal::denied(format!("identity did not contain {what}"));
+        if identity.bot_name.is_empty() {
+            return Err(lacks("bot name").into());
+        }
+        if identity.bot_instance_id.is_empty() {
+            return Err(lacks("bot instance ID").into());
+        }
+        let heartbeat = request
+            .heartbeat
+            .ok_or_else(|| Refusal::bad_parameter("heartbeat: must be non-nil"))?;
+        let (heartbeat, health) = (
+            heartbeat_json(&heartbeat),
+            health_json(&request.service_health),
+        );
+        let store = self.state.store.clone();
+        blocking(move || {
+            store.transaction(|tx| {
+                let (bot, id) = (&identity.bot_name, &identity.bot_instance_id);
+                instance::heartbeat(tx, bot, id, heartbeat, health)
+            })
+        })
+        .await?;
+        Ok(Response::new(machineid::SubmitHeartbeatResponse {}))
+    }
+}
+
+fn timestamp(time: Option<&prost_types::Timestamp>) -> String {
+    time.and_then(|time| std::time::SystemTime::try_from(*time).ok())
+        .map(rfc3339)
+        .unwrap_or_default()
+}
+
+/// A heartbeat as a bot instance shows it: the protocol's field names, empty fields left out.
+fn heartbeat_json(heartbeat: &machineid::BotInstanceStatusHeartbeat) -> Value {
+    let uptime = heartbeat.uptime.map(|uptime| {
+        let fraction = format!("{:09}", uptime.nanos.unsigned_abs());
+        let fraction = fraction.trim_end_matches('0');
+        let dot = if fraction.is_empty() { "" } else { "." };
+        format!("{}{dot}{fraction}s", uptime.seconds)
+    });
+    let mut value = json!({
+        "recorded_at": timestamp(heartbeat.recorded_at.as_ref()),
+        "is_startup": heartbeat.is_startup,
+        "version": heartbeat.version,
+        "hostname": heartbeat.hostname,
+        "uptime": uptime,
+        "join_method": heartbeat.join_method,
+        "one_shot": heartbeat.one_shot,
+        "architecture": heartbeat.architecture,
+        "os": heartbeat.os,
+        "external_updater": heartbeat.external_updater,
+        "external_updater_version": heartbeat.external_updater_version,
+    });
+    if let Some(members) = value.as_object_mut() {
+        members.retain(|_, member| {
+            !matches!(member, Value::Null | Value::Bool(false)) && member != ""
+        });
+    }
+    value
+}
+
+fn health_json(services: &[machineid::BotInstanceServiceHealth]) -> Value {
+    services
+        .iter()
+        .map(|health| {
+            let service = health.service.clone().unwrap_or_default();
+            json!({
+                "service": {"type": service.r#type, "name": service.name},
+                "status": health.status().as_str_name(),
+                "reason": health.reason,
+                "updated_at": timestamp(health.updated_at.as_ref()),
+            })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn heartbeats_read_as_a_cluster_shows_them() {
+        let heartbeat = machineid::BotInstanceStatusHeartbeat {
+            recorded_at: Some(prost_types::Timestamp {
+                seconds: 1_800_000_000,
+                nanos: 0,
+            }),
+            is_startup: true,
+            version: "18.0.0".to_owned(),
+            uptime: Some(prost_types::Duration {
+                seconds: 0,
+                nanos: 103_123_556,
+            }),
+            ..machineid::BotInstanceStatusHeartbeat::default()
+        };
+        assert_eq!(
+            heartbeat_json(&heartbeat),
+            json!({
+                "recorded_at": "2027-01-15T08:00:00Z",
+                "is_startup": true,
+                "version": "18.0.0",
+                "uptime": "0.103123556s",
+            })
+        );
+    }
+
+    #[test]
+    fn authorities_are_told_apart_from_unknown_ones() {
+        assert_eq!(
+            authorities_of("db").unwrap(),
+            [AuthorityType::Db, AuthorityType::DbClient]
+        );
+        assert_eq!(authorities_of("openssh").unwrap(), []);
+        let error = authorities_of("app_client").unwrap_err().to_string();
+        assert_eq!(error, "\"app_client\" authority type is not supported");
+    }
+}
