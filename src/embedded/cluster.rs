@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::json;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -15,8 +16,8 @@ use super::admin::{self, AdminError};
 use super::audit::{Audit, AuditError};
 use super::auth::{self, StsError};
 use super::ca::{Authorities, AuthorityError};
-use super::listener::Server;
-use super::resources::{self, CreateError, Mode};
+use super::listener::{Port, Server};
+use super::resources::{self, Applied, CreateError, Mode};
 use super::store::{Put, Resource, Store, StoreError};
 use super::tls::{Tls, TlsError, WebCertificate};
 use super::web::Web;
@@ -201,6 +202,16 @@ impl Cluster {
         &self.state
     }
 
+    /// Creates the resources in `text`, which messages call `file`, as `tctl create` would.
+    pub async fn create(&self, file: &str, text: &str) -> Result<Vec<Applied>, ClusterError> {
+        let state = Arc::clone(&self.state);
+        let files = [(file.to_owned(), text.to_owned())];
+        tokio::task::spawn_blocking(move || state.create(&files, Mode::Create, "system"))
+            .await
+            .map_err(|_cancelled| ClusterError::Interrupted)?
+            .map_err(ClusterError::from)
+    }
+
     /// The address of the shared port, as bound.
     #[must_use]
     pub fn web_addr(&self) -> SocketAddr {
@@ -225,6 +236,12 @@ impl Cluster {
         self.web_ca.as_deref()
     }
 
+    /// The auth port without its socket, for tests in simulated time.
+    #[must_use]
+    pub fn auth_port(&self) -> AuthPort {
+        AuthPort(Arc::clone(&self.server))
+    }
+
     /// Serves until `shutdown`, then finishes calls in flight for a few seconds.
     pub async fn serve(self, shutdown: CancellationToken) -> Result<(), ClusterError> {
         let Self {
@@ -241,6 +258,25 @@ impl Cluster {
             sweep(&state, &shutdown),
         );
         Ok(())
+    }
+}
+
+/// Answers connections as the auth port does, over transports of the caller's.
+#[derive(Debug, Clone)]
+pub struct AuthPort(Arc<Server>);
+
+impl AuthPort {
+    /// Answers one connection until it ends.
+    ///
+    /// # Errors
+    /// What ended it before its time.
+    pub async fn answer(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    ) -> io::Result<()> {
+        let peer = SocketAddr::from(([127, 0, 0, 1], 0));
+        let forever = CancellationToken::new();
+        Box::pin(self.0.connection(stream, peer, Port::Auth, forever)).await
     }
 }
 
@@ -292,13 +328,12 @@ fn open(config: Config, web_addr: SocketAddr) -> Result<Opened, ClusterError> {
     resources::seed(&store, &audit, now).map_err(CreateError::from)?;
     let public_addrs = public_addrs(&config.public_addrs, web_addr);
     let hosts = hosts(&public_addrs);
-    let (web, web_ca) = match &config.tls {
-        Some((cert, key)) => (WebCertificate::read(cert, key)?, None),
-        None => {
-            let export = dir.join("web-ca.pem");
-            let web = WebCertificate::make(&store, &name, &hosts, Some(&export), now)?;
-            (web, Some(export))
-        }
+    let (web, web_ca) = if let Some((cert, key)) = &config.tls {
+        (WebCertificate::read(cert, key)?, None)
+    } else {
+        let export = dir.join("web-ca.pem");
+        let web = WebCertificate::make(&store, &name, &hosts, Some(&export), now)?;
+        (web, Some(export))
     };
     let names = hosts
         .into_iter()

@@ -23,6 +23,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use rustls::pki_types::CertificateDer;
 use rustls::server::Acceptor;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -112,10 +113,15 @@ pub(super) struct Server {
 
 /// Which socket accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Port {
+pub(super) enum Port {
     Shared,
     Auth,
 }
+
+/// What a connection runs on: TCP, or whatever a test brings.
+pub(super) trait Transport: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin + Send + 'static> Transport for T {}
 
 impl Server {
     /// Serves until `shutdown`; then waits a few seconds for calls in flight.
@@ -149,6 +155,8 @@ impl Server {
             let server = Arc::clone(&self);
             let shutdown = shutdown.clone();
             connections.spawn(async move {
+                // Without it small answers wait; where it fails, they do.
+                drop(stream.set_nodelay(true));
                 if let Err(error) = server.connection(stream, peer, port, shutdown).await {
                     tracing::debug!(%peer, %error, "connection ended");
                 }
@@ -162,14 +170,14 @@ impl Server {
         }
     }
 
-    async fn connection(
+    /// Answers one connection until it ends.
+    pub(super) async fn connection(
         &self,
-        stream: TcpStream,
+        stream: impl Transport,
         peer: SocketAddr,
         port: Port,
         shutdown: CancellationToken,
     ) -> io::Result<()> {
-        stream.set_nodelay(true)?;
         let handshake = Box::pin(self.handshake(stream, port));
         let Some((listener, stream)) = tokio::time::timeout(HANDSHAKE, handshake)
             .await
@@ -209,11 +217,11 @@ impl Server {
             .map_err(|error| Status::permission_denied(error.to_string()))
     }
 
-    async fn handshake(
+    async fn handshake<S: Transport>(
         &self,
-        stream: TcpStream,
+        stream: S,
         port: Port,
-    ) -> io::Result<Option<(Listener, TlsStream<TcpStream>)>> {
+    ) -> io::Result<Option<(Listener, TlsStream<S>)>> {
         let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
         let route = match port {
             Port::Auth => Route::Auth,
@@ -275,7 +283,7 @@ fn grpc(
 }
 
 async fn run<S, B>(
-    stream: TlsStream<TcpStream>,
+    stream: TlsStream<impl Transport>,
     service: S,
     shutdown: &CancellationToken,
 ) -> io::Result<()>

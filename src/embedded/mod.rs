@@ -31,7 +31,7 @@ pub mod workload_identity;
 
 use std::time::Duration;
 
-pub use cluster::{Cluster, ClusterError, Config};
+pub use cluster::{AuthPort, Cluster, ClusterError, Config};
 pub use tls::TlsError;
 
 use crate::clock::Clock;

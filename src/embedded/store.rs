@@ -286,7 +286,7 @@ impl Store {
 
     /// Removes what has expired and tells listeners; returns how many resources that were.
     pub fn sweep(&self) -> Result<usize, StoreError> {
-        self.transaction(|tx| tx.sweep())
+        self.transaction(|tx: &Tx<'_>| Tx::sweep(tx))
     }
 
     /// Hears of every change from now on. A listener that falls far behind is told so by the

@@ -11,9 +11,8 @@ use std::time::{Duration, SystemTime};
 use der::Decode as _;
 use der::asn1::OctetString;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::server::WebPkiClientVerifier;
-use rustls::time_provider::TimeProvider;
 use rustls::{RootCertStore, ServerConfig};
 use serde_json::json;
 use tokio::sync::watch;
@@ -313,17 +312,6 @@ impl Tls {
     }
 }
 
-/// The program's clock as the TLS library reads it.
-#[derive(Debug)]
-struct Now(Clock);
-
-impl TimeProvider for Now {
-    fn current_time(&self) -> Option<UnixTime> {
-        let now = self.0.now().duration_since(SystemTime::UNIX_EPOCH).ok()?;
-        Some(UnixTime::since_unix_epoch(now))
-    }
-}
-
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(aws_lc_rs::default_provider())
 }
@@ -346,7 +334,7 @@ fn web_config(
         .iter()
         .map(|der| CertificateDer::from(der.clone()))
         .collect();
-    let mut config = ServerConfig::builder_with_details(provider(), Arc::new(Now(clock.clone())))
+    let mut config = ServerConfig::builder_with_details(provider(), Arc::new(clock.clone()))
         .with_safe_default_protocol_versions()
         .map_err(refused)?
         .with_no_client_auth()
@@ -379,7 +367,7 @@ fn auth_config(
         .allow_unauthenticated()
         .build()
         .map_err(|error| refused(rustls::Error::General(error.to_string())))?;
-    let mut config = ServerConfig::builder_with_details(provider(), Arc::new(Now(clock.clone())))
+    let mut config = ServerConfig::builder_with_details(provider(), Arc::new(clock.clone()))
         .with_safe_default_protocol_versions()
         .map_err(refused)?
         .with_client_cert_verifier(verifier)

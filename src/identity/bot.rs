@@ -85,9 +85,11 @@ impl BotError {
             Self::Join(error) => error.disposition(),
             Self::Cluster(error) => error.disposition(),
             Self::NoToken => Disposition::Refused,
-            Self::Material(_) | Self::Key(_) | Self::Store(_) | Self::Clock | Self::OtherUser { .. } => {
-                Disposition::Retry
-            }
+            Self::Material(_)
+            | Self::Key(_)
+            | Self::Store(_)
+            | Self::Clock
+            | Self::OtherUser { .. } => Disposition::Retry,
         }
     }
 }
@@ -168,7 +170,12 @@ impl Bot {
     }
 
     /// Why a stored identity is of no use; `None` if it is of use.
-    fn unusable(&self, identity: &Identity, stored_hash: &str, now: SystemTime) -> Option<&'static str> {
+    fn unusable(
+        &self,
+        identity: &Identity,
+        stored_hash: &str,
+        now: SystemTime,
+    ) -> Option<&'static str> {
         if !identity.is_valid(now) {
             return Some("it is not valid now");
         }
@@ -203,7 +210,10 @@ impl Bot {
                     }
                     Err(error) => {
                         let disposition = error.disposition();
-                        if step == Step::Join && self.held.is_none() && disposition == Disposition::Refused {
+                        if step == Step::Join
+                            && self.held.is_none()
+                            && disposition == Disposition::Refused
+                        {
                             return Err(error);
                         }
                         self.health.unhealthy(error.to_string());
@@ -281,7 +291,12 @@ impl Bot {
     }
 
     async fn join(&mut self, session: Option<Session>) -> Result<(Identity, String), BotError> {
-        let token = self.settings.token.as_ref().ok_or(BotError::NoToken)?.resolve()?;
+        let token = self
+            .settings
+            .token
+            .as_ref()
+            .ok_or(BotError::NoToken)?
+            .resolve()?;
         let method = self.settings.method;
         let mut session = match session {
             Some(session) => session,
@@ -303,7 +318,11 @@ impl Bot {
 
     async fn renew_certificate(&mut self) -> Result<(Identity, String), BotError> {
         let client = self.handle.client();
-        let held = self.identity.borrow().clone().ok_or(ClusterError::NotJoined)?;
+        let held = self
+            .identity
+            .borrow()
+            .clone()
+            .ok_or(ClusterError::NotJoined)?;
         // A key whose answer never came is used again: a cluster that recognises it can answer once
         // more with the same counter.
         let key = match self.pending.take() {
@@ -323,7 +342,10 @@ impl Bot {
             .await?;
         let identity = Identity::from_certs(key, certs, Vec::new())?;
         let hash = match &self.settings.token {
-            Some(token) => token.resolve().map(|token| token_hash(&token)).unwrap_or_default(),
+            Some(token) => token
+                .resolve()
+                .map(|token| token_hash(&token))
+                .unwrap_or_default(),
             None => String::new(),
         };
         Ok((identity, hash))
@@ -336,10 +358,12 @@ impl Bot {
         }
         let held = self.identity.borrow();
         match (step, held.as_deref()) {
-            (Step::Renew(_), Some(held)) if held.user() != identity.user() => Err(BotError::OtherUser {
-                held: held.user(),
-                got: identity.user(),
-            }),
+            (Step::Renew(_), Some(held)) if held.user() != identity.user() => {
+                Err(BotError::OtherUser {
+                    held: held.user(),
+                    got: identity.user(),
+                })
+            }
             _ => Ok(()),
         }
     }
@@ -370,7 +394,8 @@ impl Bot {
             if fresh { "The bot has a fresh identity" } else { "Using the stored identity" }
         );
         self.health.healthy();
-        self.health.fresh_until(freshness(issued.unwrap_or(held.not_before), held.not_after));
+        self.health
+            .fresh_until(freshness(issued.unwrap_or(held.not_before), held.not_after));
         self.held = Some(held);
         self.credential.send_replace(Some(Arc::new(credential)));
         self.identity.send_replace(Some(Arc::new(identity)));
@@ -393,7 +418,11 @@ fn freshness(issued: SystemTime, not_after: SystemTime) -> SystemTime {
 fn tell(loudness: Loudness, error: &BotError, wait: Duration) {
     let retry_in = format!("{:.1}s", wait.as_secs_f64());
     match loudness {
-        Loudness::Warn => tracing::warn!(%error, retry_in, "The bot's identity could not be renewed"),
-        Loudness::Debug => tracing::debug!(%error, retry_in, "The bot's identity could not be renewed"),
+        Loudness::Warn => {
+            tracing::warn!(%error, retry_in, "The bot's identity could not be renewed")
+        }
+        Loudness::Debug => {
+            tracing::debug!(%error, retry_in, "The bot's identity could not be renewed")
+        }
     }
 }

@@ -3,7 +3,9 @@
 //! [`material`] is what an identity consists of, [`store`] keeps the bot's own one through crashes,
 //! [`state`] decides what to do next, [`bot`] does it, [`Handle`] is what services see.
 
+pub mod bot;
 pub mod material;
+pub mod state;
 pub mod store;
 
 #[cfg(test)]

@@ -131,6 +131,9 @@ mod tests {
 
     #[test]
     fn an_identity_that_is_already_over_is_due_at_once() {
-        assert_eq!(renew_at(at(10), at(5), Duration::from_mins(20), 0.5), at(10));
+        assert_eq!(
+            renew_at(at(10), at(5), Duration::from_mins(20), 0.5),
+            at(10)
+        );
     }
 }

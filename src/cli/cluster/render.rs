@@ -66,9 +66,18 @@ pub(super) fn pairs(rows: &[(String, String)]) -> String {
         .map(|(key, _)| key.chars().count())
         .max()
         .unwrap_or_default();
-    rows.iter()
-        .map(|(key, value)| format!("{key:width$}  {value}\n"))
-        .collect()
+    let mut text = String::new();
+    for (key, value) in rows {
+        let pad = width.saturating_sub(key.chars().count()) + 2;
+        text.extend([
+            key.as_str(),
+            &" ".repeat(pad),
+            value,
+            "
+",
+        ]);
+    }
+    text
 }
 
 /// A table with a head.

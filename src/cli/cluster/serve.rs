@@ -18,7 +18,7 @@ pub struct ServeArgs {
     /// Address of the one port for agents and HTTPS
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:3080")]
     listen: SocketAddr,
-    /// Address of a second port for agents that use auth_server
+    /// Address of a second port for agents with `auth_server`
     #[arg(long, value_name = "ADDR")]
     auth_listen: Option<SocketAddr>,
     /// Name of the cluster and its trust domain; fixed at the first start [default: the host name]

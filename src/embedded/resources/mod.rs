@@ -149,9 +149,12 @@ pub fn parse(file: &str, text: &str, now: SystemTime) -> Result<Vec<Resource>, R
             // rule must not widen it.
             if problem.severity == Severity::Warning {
                 problem.severity = Severity::Error;
-                problem.message = "unknown key".to_owned();
+                "unknown key".clone_into(&mut problem.message);
             }
-            problem.path = format!("{title} {}", problem.path).trim().to_owned();
+            problem.path = match problem.path.as_str() {
+                "" => title.clone(),
+                path => format!("{title} {path}"),
+            };
             lines.push(problem.render(file));
         }
         resources.extend(resource);

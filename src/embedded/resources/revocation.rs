@@ -9,7 +9,7 @@ use crate::yaml::Fields;
 pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource, _now: SystemTime) {
     let serial = &resource.name;
     let hex = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
-    if serial.is_empty() || serial.len() % 2 != 0 || !serial.bytes().all(hex) {
+    if serial.is_empty() || !serial.len().is_multiple_of(2) || !serial.bytes().all(hex) {
         whole(
             fields,
             format!("the name {serial:?} is no serial number"),
