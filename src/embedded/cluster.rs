@@ -176,12 +176,13 @@ impl Cluster {
             .map_err(|_cancelled| ClusterError::Interrupted)??;
         let state = Arc::new(opened.state);
         let admin = admin::Server::bind(&opened.data_dir, Arc::clone(&state))?;
+        let join = auth::proxy_join_routes(&state)?;
         let server = Arc::new(Server {
             cluster: state.name.clone(),
             tls: opened.tls,
             auth: auth::auth_routes(&state)?,
-            join: auth::proxy_join_routes(&state)?,
-            web: Arc::new(Web::new(Arc::clone(&state), web_addr)),
+            web: Arc::new(Web::new(Arc::clone(&state), join.clone(), web_addr)),
+            join,
         });
         Ok(Self {
             state,

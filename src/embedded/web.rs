@@ -3,6 +3,8 @@
 //! Paths, JSON members and error bodies are those of the proxy of a Teleport 18.0.0 cluster
 //! (`lib/web/apiserver.go`); a leading `/v1` means nothing there and here.
 
+mod host_credentials;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +14,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use serde_json::{Value, json};
+use tonic::service::Routes;
 
 use super::caller::Caller;
 use super::{ClusterState, MIN_CLIENT_VERSION, SERVER_VERSION};
@@ -25,6 +28,7 @@ const BODY: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(super) struct Web {
     state: Arc<ClusterState>,
+    join: Routes,
     listen: SocketAddr,
 }
 
@@ -33,9 +37,13 @@ pub(super) struct Web {
 pub(super) struct Refusal(pub(super) StatusCode, pub(super) String);
 
 impl Web {
-    /// `listen` is the address of the shared port.
-    pub(super) fn new(state: Arc<ClusterState>, listen: SocketAddr) -> Self {
-        Self { state, listen }
+    /// `join` are the services for joining, `listen` is the address of the shared port.
+    pub(super) fn new(state: Arc<ClusterState>, join: Routes, listen: SocketAddr) -> Self {
+        Self {
+            state,
+            join,
+            listen,
+        }
     }
 
     pub(super) async fn answer(
@@ -73,32 +81,25 @@ impl Web {
                     .map_err(|_elapsed| bad("the request's body did not arrive in time"))?
                     .map_err(|error| bad(&format!("the request's body cannot be read: {error}")))?
                     .to_bytes();
-            return self.join(&body, caller).await;
+            return host_credentials::join(self.join.clone(), &body, caller).await;
         }
         let value = match path {
             "/webapi/find" => find(&self.state, self.listen),
             "/webapi/ping" => ping(&self.state, self.listen),
             _ if path.starts_with("/webapi/ping/") => ping(&self.state, self.listen),
-            _ => self.document(path)?,
+            _ => document(path)?,
         };
         expect(request.method(), &[Method::GET, Method::HEAD])?;
         Ok(value)
     }
+}
 
-    fn document(&self, path: &str) -> Result<Value, Refusal> {
-        let _state = &self.state;
-        Err(Refusal(
-            StatusCode::NOT_FOUND,
-            format!("there is nothing at {path}"),
-        ))
-    }
-
-    async fn join(&self, _body: &[u8], _caller: Caller) -> Result<Value, Refusal> {
-        Err(Refusal(
-            StatusCode::NOT_IMPLEMENTED,
-            "joining over HTTP is not available".to_owned(),
-        ))
-    }
+/// Documents for relying parties.
+fn document(path: &str) -> Result<Value, Refusal> {
+    Err(Refusal(
+        StatusCode::NOT_FOUND,
+        format!("there is nothing at {path}"),
+    ))
 }
 
 fn bad(message: &str) -> Refusal {
