@@ -14,5 +14,6 @@
 
 mod architecture;
 mod common;
+mod config;
 mod harness;
 mod wire;
