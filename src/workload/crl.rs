@@ -162,7 +162,7 @@ fn publish(published: &watch::Sender<Crl>, fresh: Crl) {
     });
 }
 
-pub(super) fn says_the_same(old: &Crl, new: &Crl) -> bool {
+fn says_the_same(old: &Crl, new: &Crl) -> bool {
     match (old, new) {
         (Crl::Signed(old), Crl::Signed(new)) => {
             old == new || essence(old).is_some_and(|essence| Some(essence) == self::essence(new))

@@ -14,6 +14,7 @@
 
 mod architecture;
 mod common;
-mod config;
+mod completeness;
+mod docs;
 mod harness;
 mod wire;
