@@ -372,7 +372,7 @@ impl Auth {
     }
 
     /// The whole exchange of a challenge and its answer.
-    async fn iam_exchange(
+    pub(super) async fn iam_exchange(
         &self,
         caller: Caller,
         user_agent: String,

@@ -114,3 +114,6 @@ async fn blocking<T: Send + 'static>(
         .await
         .map_err(|_cancelled| Refusal::unavailable("the cluster is shutting down"))?
 }
+
+#[cfg(test)]
+mod tests;
