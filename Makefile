@@ -28,8 +28,9 @@ lint: ## Formatting, clippy and cargo-deny, warnings denied
 	cargo clippy --locked --all-targets -- -D warnings
 	@$(MAKE) deny
 
+# For those who work on it, so private items are documented too and may be linked to.
 docs: ## API documentation, broken links denied
-	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --locked --no-deps --document-private-items
 
 bench: ## Measurements of this machine (docs/performance.md)
 	@if ls benches/*.rs > /dev/null 2>&1; then cargo bench --locked; else echo "no benchmark yet: docs/performance.md says what will be measured"; fi

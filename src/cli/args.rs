@@ -236,7 +236,7 @@ pub(super) struct SystemdArgs {
     pub(super) anonymous_telemetry: bool,
     #[arg(long, hide = true)]
     no_anonymous_telemetry: bool,
-    /// Where the agent writes its process id; default /run/<name>.pid is not written
+    /// Where the agent writes its process id; none by default
     #[arg(long, value_name = "PATH")]
     pub(super) pid_file: Option<PathBuf>,
     /// Diagnostics socket for a managed updater

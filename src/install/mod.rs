@@ -1,6 +1,6 @@
 //! Putting the agent on a machine: the systemd unit and the directories that it needs.
 //!
-//! [`unit`] is text from facts, [`paths`] finds the facts in a plan, [`apply`] touches the disk.
+//! [`mod@unit`] is text from facts, [`paths`] finds the facts in a plan, [`apply`] touches the disk.
 
 pub mod apply;
 pub mod paths;

@@ -24,7 +24,7 @@ pub struct ServeArgs {
     /// Name of the cluster and its trust domain; fixed at the first start [default: the host name]
     #[arg(long, value_name = "NAME")]
     cluster_name: Option<String>,
-    /// How agents reach the port: HOST[:PORT]; may be repeated, the first is told to agents
+    /// How agents reach the port: HOST or HOST:PORT; may be repeated, the first is told to agents
     #[arg(long, value_name = "ADDR")]
     public_addr: Vec<String>,
     /// Certificate chain of the HTTPS side, PEM [default: a self-made one, see web-ca.pem]
