@@ -167,7 +167,7 @@ pub(super) enum Command {
     Cluster(ClusterArgs),
     /// Show what a SPIFFE Workload API gives to this process
     SpiffeInspect {
-        /// The API's address: unix:///path or tcp://IP:port; default `SPIFFE_ENDPOINT_SOCKET`
+        /// The API's address: `unix:///path` or `tcp://IP:port`; default `SPIFFE_ENDPOINT_SOCKET`
         #[arg(long, value_name = "URI")]
         path: Option<String>,
     },

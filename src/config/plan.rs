@@ -48,10 +48,6 @@ pub struct PlannedService {
 
 /// Everything that was decided from file, flags and variables. Nothing after it validates again.
 #[derive(Debug)]
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "each is a switch of the file"
-)]
 pub struct Plan {
     /// `None` only for commands that do not connect; [`Plan::for_start`] refuses it.
     pub server: Option<Server>,
