@@ -50,7 +50,7 @@ impl Ssh<'_> {
             let command = self.proxy_command(directory, cluster);
             let [hosts, key, certificate] =
                 ["known_hosts", "key", "key-cert.pub"].map(|name| path(directory, name));
-            text.push_str(&format!(
+            let section = format!(
                 "# Common flags for all {cluster} hosts\n\
                      Host *.{cluster} {proxy}\n    \
                      UserKnownHostsFile {hosts}\n    \
@@ -60,7 +60,8 @@ impl Ssh<'_> {
                      Host *.{cluster} !{proxy}\n    \
                      Port 3022\n    \
                      ProxyCommand {command}\n"
-            ));
+            );
+            text.push_str(&section);
         }
         text.push_str("\n# End generated Teleport configuration\n");
         text
@@ -99,7 +100,7 @@ impl Ssh<'_> {
 
 fn add_authorities(text: &mut String, hosts: &str, authority: &Authority) {
     for key in &authority.ssh {
-        text.push_str(&format!("@cert-authority {hosts} {key} type=host\n"));
+        text.extend(["@cert-authority ", hosts, " ", key, " type=host\n"]);
     }
 }
 
