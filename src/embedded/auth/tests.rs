@@ -540,6 +540,35 @@ async fn iam_joins_by_a_confirmed_identity_and_keeps_its_instance() {
 }
 
 #[tokio::test]
+async fn certificates_count_on_the_auth_side_only() {
+    let lab = lab(Some(sts("123456789012", "200 OK").await));
+    let first = lab.iam(None, "example-bot").await.unwrap();
+    for listener in [Listener::Web, Listener::ProxyJoin] {
+        let token = format!("{listener:?}-once-more");
+        let file = format!(
+            "kind: token\nversion: v2\nmetadata: {{name: {token}}}\n\
+             spec: {{roles: [Bot], bot_name: example, join_method: token}}\n"
+        );
+        let files = [("token.yaml".to_owned(), file)];
+        lab.auth.state.create(&files, Mode::Create, "test").unwrap();
+        let mut request = lab.from(Some(&first), lab.join_request(&token, &key()));
+        let mut caller = caller(&request).unwrap();
+        caller.listener = listener;
+        request.extensions_mut().insert(caller);
+        let joined = lab
+            .auth
+            .register_using_token(request)
+            .await
+            .unwrap()
+            .into_inner();
+        assert_ne!(
+            certificate(&joined).subject(oid::BOT_INSTANCE),
+            certificate(&first).subject(oid::BOT_INSTANCE)
+        );
+    }
+}
+
+#[tokio::test]
 async fn iam_refusals_say_what_was_wrong() {
     let stranger = lab(Some(sts("999999999999", "200 OK").await));
     let (code, text) = refused(stranger.iam(None, "example-bot").await);
