@@ -17,4 +17,5 @@ mod common;
 mod completeness;
 mod docs;
 mod harness;
+mod renewal;
 mod wire;
