@@ -3,6 +3,7 @@
 //! Modules in ring order: a module imports its own ring's listed neighbours and lower rings only
 //! (`docs/ARCHITECTURE.md`, enforced by `tests/it/architecture.rs`).
 
+pub mod app;
 pub mod attest;
 pub mod backoff;
 pub mod cli;

@@ -219,7 +219,11 @@ impl Agent {
             let address = listener.local_addr().unwrap_or_else(|_error| SocketAddr::from(([0, 0, 0, 0], 0)));
             tracing::info!(%address, "Diagnostics are served");
             let (registry, metrics) = (self.registry.clone(), self.metrics.clone());
-            tasks.start("diagnostics", diag::serve(listener, registry, metrics, self.shutdown.clone()));
+            let shutdown = self.shutdown.clone();
+            tasks.start("diagnostics", async move {
+                diag::serve(listener, registry, metrics, shutdown).await;
+                Ok(())
+            });
         }
         tasks.start(
             "heartbeat",

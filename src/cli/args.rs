@@ -163,6 +163,15 @@ pub(super) enum Command {
         #[command(subcommand)]
         target: InstallTarget,
     },
+    /// Show a cluster, an agent and a workload with an SVID, made from nothing in one directory
+    Quickstart {
+        /// Where everything is kept
+        #[arg(long, value_name = "DIR", default_value = "./tbot-quickstart")]
+        dir: PathBuf,
+        /// End after the first SVID
+        #[arg(long)]
+        once: bool,
+    },
     /// Run and administer the embedded single-node cluster
     Cluster(ClusterArgs),
     /// Show what a SPIFFE Workload API gives to this process

@@ -8,6 +8,7 @@ mod exit;
 mod flags;
 mod install;
 mod man;
+mod quickstart;
 pub mod spiffe_inspect;
 mod start;
 mod version;
@@ -62,7 +63,7 @@ fn run(cli: &Cli, env: &Env) -> Result<(), Failure> {
     }
     telemetry::init(
         globals.log_format.into(),
-        level(globals, env)?,
+        level(globals, cli.command.as_ref(), env)?,
         Colour::Auto,
     )?;
     let Some(command) = &cli.command else {
@@ -86,6 +87,7 @@ fn run(cli: &Cli, env: &Env) -> Result<(), Failure> {
             Ok(runtime()?.block_on(spiffe_inspect::run(path.clone(), endpoint))?)
         }
         Command::Completion { shell } => print(&completion::script(*shell)),
+        Command::Quickstart { dir, once } => Ok(runtime()?.block_on(Box::pin(quickstart::run(dir, *once, env)))?),
         Command::Cluster(args) => cluster(args.clone(), env),
         Command::Man { dir } => man::run(dir.as_deref()),
     }
@@ -104,8 +106,12 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
         .build()
 }
 
-/// `--log-level`, else DEBUG with `--debug` or `TBOT_DEBUG`, else INFO.
-fn level(globals: &Globals, env: &Env) -> Result<LevelFilter, Failure> {
+/// `--log-level`, else DEBUG with `--debug` or `TBOT_DEBUG`, else what the command wants.
+fn level(
+    globals: &Globals,
+    command: Option<&Command>,
+    env: &Env,
+) -> Result<LevelFilter, Failure> {
     if let Some(level) = globals.log_level {
         return Ok(level.into());
     }
@@ -122,9 +128,10 @@ fn level(globals: &Globals, env: &Env) -> Result<LevelFilter, Failure> {
             }
         },
     };
-    Ok(if debug {
-        LevelFilter::DEBUG
-    } else {
-        LevelFilter::INFO
+    Ok(match command {
+        _ if debug => LevelFilter::DEBUG,
+        // What it shows is its output; the two logs would bury it.
+        Some(Command::Quickstart { .. }) => LevelFilter::ERROR,
+        _ => LevelFilter::INFO,
     })
 }

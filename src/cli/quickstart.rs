@@ -11,7 +11,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, anyhow, bail};
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
+use tonic::metadata::MetadataValue;
+use tonic::transport::Endpoint;
+use tonic::{Code, Request, Status};
 
 use crate::app;
 use crate::clock::{Clock, rfc3339};
@@ -21,12 +26,13 @@ use crate::crypto::x509::Certificate;
 use crate::embedded::resources::Mode;
 use crate::embedded::{self, Cluster};
 use crate::env::Env;
-use crate::pb::workload_api::X509svidResponse;
-
-use super::workload;
+use crate::pb::workload_api::spiffe_workload_api_client::SpiffeWorkloadApiClient;
+use crate::pb::workload_api::{X509svidRequest, X509svidResponse};
 
 /// How long the first SVID may take before something is wrong.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Between two questions while the agent joins.
+const RETRY: Duration = Duration::from_millis(20);
 /// How long the bot's token is good for.
 const TOKEN_LIFE: Duration = Duration::from_mins(10);
 
@@ -87,7 +93,7 @@ pub async fn run(dir: &Path, once: bool, env: &Env) -> anyhow::Result<()> {
     let serving = cluster.serve(shutdown.clone());
     let agent = app::run_until(plan, shutdown.clone());
     let showing = async {
-        let response = tokio::time::timeout(PATIENCE, workload::first_svid(&home.socket()))
+        let response = tokio::time::timeout(PATIENCE, first_svid(&home.socket(), &clock))
             .await
             .context("no SVID within 30 s")?
             .context("the workload got no SVID")?;
@@ -252,7 +258,7 @@ services:
 
     fn show(&self, response: &X509svidResponse, once: bool, now: SystemTime) -> anyhow::Result<()> {
         let svid = response.svids.first().context("the answer holds no SVID")?;
-        let leaf = workload::leaf(svid)?;
+        let leaf = Certificate::from_der(&svid.x509_svid).context("the SVID is no certificate")?;
         let left = leaf.not_after().duration_since(now).unwrap_or_default();
         let (dir, socket) = (self.dir.display(), self.socket());
         let socket = socket.display();
@@ -282,12 +288,47 @@ What to do next:
             expires = rfc3339(leaf.not_after()),
             minutes = left.as_secs() / 60,
         );
-        super::print(&text);
+        let mut out = std::io::stdout().lock();
+        out.write_all(text.as_bytes())?;
         if !once {
-            super::print("\nRunning until you press Ctrl-C; a second start goes on from here.\n");
+            out.write_all(b"\nRunning until you press Ctrl-C; a second start goes on from here.\n")?;
         }
-        Ok(())
+        Ok(out.flush()?)
     }
+}
+
+/// Asks the Workload API as any workload would, until the agent has joined and answers.
+async fn first_svid(socket: &Path, clock: &Clock) -> anyhow::Result<X509svidResponse> {
+    loop {
+        match ask(socket).await {
+            Ok(response) => return Ok(response),
+            Err(status) if status.code() == Code::Unavailable => clock.sleep(RETRY).await,
+            Err(status) => bail!("the Workload API refused: {}", status.message()),
+        }
+    }
+}
+
+async fn ask(socket: &Path) -> Result<X509svidResponse, Status> {
+    let path = socket.to_owned();
+    let connector = tower::service_fn(move |_uri: http::Uri| {
+        let path = path.clone();
+        async move { UnixStream::connect(path).await.map(TokioIo::new) }
+    });
+    let channel = Endpoint::from_static("http://localhost")
+        .connect_with_connector(connector)
+        .await
+        .map_err(|error| Status::unavailable(error.to_string()))?;
+    let mut request = Request::new(X509svidRequest {});
+    request
+        .metadata_mut()
+        .insert("workload.spiffe.io", MetadataValue::from_static("true"));
+    SpiffeWorkloadApiClient::new(channel)
+        .fetch_x509svid(request)
+        .await?
+        .into_inner()
+        .message()
+        .await?
+        .ok_or_else(|| Status::unavailable("the stream ended early"))
 }
 
 /// Writes a file for its owner only, mode 0600 from its first byte on.

@@ -8,6 +8,7 @@ use base64::Engine as _;
 use super::args::Globals;
 use super::exit::Failure;
 use super::flags::AgentFlags;
+use crate::app;
 use crate::config::{self, Loaded, Overlay, Source};
 use crate::env::Env;
 use crate::yaml::MAX_TEXT;
@@ -27,7 +28,7 @@ pub(super) fn run(globals: &Globals, flags: &AgentFlags, env: &Env) -> Result<()
         configuration = loaded.plan.to_redacted_yaml(),
         "Starting with this configuration"
     );
-    super::runtime()?.block_on(agent(loaded.plan))?;
+    super::runtime()?.block_on(Box::pin(app::run(loaded.plan)))?;
     Ok(())
 }
 
@@ -131,9 +132,4 @@ fn unreadable(name: &str, error: &std::io::Error) -> Failure {
     Failure::usage(format!(
         "cannot read the configuration {name}: {error} (check the path and that this user may read it)"
     ))
-}
-
-async fn agent(plan: config::Plan) -> anyhow::Result<()> {
-    drop(plan);
-    anyhow::bail!("the agent is not part of this build yet")
 }
