@@ -57,7 +57,12 @@ async fn run() {
     let dir = tempfile::tempdir().expect("a directory");
     let binary = Path::new(env!("CARGO_BIN_EXE_tbot"));
     let size = std::fs::metadata(binary).expect("the binary").len();
-    row("release binary, stripped", &format!("{:.1} MB", megabytes(size)), "25 MB", "15 MB");
+    row(
+        "release binary, stripped",
+        &format!("{:.1} MB", megabytes(size)),
+        "25 MB",
+        "15 MB",
+    );
 
     let made = Command::new(binary)
         .args(["quickstart", "--once", "--dir"])
@@ -68,14 +73,25 @@ async fn run() {
     assert!(made.success(), "quickstart failed");
     let _cluster = Running::start(
         Command::new(binary)
-            .args(["cluster", "serve", "--listen", "127.0.0.1:0", "--auth-listen"])
+            .args([
+                "cluster",
+                "serve",
+                "--listen",
+                "127.0.0.1:0",
+                "--auth-listen",
+            ])
             .arg(auth_server(dir.path()))
             .arg("--data-dir")
             .arg(dir.path().join("cluster")),
     );
     let socket = dir.path().join("workload.sock");
     let start = || {
-        Running::start(Command::new(binary).arg("start").arg("-c").arg(dir.path().join("tbot.yaml")))
+        Running::start(
+            Command::new(binary)
+                .arg("start")
+                .arg("-c")
+                .arg(dir.path().join("tbot.yaml")),
+        )
     };
 
     let mut starts = Vec::new();
@@ -117,21 +133,41 @@ async fn run() {
         ours.push(warm(&socket).await);
         bare.push(warm(&bare_socket).await);
     }
-    row("FetchX509SVID on a warm connection ÷ bare tonic", &ratio(&ours, &bare), "0.5", "0.8");
+    row(
+        "FetchX509SVID on a warm connection ÷ bare tonic",
+        &ratio(&ours, &bare),
+        "0.5",
+        "0.8",
+    );
     let (mut ours, mut bare) = (Vec::new(), Vec::new());
     let (mut our_times, mut bare_times) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         ours.push(cold(&socket, &mut our_times).await);
         bare.push(cold(&bare_socket, &mut bare_times).await);
     }
-    row("connect + attest + first SVID ÷ bare tonic reconnect", &ratio(&ours, &bare), "0.3", "0.6");
+    row(
+        "connect + attest + first SVID ÷ bare tonic reconnect",
+        &ratio(&ours, &bare),
+        "0.3",
+        "0.6",
+    );
     let tail = p99(&mut our_times).as_secs_f64() / p99(&mut bare_times).as_secs_f64();
-    row("p99 of the same ÷ bare tonic's", &format!("{tail:.2}"), "4", "2");
+    row(
+        "p99 of the same ÷ bare tonic's",
+        &format!("{tail:.2}"),
+        "4",
+        "2",
+    );
 
     let before = agent.resident_kib();
     let held = hold(&socket, 1000).await;
     let each = (agent.resident_kib() - before) / 1000.0;
-    row("resident memory per open stream (1,000 held)", &format!("{each:.1} KiB"), "27 KiB", "12 KiB");
+    row(
+        "resident memory per open stream (1,000 held)",
+        &format!("{each:.1} KiB"),
+        "27 KiB",
+        "12 KiB",
+    );
     drop(held);
 }
 
@@ -158,7 +194,9 @@ fn p99(times: &mut [Duration]) -> Duration {
 /// The auth address that `tbot quickstart` chose.
 fn auth_server(dir: &Path) -> String {
     let text = std::fs::read_to_string(dir.join("tbot.yaml")).expect("tbot.yaml");
-    let line = text.lines().find_map(|line| line.strip_prefix("auth_server: "));
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("auth_server: "));
     line.expect("auth_server").to_owned()
 }
 
@@ -166,13 +204,26 @@ struct Running(Child);
 
 impl Running {
     fn start(command: &mut Command) -> Self {
-        Self(command.stderr(Stdio::null()).stdout(Stdio::null()).spawn().expect("a process"))
+        Self(
+            command
+                .stderr(Stdio::null())
+                .stdout(Stdio::null())
+                .spawn()
+                .expect("a process"),
+        )
     }
 
     fn resident_kib(&self) -> f64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id())).expect("status");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
-        line.trim().trim_end_matches(" kB").parse().expect("a number")
+        let status =
+            std::fs::read_to_string(format!("/proc/{}/status", self.0.id())).expect("status");
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .expect("VmRSS");
+        line.trim()
+            .trim_end_matches(" kB")
+            .parse()
+            .expect("a number")
     }
 }
 
@@ -183,7 +234,9 @@ impl Drop for Running {
     }
 }
 
-async fn connect(socket: &Path) -> Result<SpiffeWorkloadApiClient<Channel>, tonic::transport::Error> {
+async fn connect(
+    socket: &Path,
+) -> Result<SpiffeWorkloadApiClient<Channel>, tonic::transport::Error> {
     let socket: PathBuf = socket.to_owned();
     let channel = Endpoint::from_static("http://localhost")
         .connect_with_connector(service_fn(move |_| {
@@ -198,11 +251,15 @@ async fn fetch(
     client: &mut SpiffeWorkloadApiClient<Channel>,
 ) -> Result<(X509svidResponse, tonic::Streaming<X509svidResponse>), Status> {
     let mut request = Request::new(X509svidRequest {});
-    request
-        .metadata_mut()
-        .insert("workload.spiffe.io", tonic::metadata::MetadataValue::from_static("true"));
+    request.metadata_mut().insert(
+        "workload.spiffe.io",
+        tonic::metadata::MetadataValue::from_static("true"),
+    );
     let mut stream = client.fetch_x509svid(request).await?.into_inner();
-    let message = stream.message().await?.ok_or_else(|| Status::internal("no message"))?;
+    let message = stream
+        .message()
+        .await?
+        .ok_or_else(|| Status::internal("no message"))?;
     Ok((message, stream))
 }
 
@@ -251,7 +308,10 @@ async fn rate(mut once: impl AsyncFnMut()) -> f64 {
 async fn hold(
     socket: &Path,
     count: usize,
-) -> Vec<(SpiffeWorkloadApiClient<Channel>, Vec<tonic::Streaming<X509svidResponse>>)> {
+) -> Vec<(
+    SpiffeWorkloadApiClient<Channel>,
+    Vec<tonic::Streaming<X509svidResponse>>,
+)> {
     let mut held = Vec::new();
     for _ in 0..count / 500 {
         let mut client = connect(socket).await.expect("a connection");

@@ -11,7 +11,9 @@ use crate::cluster::client::API_VERSION;
 use crate::cluster::{Client, ClusterError, Disposition};
 use crate::crypto::jitter;
 use crate::identity::Handle;
-use crate::pb::teleport::machineid::v1::{BotInstanceStatusHeartbeat, BotKind, SubmitHeartbeatRequest};
+use crate::pb::teleport::machineid::v1::{
+    BotInstanceStatusHeartbeat, BotKind, SubmitHeartbeatRequest,
+};
 
 /// Time between heartbeats.
 const INTERVAL: Duration = Duration::from_mins(30);

@@ -22,7 +22,7 @@ use crate::cluster::client::Route;
 use crate::cluster::dial::{Dialer, Tcp};
 use crate::cluster::ping::with_port;
 use crate::config::{Plan, Server as ClusterAddress};
-use crate::destination::{Destination as _, Lock};
+use crate::destination::Lock;
 use crate::diag;
 use crate::health::Registry;
 use crate::identity::bot::{Bot, Settings};
@@ -79,7 +79,9 @@ impl Agent {
         let (reload, reloads) = watch::channel(0);
 
         let missing = plan.for_start();
-        let (Some(method), Some(server), []) = (plan.onboarding.method, &plan.server, missing.as_slice()) else {
+        let (Some(method), Some(server), []) =
+            (plan.onboarding.method, &plan.server, missing.as_slice())
+        else {
             bail!(missing.join("\n"));
         };
 
@@ -128,7 +130,11 @@ impl Agent {
                     servers.push((server, context(name, service.lifetime)));
                 }
                 Service::Output(output) => {
-                    output.destination().init().await.with_context(|| name.to_string())?;
+                    output
+                        .destination()
+                        .init()
+                        .await
+                        .with_context(|| name.to_string())?;
                     outputs.push((output, context(name, service.lifetime)));
                 }
             }
@@ -188,14 +194,22 @@ impl Agent {
                 failed.push(name.to_string());
             }
         }
-        if let Err(error) = self.heartbeat.submit(handle.client(), &self.clock, true).await {
+        if let Err(error) = self
+            .heartbeat
+            .submit(handle.client(), &self.clock, true)
+            .await
+        {
             tracing::warn!(%error, "The cluster did not take the heartbeat");
         }
         if failed.is_empty() {
             return Ok(());
         }
         failed.sort_unstable();
-        bail!("{} of the outputs failed: {}", failed.len(), failed.join(", "))
+        bail!(
+            "{} of the outputs failed: {}",
+            failed.len(),
+            failed.join(", ")
+        )
     }
 
     /// Everything, until a signal or a failure that cannot be outlived.
@@ -216,7 +230,9 @@ impl Agent {
             });
         }
         if let Some(listener) = self.diag {
-            let address = listener.local_addr().unwrap_or_else(|_error| SocketAddr::from(([0, 0, 0, 0], 0)));
+            let address = listener
+                .local_addr()
+                .unwrap_or_else(|_error| SocketAddr::from(([0, 0, 0, 0], 0)));
             tracing::info!(%address, "Diagnostics are served");
             let (registry, metrics) = (self.registry.clone(), self.metrics.clone());
             let shutdown = self.shutdown.clone();
@@ -227,11 +243,21 @@ impl Agent {
         }
         tasks.start(
             "heartbeat",
-            heartbeat::run(self.heartbeat, handle.clone(), self.clock.clone(), self.shutdown.clone()),
+            heartbeat::run(
+                self.heartbeat,
+                handle.clone(),
+                self.clock.clone(),
+                self.shutdown.clone(),
+            ),
         );
         tasks.start(
             "notify",
-            notify::run(handle, self.registry.clone(), self.clock.clone(), self.shutdown.clone()),
+            notify::run(
+                handle,
+                self.registry.clone(),
+                self.clock.clone(),
+                self.shutdown.clone(),
+            ),
         );
         tasks.run(self.reload).await
     }

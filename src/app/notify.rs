@@ -31,7 +31,10 @@ pub(super) async fn run(
         ready();
         let interval = sd_notify::watchdog_enabled().map_or(STATUS, |limit| STATUS.min(limit / 3));
         loop {
-            tell(&[NotifyState::Status(&status(&handle, &registry, &clock)), NotifyState::Watchdog]);
+            tell(&[
+                NotifyState::Status(&status(&handle, &registry, &clock)),
+                NotifyState::Watchdog,
+            ]);
             clock.sleep(interval).await;
         }
     };

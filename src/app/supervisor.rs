@@ -63,7 +63,10 @@ impl Supervisor {
         };
         notify::stopping();
         self.shutdown.cancel();
-        let drained = timeout(DRAIN, async { while self.tasks.join_next().await.is_some() {} }).await;
+        let drained = timeout(DRAIN, async {
+            while self.tasks.join_next().await.is_some() {}
+        })
+        .await;
         if drained.is_err() {
             tracing::warn!("Some tasks did not end within 10 s and are cut off");
         }

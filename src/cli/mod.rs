@@ -87,7 +87,9 @@ fn run(cli: &Cli, env: &Env) -> Result<(), Failure> {
             Ok(runtime()?.block_on(spiffe_inspect::run(path.clone(), endpoint))?)
         }
         Command::Completion { shell } => print(&completion::script(*shell)),
-        Command::Quickstart { dir, once } => Ok(runtime()?.block_on(Box::pin(quickstart::run(dir, *once, env)))?),
+        Command::Quickstart { dir, once } => {
+            Ok(runtime()?.block_on(Box::pin(quickstart::run(dir, *once, env)))?)
+        }
         Command::Cluster(args) => cluster(args.clone(), env),
         Command::Man { dir } => man::run(dir.as_deref()),
     }
@@ -107,11 +109,7 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 }
 
 /// `--log-level`, else DEBUG with `--debug` or `TBOT_DEBUG`, else what the command wants.
-fn level(
-    globals: &Globals,
-    command: Option<&Command>,
-    env: &Env,
-) -> Result<LevelFilter, Failure> {
+fn level(globals: &Globals, command: Option<&Command>, env: &Env) -> Result<LevelFilter, Failure> {
     if let Some(level) = globals.log_level {
         return Ok(level.into());
     }

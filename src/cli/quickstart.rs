@@ -78,11 +78,13 @@ spec:
 ///
 /// # Errors
 /// What kept the workload from its SVID.
-pub async fn run(dir: &Path, once: bool, env: &Env) -> anyhow::Result<()> {
+pub(super) async fn run(dir: &Path, once: bool, env: &Env) -> anyhow::Result<()> {
     let clock = Clock::system();
     let home = Home::make(dir)?;
     let cluster = home.open_cluster(&clock).await?;
-    let address = cluster.auth_addr().context("the cluster has no auth port")?;
+    let address = cluster
+        .auth_addr()
+        .context("the cluster has no auth port")?;
     home.write_config(address, &cluster.ca_pin())?;
     if !home.has_identity(clock.now()) {
         home.make_token(&cluster, clock.now())?;
@@ -128,7 +130,8 @@ struct Home {
 
 impl Home {
     fn make(dir: &Path) -> anyhow::Result<Self> {
-        let dir = std::path::absolute(dir).with_context(|| format!("cannot use {}", dir.display()))?;
+        let dir =
+            std::path::absolute(dir).with_context(|| format!("cannot use {}", dir.display()))?;
         for path in [dir.clone(), dir.join("resources")] {
             DirBuilder::new()
                 .recursive(true)
@@ -138,7 +141,10 @@ impl Home {
         }
         // A unix socket's path has at most 107 bytes.
         if dir.join("workload.sock").as_os_str().len() > 107 {
-            bail!("{} is too long a path for a socket: choose a shorter --dir", dir.display());
+            bail!(
+                "{} is too long a path for a socket: choose a shorter --dir",
+                dir.display()
+            );
         }
         let home = Self { dir };
         for (name, text) in [
@@ -235,7 +241,11 @@ services:
         );
         cluster
             .state()
-            .create(&[("token.yaml".to_owned(), resource)], Mode::Create, "quickstart")
+            .create(
+                &[("token.yaml".to_owned(), resource)],
+                Mode::Create,
+                "quickstart",
+            )
             .context("the join token could not be made")?;
         write_private(&self.dir.join("token"), &format!("{token}\n"))
     }
@@ -244,9 +254,11 @@ services:
         let path = self.config();
         let source = Source {
             name: path.display().to_string(),
-            text: fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?,
+            text: fs::read_to_string(&path)
+                .with_context(|| format!("cannot read {}", path.display()))?,
         };
-        let loaded = config::load(Some(&source), &Overlay::default(), env).map_err(|invalid| anyhow!("{invalid}"))?;
+        let loaded = config::load(Some(&source), &Overlay::default(), env)
+            .map_err(|invalid| anyhow!("{invalid}"))?;
         for warning in &loaded.warnings {
             tracing::warn!("{warning}");
         }
@@ -291,7 +303,9 @@ What to do next:
         let mut out = std::io::stdout().lock();
         out.write_all(text.as_bytes())?;
         if !once {
-            out.write_all(b"\nRunning until you press Ctrl-C; a second start goes on from here.\n")?;
+            out.write_all(
+                b"\nRunning until you press Ctrl-C; a second start goes on from here.\n",
+            )?;
         }
         Ok(out.flush()?)
     }

@@ -79,7 +79,10 @@ impl Setup {
         config.cluster_name = Some("sim.example.org".to_owned());
         let cluster = Cluster::open(config).await.unwrap();
         let files = [("resources.yaml".to_owned(), RESOURCES.to_owned())];
-        cluster.state().create(&files, Mode::Create, "test").unwrap();
+        cluster
+            .state()
+            .create(&files, Mode::Create, "test")
+            .unwrap();
         let network = Arc::new(Network {
             port: cluster.auth_port(),
             out: AtomicBool::new(false),
@@ -146,7 +149,10 @@ async fn a_day_of_renewals_never_leaves_a_gap() {
     }
     // Every 18 to 20 minutes, one step of the counter each.
     let generation = generation(&handle);
-    assert!((72..=81).contains(&generation), "{generation} generations in a day");
+    assert!(
+        (72..=81).contains(&generation),
+        "{generation} generations in a day"
+    );
     setup.shutdown.cancel();
     running.await.unwrap();
 }
@@ -165,7 +171,10 @@ async fn an_outage_shorter_than_the_identity_is_not_felt() {
         assert!(identity.is_valid(setup.clock.now()));
     }
     let attempts = setup.network.dials.load(Ordering::Relaxed) - before;
-    assert!((20..=200).contains(&attempts), "{attempts} attempts in half an hour");
+    assert!(
+        (20..=200).contains(&attempts),
+        "{attempts} attempts in half an hour"
+    );
     assert!(!setup.registry.snapshot().at(setup.clock.now()).healthy());
 
     setup.network.out.store(false, Ordering::Relaxed);
