@@ -21,7 +21,7 @@ use super::resources::{self, Applied, CreateError, Mode};
 use super::store::{Put, Resource, Store, StoreError};
 use super::tls::{Tls, TlsError, WebCertificate};
 use super::web::Web;
-use super::{ClusterState, SWEEP};
+use super::{ClusterState, SWEEP, workload_identity};
 use crate::clock::Clock;
 use crate::crypto::Suite;
 use crate::spiffe::TrustDomain;
@@ -180,7 +180,7 @@ impl Cluster {
         let server = Arc::new(Server {
             cluster: state.name.clone(),
             tls: opened.tls,
-            auth: auth::auth_routes(&state)?,
+            auth: workload_identity::add_services(auth::auth_routes(&state)?, &state),
             web: Arc::new(Web::new(Arc::clone(&state), join.clone(), web_addr)),
             join,
         });

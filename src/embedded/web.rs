@@ -16,7 +16,9 @@ use hyper::body::Incoming;
 use serde_json::{Value, json};
 use tonic::service::Routes;
 
+use super::ca::AuthorityType;
 use super::caller::Caller;
+use super::workload_identity::bundle;
 use super::{ClusterState, MIN_CLIENT_VERSION, SERVER_VERSION};
 
 /// The largest request body: a join request has two public keys.
@@ -87,7 +89,7 @@ impl Web {
             "/webapi/find" => find(&self.state, self.listen),
             "/webapi/ping" => ping(&self.state, self.listen),
             _ if path.starts_with("/webapi/ping/") => ping(&self.state, self.listen),
-            _ => document(path)?,
+            _ => document(&self.state, path)?,
         };
         expect(request.method(), &[Method::GET, Method::HEAD])?;
         Ok(value)
@@ -95,11 +97,17 @@ impl Web {
 }
 
 /// Documents for relying parties.
-fn document(path: &str) -> Result<Value, Refusal> {
-    Err(Refusal(
-        StatusCode::NOT_FOUND,
-        format!("there is nothing at {path}"),
-    ))
+fn document(state: &ClusterState, path: &str) -> Result<Value, Refusal> {
+    let spiffe = || state.authorities.get(AuthorityType::Spiffe);
+    match path {
+        bundle::BUNDLE_PATH => Ok(bundle::spiffe_bundle(&spiffe())),
+        bundle::KEYS_PATH => Ok(bundle::jwks(&spiffe())),
+        bundle::DISCOVERY_PATH => Ok(bundle::openid_configuration(&state.public_addr)),
+        _ => Err(Refusal(
+            StatusCode::NOT_FOUND,
+            format!("there is nothing at {path}"),
+        )),
+    }
 }
 
 fn bad(message: &str) -> Refusal {

@@ -24,6 +24,7 @@ use tonic::{Request, Status};
 pub use authorize::authorize;
 pub use refusal::Refusal;
 pub use sts::StsError;
+pub(super) use version::check as check_version;
 
 use super::ClusterState;
 use super::caller::Caller;

@@ -7,7 +7,7 @@ use tonic::{Request, Status};
 use crate::embedded::MIN_CLIENT_VERSION;
 
 /// Refuses clients older than [`MIN_CLIENT_VERSION`]. None, or more than one, is no statement.
-pub(super) fn check(request: Request<()>) -> Result<Request<()>, Status> {
+pub(in crate::embedded) fn check(request: Request<()>) -> Result<Request<()>, Status> {
     let mut versions = request.metadata().get_all("version").iter();
     let (Some(version), None) = (versions.next(), versions.next()) else {
         return Ok(request);

@@ -229,7 +229,7 @@ fn string(value: &str) -> der::Result<Any> {
 }
 
 /// `UTCTime` up to 2049 and `GeneralizedTime` after (RFC 5280 section 4.1.2.5).
-fn time(time: SystemTime) -> der::Result<Time> {
+pub(in crate::embedded) fn time(time: SystemTime) -> der::Result<Time> {
     let date = DateTime::try_from(time)?;
     Ok(if date.year() <= UtcTime::MAX_YEAR {
         Time::UtcTime(UtcTime::from_date_time(date)?)
@@ -238,7 +238,11 @@ fn time(time: SystemTime) -> der::Result<Time> {
     })
 }
 
-fn extension<T: Encode + AssociatedOid>(value: &T, critical: bool) -> der::Result<Extension> {
+/// An extension for certificates and revocation lists.
+pub(in crate::embedded) fn extension<T: Encode + AssociatedOid>(
+    value: &T,
+    critical: bool,
+) -> der::Result<Extension> {
     Ok(Extension {
         extn_id: T::OID,
         critical,

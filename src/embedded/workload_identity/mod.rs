@@ -6,10 +6,53 @@
 //! - [`rules`]: conditions and expressions that let a workload through.
 //! - [`decision`]: a resource and attributes to the contents of an SVID, or a refusal.
 //! - [`resource`]: the `workload_identity` resource: read, checked, stored.
+//! - [`issue`]: the making of X.509- and JWT-SVIDs.
+//! - [`bundle`]: the trust bundle and the JWT keys, for the web side.
 
+mod access;
 pub mod attrs;
+pub mod bundle;
 pub mod decision;
 pub mod expression;
+pub mod issue;
 pub mod resource;
+mod resource_service;
+mod revocation;
 pub mod rules;
+mod service;
 pub mod template;
+
+use std::sync::Arc;
+
+use tonic::service::Routes;
+
+use super::ClusterState;
+use super::auth::check_version;
+use crate::pb::teleport::workloadidentity::v1 as wire;
+use wire::workload_identity_issuance_service_server::WorkloadIdentityIssuanceServiceServer;
+use wire::workload_identity_resource_service_server::WorkloadIdentityResourceServiceServer;
+use wire::workload_identity_revocation_service_server::WorkloadIdentityRevocationServiceServer;
+
+/// Adds the services of workload identity to those behind mutual TLS.
+///
+/// Starts a task that keeps the revocation list signed; it ends with the routes.
+pub fn add_services(routes: Routes, state: &Arc<ClusterState>) -> Routes {
+    let issuance = service::Issuance {
+        state: Arc::clone(state),
+    };
+    let resources = resource_service::Resources {
+        state: Arc::clone(state),
+    };
+    let revocation = revocation::Revocation::start(state);
+    let check = check_version;
+    routes
+        .add_service(WorkloadIdentityIssuanceServiceServer::with_interceptor(
+            issuance, check,
+        ))
+        .add_service(WorkloadIdentityResourceServiceServer::with_interceptor(
+            resources, check,
+        ))
+        .add_service(WorkloadIdentityRevocationServiceServer::with_interceptor(
+            revocation, check,
+        ))
+}

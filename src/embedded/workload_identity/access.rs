@@ -1,0 +1,184 @@
+//! What a caller's roles let it do with workload identities.
+
+use std::collections::BTreeMap;
+
+use regex::RegexBuilder;
+use serde_json::Value;
+
+use super::resource::KIND;
+use crate::embedded::caller::TlsIdentity;
+use crate::embedded::store::{Resource, Store, StoreError};
+
+/// The largest compiled label pattern, in bytes.
+const MAX_PATTERN: usize = 64 * 1024;
+
+/// The roles of a caller, as they are now; a role that no longer exists grants nothing.
+#[derive(Debug)]
+pub(super) struct Access {
+    roles: Vec<Resource>,
+}
+
+impl Access {
+    pub(super) fn of(store: &Store, identity: &TlsIdentity) -> Result<Self, StoreError> {
+        let mut roles = Vec::new();
+        for name in &identity.roles {
+            roles.extend(store.get("role", name)?);
+        }
+        Ok(Self { roles })
+    }
+
+    /// Whether a role allows `verb` on workload identities, and none denies it.
+    pub(super) fn may(&self, verb: &str) -> bool {
+        let has = |side: &str| {
+            self.roles.iter().any(|role| {
+                let rules = role.spec.pointer(&format!("/{side}/rules"));
+                let rules = rules.and_then(Value::as_array).into_iter().flatten();
+                rules
+                    .filter(|rule| lists(rule, "resources", KIND))
+                    .any(|rule| lists(rule, "verbs", verb))
+            })
+        };
+        has("allow") && !has("deny")
+    }
+
+    /// Whether a role allows a workload identity with these labels, and none denies it.
+    pub(super) fn sees(&self, labels: &BTreeMap<String, String>) -> bool {
+        let has = |side: &str| {
+            self.roles.iter().any(|role| {
+                let selector = role
+                    .spec
+                    .pointer(&format!("/{side}/workload_identity_labels"))
+                    .and_then(Value::as_object);
+                selector.is_some_and(|selector| {
+                    let selector = selector.iter();
+                    let selector = selector.map(|(key, values)| (key.clone(), texts(values)));
+                    matches(&selector.collect(), labels)
+                })
+            })
+        };
+        has("allow") && !has("deny")
+    }
+}
+
+fn lists(rule: &Value, key: &str, wanted: &str) -> bool {
+    let items = rule.get(key).map(texts).unwrap_or_default();
+    items.iter().any(|item| item == wanted || item == "*")
+}
+
+/// One text or a list of texts.
+fn texts(value: &Value) -> Vec<String> {
+    match value {
+        Value::String(text) => vec![text.clone()],
+        Value::Array(items) => items
+            .iter()
+            .filter_map(|item| item.as_str().map(str::to_owned))
+            .collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// Whether all keys of a selector match: one of their values fits the label of that name.
+///
+/// `*: *` matches everything, an empty selector nothing.
+pub(super) fn matches(
+    selector: &BTreeMap<String, Vec<String>>,
+    labels: &BTreeMap<String, String>,
+) -> bool {
+    let everything = selector.get("*").is_some_and(|values| *values == ["*"]);
+    everything
+        || !selector.is_empty()
+            && selector.iter().all(|(key, values)| {
+                labels
+                    .get(key)
+                    .is_some_and(|label| values.iter().any(|value| fits(value, label)))
+            })
+}
+
+/// Whether a label's value is the given one, fits its `*`, or its `^regular expression$`.
+fn fits(value: &str, label: &str) -> bool {
+    if value == "*" || value == label {
+        return true;
+    }
+    let pattern = if value.starts_with('^') && value.ends_with('$') {
+        value.to_owned()
+    } else if value.contains('*') {
+        let parts: Vec<_> = value.split('*').map(regex::escape).collect();
+        format!("^{}$", parts.join("(?s:.*)"))
+    } else {
+        return false;
+    };
+    // A pattern that is none matches nothing.
+    RegexBuilder::new(&pattern)
+        .size_limit(MAX_PATTERN)
+        .build()
+        .is_ok_and(|pattern| pattern.is_match(label))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+        let pairs = pairs.iter();
+        pairs
+            .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+            .collect()
+    }
+
+    #[test]
+    fn label_selectors() {
+        let labels = labels(&[("env", "dev-1"), ("team", "a")]);
+        for (selector, result) in [
+            (json!({}), false),
+            (json!({"*": "*"}), true),
+            (json!({"*": "*", "env": "prod"}), true),
+            (json!({"*": "a"}), false),
+            (json!({"env": "dev-1"}), true),
+            (json!({"env": ["prod", "dev-1"]}), true),
+            (json!({"env": "dev"}), false),
+            (json!({"env": "dev-*"}), true),
+            (json!({"env": "*"}), true),
+            (json!({"env": "^dev-[0-9]$"}), true),
+            (json!({"env": "^dev-[a-z]$"}), false),
+            (json!({"env": "^(dev$"}), false),
+            (json!({"env": "d.v-1"}), false),
+            (json!({"env": "dev-1", "team": "b"}), false),
+            (json!({"env": "dev-1", "team": "*"}), true),
+            (json!({"none": "*"}), false),
+        ] {
+            let parsed = selector.as_object().unwrap().iter();
+            let parsed = parsed.map(|(key, values)| (key.clone(), texts(values)));
+            assert_eq!(matches(&parsed.collect(), &labels), result, "{selector}");
+        }
+    }
+
+    #[test]
+    fn roles_allow_and_deny() {
+        let role = |spec: Value| Resource {
+            spec,
+            ..Resource::default()
+        };
+        let allow = role(json!({"allow": {
+            "workload_identity_labels": {"*": ["*"]},
+            "rules": [{"resources": ["workload_identity"], "verbs": ["read"]}]}}));
+        let deny = role(json!({"deny": {
+            "workload_identity_labels": {"env": ["prod"]},
+            "rules": [{"resources": ["*"], "verbs": ["list"]}]}}));
+        let all = role(json!({"allow": {"rules": [{"resources": ["*"], "verbs": ["*"]}]}}));
+        let nobody = Access { roles: vec![] };
+        assert!(!nobody.may("read") && !nobody.sees(&labels(&[])));
+        let issuer = Access {
+            roles: vec![allow.clone()],
+        };
+        assert!(issuer.may("read") && !issuer.may("list"));
+        assert!(issuer.sees(&labels(&[])));
+        let narrowed = Access {
+            roles: vec![allow, deny, all],
+        };
+        assert!(narrowed.may("read") && narrowed.may("create") && !narrowed.may("list"));
+        assert!(narrowed.sees(&labels(&[("env", "dev")])));
+        assert!(!narrowed.sees(&labels(&[("env", "prod")])));
+    }
+}

@@ -1,0 +1,256 @@
+//! The revocation list: one signed for all, again when something changes.
+//!
+//! Unlike a Teleport 18.0.0 cluster's, the list says when it was made and when to expect the next
+//! one, as RFC 5280 wants, and is signed again only for a reason.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use async_trait::async_trait;
+use der::Encode as _;
+use der::asn1::{BitString, OctetString, Uint};
+use tokio::sync::{broadcast, watch};
+use tokio_stream::wrappers::WatchStream;
+use tokio_stream::{Stream, StreamExt as _};
+use tokio_util::task::AbortOnDropHandle;
+use tonic::{Request, Response, Status};
+use x509_cert::Version;
+use x509_cert::crl::{CertificateList, RevokedCert, TbsCertList};
+use x509_cert::ext::pkix::{AuthorityKeyIdentifier, CrlNumber};
+use x509_cert::serial_number::SerialNumber;
+
+use crate::embedded::ClusterState;
+use crate::embedded::auth::authorize;
+use crate::embedded::ca::mint::{self, Issuer, MintError};
+use crate::embedded::ca::{AuthorityError, AuthorityType};
+use crate::embedded::instant::parse_rfc3339;
+use crate::embedded::store::{Change, Resource, StoreError};
+use crate::pb::teleport::workloadidentity::v1 as wire;
+use wire::workload_identity_revocation_service_server::WorkloadIdentityRevocationService;
+
+use super::service::{blocking, caller};
+
+/// The kind of a revocation.
+const KIND: &str = "workload_identity_x509_revocation";
+/// How long changes are gathered before the list is signed again.
+const GATHER: Duration = Duration::from_secs(5);
+/// How long a list is good. Long, because changes are pushed, and a cluster that is away for a
+/// while must not make its SVIDs worthless.
+const LIFE: Duration = Duration::from_hours(7 * 24);
+/// When a list is signed again without a change.
+const REFRESH: Duration = Duration::from_hours(24);
+/// The pause after a failure.
+const RETRY: Duration = Duration::from_secs(15);
+
+/// Why the list could not be signed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CrlError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+    #[error(transparent)]
+    Mint(#[from] MintError),
+}
+
+type Current = Option<Arc<Vec<u8>>>;
+
+/// The revocation service of one cluster.
+#[derive(Debug, Clone)]
+pub(super) struct Revocation {
+    state: Arc<ClusterState>,
+    current: watch::Receiver<Current>,
+    _signer: Arc<AbortOnDropHandle<()>>,
+}
+
+impl Revocation {
+    /// Starts to sign lists; ends with the last clone.
+    pub(super) fn start(state: &Arc<ClusterState>) -> Self {
+        let (sender, current) = watch::channel(None);
+        let signer = tokio::spawn(keep_signed(Arc::clone(state), sender));
+        Self {
+            state: Arc::clone(state),
+            current,
+            _signer: Arc::new(AbortOnDropHandle::new(signer)),
+        }
+    }
+}
+
+#[async_trait]
+impl WorkloadIdentityRevocationService for Revocation {
+    type StreamSignedCRLStream =
+        std::pin::Pin<Box<dyn Stream<Item = Result<wire::StreamSignedCrlResponse, Status>> + Send>>;
+
+    async fn stream_signed_crl(
+        &self,
+        request: Request<wire::StreamSignedCrlRequest>,
+    ) -> Result<Response<Self::StreamSignedCRLStream>, Status> {
+        let caller = caller(&request)?;
+        let state = Arc::clone(&self.state);
+        blocking(move || Ok(authorize(&state, &caller).map(drop)?)).await?;
+        let lists = WatchStream::new(self.current.clone());
+        let messages = lists.filter_map(|list| {
+            list.map(|list| Ok(wire::StreamSignedCrlResponse { crl: list.to_vec() }))
+        });
+        Ok(Response::new(Box::pin(messages)))
+    }
+}
+
+async fn keep_signed(state: Arc<ClusterState>, sender: watch::Sender<Current>) {
+    let mut changes = state.store.changes();
+    let mut authorities = state.authorities.subscribe();
+    loop {
+        authorities.mark_unchanged();
+        let owned = Arc::clone(&state);
+        let signed = tokio::task::spawn_blocking(move || sign_current(&owned)).await;
+        match signed {
+            Ok(Ok(list)) => sender.send_replace(Some(Arc::new(list))),
+            Ok(Err(error)) => {
+                tracing::error!(%error, "the revocation list could not be signed; trying again");
+                state.clock.sleep(RETRY).await;
+                continue;
+            }
+            // The process is ending.
+            Err(_) => return,
+        };
+        tokio::select! {
+            () = revocation(&mut changes) => state.clock.sleep(GATHER).await,
+            changed = authorities.changed() => if changed.is_err() { return },
+            () = state.clock.sleep(REFRESH) => {}
+        }
+    }
+}
+
+/// Waits for a change of a revocation.
+async fn revocation(changes: &mut broadcast::Receiver<Change>) {
+    loop {
+        match changes.recv().await {
+            Ok(change) if change.kind != KIND => {}
+            Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => return,
+            Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
+        }
+    }
+}
+
+fn sign_current(state: &ClusterState) -> Result<Vec<u8>, CrlError> {
+    let revoked = state.store.list(KIND)?;
+    let authority = state.authorities.get(AuthorityType::Spiffe);
+    Ok(sign(
+        authority.signer()?.issuer(),
+        &revoked,
+        state.clock.now(),
+    )?)
+}
+
+/// Signs a list of what is revoked. What is no serial number is logged and left out.
+fn sign(issuer: Issuer<'_>, revoked: &[Resource], now: SystemTime) -> Result<Vec<u8>, MintError> {
+    let mut entries = Vec::new();
+    for resource in revoked {
+        match entry(resource) {
+            Some(entry) => entries.push(entry),
+            None => tracing::warn!(name = resource.name, "this {KIND} cannot be read; ignored"),
+        }
+    }
+    let number = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let mut extensions = Vec::new();
+    if let Some(id) = issuer.key_id {
+        let id = AuthorityKeyIdentifier {
+            key_identifier: Some(OctetString::new(id)?),
+            authority_cert_issuer: None,
+            authority_cert_serial_number: None,
+        };
+        extensions.push(mint::extension(&id, false)?);
+    }
+    let number = CrlNumber(Uint::new(&number.to_be_bytes())?);
+    extensions.push(mint::extension(&number, false)?);
+    let algorithm = issuer.key.signature_algorithm();
+    let list = TbsCertList {
+        version: Version::V2,
+        signature: algorithm.clone(),
+        issuer: issuer.name.clone(),
+        this_update: mint::time(now)?,
+        next_update: Some(mint::time(now + LIFE)?),
+        // An empty list is written as none (RFC 5280 section 5.1.2.6).
+        revoked_certificates: (!entries.is_empty()).then_some(entries),
+        crl_extensions: Some(extensions),
+    };
+    let signature = issuer.key.sign(&list.to_der()?)?;
+    let signed = CertificateList {
+        tbs_cert_list: list,
+        signature_algorithm: algorithm,
+        signature: BitString::from_bytes(&signature)?,
+    };
+    Ok(signed.to_der()?)
+}
+
+fn entry(resource: &Resource) -> Option<RevokedCert> {
+    let serial = hex::decode(&resource.name).ok()?;
+    let at = resource.spec.get("revoked_at")?.as_str()?;
+    // The name has the bytes of a positive number; DER wants it with as few bytes as it needs.
+    let serial = Uint::new(&serial).ok()?;
+    let serial = der::Encode::to_der(&serial).ok()?;
+    Some(RevokedCert {
+        serial_number: <SerialNumber as der::Decode>::from_der(&serial).ok()?,
+        revocation_date: mint::time(parse_rfc3339(at)?).ok()?,
+        crl_entry_extensions: None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::clock::Clock;
+    use crate::crypto::Suite;
+    use crate::embedded::ca::Authorities;
+    use crate::embedded::store::Store;
+
+    #[test]
+    fn a_list_satisfies_openssl() {
+        let now = UNIX_EPOCH + Duration::from_secs(1_795_000_000);
+        let store = Store::in_memory(Clock::system()).unwrap();
+        let authorities = Authorities::open(&store, "c.example", Suite::BalancedV1, now).unwrap();
+        let authority = authorities.get(AuthorityType::Spiffe);
+        let signer = authority.signer().unwrap();
+        let revoked = |name: &str| Resource {
+            name: name.to_owned(),
+            spec: json!({"reason": "test", "revoked_at": "2026-11-20T00:00:00Z"}),
+            ..Resource::default()
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        let certificate = crate::crypto::pem::encode("CERTIFICATE", &signer.certificate);
+        std::fs::write(path("ca"), certificate).unwrap();
+        let show = |list: &[u8]| {
+            std::fs::write(path("crl"), list).unwrap();
+            let args = ["crl", "-inform", "DER", "-noout", "-text", "-CAfile"];
+            let output = Command::new("openssl")
+                .args(args)
+                .args([&path("ca"), "-in", &path("crl")])
+                .output()
+                .unwrap();
+            let text = [output.stdout, output.stderr].concat();
+            String::from_utf8(text).unwrap()
+        };
+        let text = show(&sign(signer.issuer(), &[], now).unwrap());
+        assert!(text.contains("verify OK"), "{text}");
+        assert!(text.contains("No Revoked Certificates"), "{text}");
+        let entries = [revoked("00ab12"), revoked("ff01"), revoked("junk")];
+        let text = show(&sign(signer.issuer(), &entries, now).unwrap());
+        for part in [
+            "verify OK",
+            "Serial Number: AB12",
+            "Serial Number: FF01",
+            "Last Update: Nov 18",
+            "Next Update: Nov 25",
+            "X509v3 CRL Number",
+            "X509v3 Authority Key Identifier",
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        assert_eq!(text.matches("Serial Number:").count(), 2);
+    }
+}
