@@ -162,7 +162,7 @@ fn publish(published: &watch::Sender<Crl>, fresh: Crl) {
     });
 }
 
-fn says_the_same(old: &Crl, new: &Crl) -> bool {
+pub(super) fn says_the_same(old: &Crl, new: &Crl) -> bool {
     match (old, new) {
         (Crl::Signed(old), Crl::Signed(new)) => {
             old == new || essence(old).is_some_and(|essence| Some(essence) == self::essence(new))

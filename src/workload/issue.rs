@@ -206,7 +206,7 @@ impl Issuer for ClusterIssuer {
 
 /// Checks an answer. One bad credential rejects it whole: a cluster that mixes them up is not to
 /// be believed about the others.
-fn accept(
+pub(super) fn accept(
     credentials: Vec<Credential>,
     key: &PrivateKey,
     bundles: &Bundles,

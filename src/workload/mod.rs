@@ -11,6 +11,9 @@ pub mod issue;
 pub mod jwt;
 pub mod selector;
 
+#[cfg(test)]
+pub(crate) mod tests;
+
 pub use bundle::{BundleFeed, Bundles};
 pub use cache::{Cache, State, Subscription};
 pub use crl::{Crl, CrlFeed};

@@ -22,7 +22,6 @@ use crate::pb::workload_api::{
     ValidateJwtsvidRequest, ValidateJwtsvidResponse, X509BundlesRequest, X509BundlesResponse,
     X509svid, X509svidRequest, X509svidResponse,
 };
-use crate::services::Context;
 use crate::spiffe::{SpiffeId, jwt};
 use crate::workload::{
     Bundles, Cache, Crl, IssueError, JwtIssuer, Selector, State, Subscription, Svid,
@@ -73,15 +72,17 @@ impl Api {
         sources: Sources,
         attestors: Attestors,
         selector: Selector,
-        context: &Context,
+        ttl: Duration,
+        clock: Clock,
+        shutdown: CancellationToken,
     ) -> Self {
         Self {
             sources,
             attestors,
             selector,
-            ttl: context.lifetime.ttl,
-            clock: context.clock.clone(),
-            shutdown: context.shutdown.clone(),
+            ttl,
+            clock,
+            shutdown,
             calls: Limit::new(CALLS_PER_USER),
         }
     }

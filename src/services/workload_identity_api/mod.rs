@@ -16,12 +16,14 @@ use std::time::Duration;
 use anyhow::Context as _;
 use async_trait::async_trait;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use tonic::service::interceptor::InterceptedService;
 
 use self::api::Api;
 use self::listener::{Bound, Listen};
 use super::{Context, Flag, FlagValue, Lifetime, Server, Service, ServiceKind, ServicePlan};
 use crate::attest;
+use crate::clock::Clock;
 use crate::cluster::Client;
 use crate::destination::DestinationPlan;
 use crate::identity::{Handle, IdentityError, Request};
@@ -186,17 +188,12 @@ impl Server for WorkloadApi {
             },
             self.plan.attestors.build(),
             self.plan.selector.clone(),
-            &context,
+            context.lifetime.ttl,
+            context.clock.clone(),
+            context.shutdown.clone(),
         );
         tracing::info!(listen = %self.plan.listen, "Workload API is listening");
-        let service = SpiffeWorkloadApiServer::new(api).max_decoding_message_size(MAX_REQUEST);
-        let serve = tonic::transport::Server::builder()
-            .max_concurrent_streams(Some(STREAMS_PER_CONNECTION))
-            .add_service(InterceptedService::new(service, api::require_header))
-            .serve_with_incoming_shutdown(
-                incoming::accept(&bound, context.clock.clone()),
-                context.shutdown.clone().cancelled_owned(),
-            );
+        let serve = serve(api, &bound, &context.clock, &context.shutdown);
         let work = async {
             tokio::join!(
                 cache.run(),
@@ -217,6 +214,24 @@ impl Server for WorkloadApi {
         drop(bound);
         Ok(())
     }
+}
+
+/// Serves until `shutdown`, and then until every call has ended.
+async fn serve(
+    api: Api,
+    bound: &Bound,
+    clock: &Clock,
+    shutdown: &CancellationToken,
+) -> Result<(), tonic::transport::Error> {
+    let service = SpiffeWorkloadApiServer::new(api).max_decoding_message_size(MAX_REQUEST);
+    tonic::transport::Server::builder()
+        .max_concurrent_streams(Some(STREAMS_PER_CONNECTION))
+        .add_service(InterceptedService::new(service, api::require_header))
+        .serve_with_incoming_shutdown(
+            incoming::accept(bound, clock.clone()),
+            shutdown.clone().cancelled_owned(),
+        )
+        .await
 }
 
 /// Follows bundles and revocations as the bot itself, from its first join on.
@@ -319,44 +334,4 @@ impl Access for Derived {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::yaml::{Problems, emit, parse};
-
-    fn read(source: &str) -> (Option<Box<dyn ServicePlan>>, String) {
-        let node = parse(source).unwrap();
-        let problems = Problems::new();
-        let mut fields = Fields::new(&node, "", &problems).unwrap();
-        let plan = Kind.parse(&mut fields);
-        fields.finish();
-        (plan, problems.render("t"))
-    }
-
-    #[test]
-    fn the_section_is_written_as_upstream_writes_it() {
-        let (plan, problems) = read("listen: unix:///x.sock\nselector:\n  name: n\n");
-        assert_eq!(problems, "");
-        let plan = plan.unwrap();
-        assert_eq!(plan.label(), "workload-identity-api:unix:///x.sock");
-        let expected = "listen: unix:///x.sock\nattestors:\n  kubernetes:\n    enabled: false\n  \
-            podman:\n    enabled: false\n  docker:\n    enabled: false\n  systemd:\n    \
-            enabled: false\n  unix:\n    binary_hash_max_size_bytes: 1073741824\n  sigstore:\n    \
-            enabled: false\nselector:\n  name: \"n\"\n";
-        assert_eq!(emit::emit(&Tree::Map(plan.emit())), expected);
-        let (again, problems) = read(expected);
-        assert_eq!(problems, "");
-        assert_eq!(emit::emit(&Tree::Map(again.unwrap().emit())), expected);
-    }
-
-    #[test]
-    fn every_problem_is_told_in_one_run() {
-        let (plan, problems) = read("listen: http://x\nattestors: {docker: {enabled: true}}\n");
-        assert!(plan.is_none());
-        for key in ["listen: ", "attestors.docker.enabled: ", "selector: "] {
-            assert!(
-                problems.contains(&format!("error: {key}")),
-                "{key}: {problems}"
-            );
-        }
-    }
-}
+mod tests;

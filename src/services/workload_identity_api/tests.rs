@@ -1,0 +1,306 @@
+use super::*;
+use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
+use crate::pb::workload_api::spiffe_workload_api_client::SpiffeWorkloadApiClient;
+use crate::pb::workload_api::{JwtBundlesRequest, X509BundlesRequest, X509svidRequest};
+use crate::workload::tests::{Authority, DOMAIN, HOUR, message, start};
+use crate::workload::{Issuer, Svid};
+use crate::yaml::{Problems, emit, parse};
+use tonic::Code;
+
+fn read(source: &str) -> (Option<Box<dyn ServicePlan>>, String) {
+    let node = parse(source).unwrap();
+    let problems = Problems::new();
+    let mut fields = Fields::new(&node, "", &problems).unwrap();
+    let plan = Kind.parse(&mut fields);
+    fields.finish();
+    (plan, problems.render("t"))
+}
+
+#[test]
+fn the_section_is_written_as_upstream_writes_it() {
+    let (plan, problems) = read("listen: unix:///x.sock\nselector:\n  name: n\n");
+    assert_eq!(problems, "");
+    let plan = plan.unwrap();
+    assert_eq!(plan.label(), "workload-identity-api:unix:///x.sock");
+    let expected = "listen: unix:///x.sock\nattestors:\n  kubernetes:\n    enabled: false\n  \
+        podman:\n    enabled: false\n  docker:\n    enabled: false\n  systemd:\n    \
+        enabled: false\n  unix:\n    binary_hash_max_size_bytes: 1073741824\n  sigstore:\n    \
+        enabled: false\nselector:\n  name: \"n\"\n";
+    assert_eq!(emit::emit(&Tree::Map(plan.emit())), expected);
+    let (again, problems) = read(expected);
+    assert_eq!(problems, "");
+    assert_eq!(emit::emit(&Tree::Map(again.unwrap().emit())), expected);
+}
+
+#[test]
+fn every_problem_is_told_in_one_run() {
+    let (plan, problems) = read("listen: http://x\nattestors: {docker: {enabled: true}}\n");
+    assert!(plan.is_none());
+    for key in ["listen: ", "attestors.docker.enabled: ", "selector: "] {
+        assert!(
+            problems.contains(&format!("error: {key}")),
+            "{key}: {problems}"
+        );
+    }
+}
+
+/// The API on a socket of its own, issuing from a small authority.
+struct World {
+    _directory: tempfile::TempDir,
+    path: std::path::PathBuf,
+    authority: Authority,
+    bundles: watch::Sender<Option<Arc<Bundles>>>,
+    revoked: watch::Sender<Crl>,
+    issuer: Arc<Fake>,
+    cache: Cache,
+    shutdown: CancellationToken,
+}
+
+/// The calls tested here ask the cluster for no token.
+#[derive(Debug)]
+struct NoAccess;
+
+#[async_trait]
+impl Access for NoAccess {
+    async fn client(&self) -> Result<Client, IssueError> {
+        Err(IssueError::Unavailable("no cluster".into()))
+    }
+}
+
+#[derive(Debug)]
+struct Fake {
+    refuses: std::sync::atomic::AtomicBool,
+    pids: std::sync::Mutex<Vec<i32>>,
+}
+
+#[async_trait]
+impl Issuer for Fake {
+    async fn issue(
+        &self,
+        _selector: &Selector,
+        _ttl: Duration,
+        attributes: &WorkloadAttrs,
+    ) -> Result<Vec<Svid>, IssueError> {
+        let pid = attributes.unix.as_ref().map_or(0, |unix| unix.pid);
+        self.pids.lock().unwrap().push(pid);
+        if self.refuses.load(std::sync::atomic::Ordering::Relaxed) {
+            return Err(IssueError::Refused("no rule".into()));
+        }
+        Ok(vec![Svid {
+            id: "spiffe://example.org/svc/foo".parse().unwrap(),
+            chain: bytes::Bytes::from_static(b"chain"),
+            key: bytes::Bytes::from_static(b"key"),
+            hint: "hint".into(),
+            not_before: start(),
+            not_after: start() + HOUR,
+            serial: "01".into(),
+            name: "foo".into(),
+            revision: String::new(),
+        }])
+    }
+}
+
+impl World {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let issuer = Arc::new(Fake {
+            refuses: false.into(),
+            pids: std::sync::Mutex::default(),
+        });
+        let shared: Arc<dyn Issuer> = Arc::clone(&issuer) as _;
+        Self {
+            path: directory.path().join("w.sock"),
+            _directory: directory,
+            authority: Authority::new(DOMAIN),
+            bundles: watch::Sender::new(None),
+            revoked: watch::Sender::new(Crl::None),
+            issuer,
+            cache: Cache::new(shared, Clock::simulated(start()), HOUR),
+            shutdown: CancellationToken::new(),
+        }
+    }
+
+    fn publish(&self, authorities: &[&Authority]) {
+        let bundles = Bundles::from_authority(&message(DOMAIN, authorities)).unwrap();
+        self.bundles.send_replace(Some(Arc::new(bundles)));
+    }
+
+    /// Runs `test` beside the service.
+    async fn run(&self, test: impl Future<Output = ()>) {
+        let listen = Listen::Unix(self.path.clone());
+        let bound = listen.bind().await.unwrap();
+        let clock = Clock::simulated(start());
+        let api = Api::new(
+            api::Sources {
+                cache: self.cache.clone(),
+                jwt: JwtIssuer::new(Arc::new(NoAccess), self.bundles.subscribe(), clock.clone()),
+                bundles: self.bundles.subscribe(),
+                crl: self.revoked.subscribe(),
+            },
+            attest::Plan::default().build(),
+            Selector::Name("foo".into()),
+            HOUR,
+            clock.clone(),
+            self.shutdown.clone(),
+        );
+        tokio::select! {
+            served = serve(api, &bound, &clock, &self.shutdown) => served.unwrap(),
+            () = self.cache.run() => {}
+            () = test => {}
+        }
+    }
+
+    async fn client(&self) -> SpiffeWorkloadApiClient<tonic::transport::Channel> {
+        let path = self.path.clone();
+        let connector = tower::service_fn(move |_: http::Uri| {
+            let path = path.clone();
+            async move {
+                let stream = tokio::net::UnixStream::connect(path).await?;
+                Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(stream))
+            }
+        });
+        let endpoint = tonic::transport::Endpoint::from_static("http://localhost");
+        SpiffeWorkloadApiClient::new(endpoint.connect_with_connector(connector).await.unwrap())
+    }
+}
+
+fn with_header<T>(message: T, values: &[&'static str]) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    for value in values {
+        let value = tonic::metadata::MetadataValue::from_static(value);
+        request.metadata_mut().append("workload.spiffe.io", value);
+    }
+    request
+}
+
+fn call<T>(message: T) -> tonic::Request<T> {
+    with_header(message, &["true"])
+}
+
+#[tokio::test]
+async fn calls_need_the_security_header_exactly_once() {
+    let world = World::new();
+    world.publish(&[&world.authority]);
+    world
+        .run(async {
+            let mut client = world.client().await;
+            for values in [
+                &[][..],
+                &["True"],
+                &["1"],
+                &[""],
+                &["true", "true"],
+                &["false"],
+            ] {
+                let svid = client
+                    .fetch_x509svid(with_header(X509svidRequest {}, values))
+                    .await;
+                let jwt = client
+                    .fetch_jwt_bundles(with_header(JwtBundlesRequest {}, values))
+                    .await;
+                for status in [svid.unwrap_err(), jwt.unwrap_err()] {
+                    assert_eq!(status.code(), Code::InvalidArgument, "{values:?}");
+                    assert_eq!(status.message(), "security header missing from request");
+                }
+            }
+            assert!(
+                client
+                    .fetch_x509svid(call(X509svidRequest {}))
+                    .await
+                    .is_ok()
+            );
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn every_message_is_the_whole_state() {
+    let world = World::new();
+    world.publish(&[&world.authority]);
+    world
+        .run(async {
+            let mut client = world.client().await;
+            let mut stream = client
+                .fetch_x509svid(call(X509svidRequest {}))
+                .await
+                .unwrap()
+                .into_inner();
+            let first = stream.message().await.unwrap().unwrap();
+            assert_eq!(first.svids[0].spiffe_id, "spiffe://example.org/svc/foo");
+            assert_eq!(&first.svids[0].bundle[..], world.authority.der);
+            assert!(first.crl.is_empty());
+            // The caller was attested: this process asked.
+            let own = i32::try_from(std::process::id()).unwrap();
+            assert_eq!(*world.issuer.pids.lock().unwrap(), [own]);
+
+            let next = Authority::new(DOMAIN);
+            world.publish(&[&next, &world.authority]);
+            let second = stream.message().await.unwrap().unwrap();
+            let both = [next.der.clone(), world.authority.der.clone()].concat();
+            assert_eq!(&second.svids[0].bundle[..], both);
+            assert_eq!(second.svids[0].x509_svid, first.svids[0].x509_svid);
+
+            world
+                .revoked
+                .send_replace(Crl::Signed(bytes::Bytes::from_static(b"crl")));
+            let third = stream.message().await.unwrap().unwrap();
+            assert_eq!(third.crl, ["crl"]);
+            assert_eq!(third.svids, second.svids);
+
+            let mut bundles = client
+                .fetch_x509_bundles(call(X509BundlesRequest {}))
+                .await
+                .unwrap()
+                .into_inner();
+            let message = bundles.message().await.unwrap().unwrap();
+            assert_eq!(&message.bundles["spiffe://example.org"][..], both);
+            assert_eq!(message.crl, ["crl"]);
+            assert_eq!(world.issuer.pids.lock().unwrap().len(), 1, "issued once");
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_refusal_has_the_standard_s_code_and_words() {
+    let world = World::new();
+    world.publish(&[&world.authority]);
+    world
+        .issuer
+        .refuses
+        .store(true, std::sync::atomic::Ordering::Relaxed);
+    world
+        .run(async {
+            let mut client = world.client().await;
+            let status = client
+                .fetch_x509svid(call(X509svidRequest {}))
+                .await
+                .unwrap_err();
+            assert_eq!(status.code(), Code::PermissionDenied);
+            assert_eq!(status.message(), "no identity issued: no rule");
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_stop_ends_open_streams() {
+    let world = World::new();
+    world.publish(&[&world.authority]);
+    let mut open = None;
+    world
+        .run(async {
+            let mut client = world.client().await;
+            let mut stream = client
+                .fetch_x509svid(call(X509svidRequest {}))
+                .await
+                .unwrap()
+                .into_inner();
+            stream.message().await.unwrap().unwrap();
+            world.shutdown.cancel();
+            let status = stream.message().await.unwrap_err();
+            assert_eq!(status.code(), Code::Unavailable);
+            open = Some(());
+        })
+        .await;
+    assert!(open.is_some());
+    assert!(!world.path.exists());
+}

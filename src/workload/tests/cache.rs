@@ -1,0 +1,370 @@
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use super::*;
+use crate::clock::Clock;
+use crate::pb::teleport::workloadidentity::v1::{WorkloadAttrs, WorkloadAttrsUnix};
+use crate::workload::{Cache, IssueError, Issuer, Selector, State, Subscription, Svid};
+
+const MINUTE: Duration = Duration::from_mins(1);
+
+/// Issues for an hour at a time, unless told to fail.
+#[derive(Debug)]
+struct Fake {
+    clock: Clock,
+    /// What the next calls answer; afterwards everything succeeds.
+    script: Mutex<VecDeque<IssueError>>,
+    /// What every call answers, script aside.
+    always: Mutex<Option<IssueError>>,
+    calls: Mutex<Vec<SystemTime>>,
+    delay: Duration,
+}
+
+#[async_trait]
+impl Issuer for Fake {
+    async fn issue(
+        &self,
+        _selector: &Selector,
+        _ttl: Duration,
+        _attributes: &WorkloadAttrs,
+    ) -> Result<Vec<Svid>, IssueError> {
+        let now = self.clock.now();
+        let serial = {
+            let mut calls = self.calls.lock().unwrap();
+            calls.push(now);
+            calls.len().to_string()
+        };
+        tokio::time::sleep(self.delay).await;
+        if let Some(error) = self.script.lock().unwrap().pop_front() {
+            return Err(error);
+        }
+        if let Some(error) = self.always.lock().unwrap().clone() {
+            return Err(error);
+        }
+        Ok(vec![Svid {
+            id: "spiffe://example.org/a".parse().unwrap(),
+            chain: Bytes::new(),
+            key: Bytes::new(),
+            hint: String::new(),
+            not_before: now,
+            not_after: now + HOUR,
+            serial,
+            name: "a".into(),
+            revision: String::new(),
+        }])
+    }
+}
+
+struct World {
+    fake: Arc<Fake>,
+    cache: Cache,
+    clock: Clock,
+}
+
+fn world() -> World {
+    world_with(20 * MINUTE, Duration::from_millis(50))
+}
+
+fn world_with(interval: Duration, delay: Duration) -> World {
+    let clock = Clock::simulated(start());
+    let fake = Arc::new(Fake {
+        clock: clock.clone(),
+        script: Mutex::default(),
+        always: Mutex::default(),
+        calls: Mutex::default(),
+        delay,
+    });
+    let issuer: Arc<dyn Issuer> = Arc::clone(&fake) as _;
+    World {
+        cache: Cache::new(issuer, clock.clone(), interval),
+        fake,
+        clock,
+    }
+}
+
+impl World {
+    fn subscribe(&self, pid: i32) -> Subscription {
+        let attributes = WorkloadAttrs {
+            unix: Some(WorkloadAttrsUnix {
+                pid,
+                ..WorkloadAttrsUnix::default()
+            }),
+            ..WorkloadAttrs::default()
+        };
+        let selector = Selector::Name("a".into());
+        self.cache.subscribe(&selector, HOUR, &attributes)
+    }
+
+    fn calls(&self) -> usize {
+        self.fake.calls.lock().unwrap().len()
+    }
+
+    /// Runs `test` beside the cache.
+    async fn run(&self, test: impl Future<Output = ()>) {
+        tokio::select! {
+            () = self.cache.run() => {}
+            () = test => {}
+        }
+    }
+
+    fn fail_with(&self, error: Option<IssueError>) {
+        *self.fake.always.lock().unwrap() = error;
+    }
+}
+
+/// The serial number of what is held, after waiting for an answer.
+async fn serial(subscription: &mut Subscription, clock: &Clock) -> Result<String, String> {
+    let state = subscription.state();
+    let state = state
+        .wait_for(|state| state.is_answer(clock.now()))
+        .await
+        .unwrap()
+        .clone();
+    told(&state)
+}
+
+fn told(state: &State) -> Result<String, String> {
+    match state {
+        State::Ready(svids) => Ok(svids[0].serial.clone()),
+        State::Refused(why) => Err(format!("refused: {why}")),
+        State::Unavailable(why) => Err(format!("unavailable: {why}")),
+        State::Pending => Err("pending".into()),
+    }
+}
+
+fn outage() -> IssueError {
+    IssueError::Unavailable("down".into())
+}
+
+fn refusal() -> IssueError {
+    IssueError::Refused("no rule".into())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_day_of_renewals() {
+    for (interval, least, most) in [
+        // By the interval, up to a tenth early.
+        (20 * MINUTE, 72, 81),
+        // By two thirds of the life, whatever the interval.
+        (10 * HOUR, 36, 41),
+    ] {
+        let world = world_with(interval, Duration::from_millis(50));
+        let mut subscription = world.subscribe(1);
+        world
+            .run(async {
+                serial(&mut subscription, &world.clock).await.unwrap();
+                let end = start() + 24 * HOUR;
+                while world.clock.now() < end {
+                    let state = subscription.state();
+                    tokio::select! {
+                        changed = state.changed() => changed.unwrap(),
+                        () = world.clock.sleep_until(end) => break,
+                    }
+                    let State::Ready(svids) = state.borrow_and_update().clone() else {
+                        panic!("nothing held");
+                    };
+                    assert!(svids[0].not_after > world.clock.now() + 59 * MINUTE);
+                }
+            })
+            .await;
+        let calls = world.fake.calls.lock().unwrap().clone();
+        assert!(
+            (least..=most).contains(&calls.len()),
+            "{} calls",
+            calls.len()
+        );
+        for pair in calls.windows(2) {
+            let wait = pair[1].duration_since(pair[0]).unwrap();
+            assert!(wait <= 40 * MINUTE + Duration::from_secs(1), "{wait:?}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hundred_streams_of_one_process_cost_one_request() {
+    let world = world();
+    let mut all: Vec<Subscription> = (0..100).map(|_| world.subscribe(1)).collect();
+    world
+        .run(async {
+            for subscription in &mut all {
+                assert_eq!(serial(subscription, &world.clock).await, Ok("1".into()));
+            }
+            assert_eq!(world.calls(), 1);
+            // A renewal reaches every one of them.
+            for subscription in &mut all {
+                subscription.state().changed().await.unwrap();
+                assert_eq!(serial(subscription, &world.clock).await, Ok("2".into()));
+            }
+            assert_eq!(world.calls(), 2);
+        })
+        .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn two_processes_never_share() {
+    let world = world();
+    let (mut one, mut two) = (world.subscribe(1), world.subscribe(2));
+    world
+        .run(async {
+            let first = serial(&mut one, &world.clock).await.unwrap();
+            let second = serial(&mut two, &world.clock).await.unwrap();
+            assert_ne!(first, second);
+        })
+        .await;
+    assert_eq!(world.cache.len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_last_good_one_stays_through_an_outage_until_it_expires() {
+    let world = world();
+    let mut subscription = world.subscribe(1);
+    world
+        .run(async {
+            assert_eq!(
+                serial(&mut subscription, &world.clock).await,
+                Ok("1".into())
+            );
+            world.fail_with(Some(outage()));
+            world.clock.sleep_until(start() + 59 * MINUTE).await;
+            assert!(world.calls() > 30, "{} calls", world.calls());
+            assert!(world.calls() < 100, "{} calls", world.calls());
+            assert_eq!(told(&subscription.state().borrow()), Ok("1".into()));
+            subscription.state().mark_unchanged();
+            subscription.state().changed().await.unwrap();
+            let late = world.clock.now().duration_since(start() + HOUR).unwrap();
+            assert!(late < Duration::from_secs(2), "{late:?}");
+            assert_eq!(
+                told(&subscription.state().borrow()),
+                Err("unavailable: down".into())
+            );
+            // And it comes back by itself.
+            world.fail_with(None);
+            subscription.state().changed().await.unwrap();
+            assert!(told(&subscription.state().borrow()).is_ok());
+        })
+        .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_unusable_answer_withdraws_nothing() {
+    let world = world();
+    let mut subscription = world.subscribe(1);
+    world
+        .run(async {
+            assert_eq!(
+                serial(&mut subscription, &world.clock).await,
+                Ok("1".into())
+            );
+            world.fail_with(Some(IssueError::Answer("odd".into())));
+            world.clock.sleep_until(start() + 50 * MINUTE).await;
+            assert_eq!(told(&subscription.state().borrow()), Ok("1".into()));
+        })
+        .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_withdraws_at_once() {
+    let world = world();
+    let mut subscription = world.subscribe(1);
+    world
+        .run(async {
+            assert_eq!(
+                serial(&mut subscription, &world.clock).await,
+                Ok("1".into())
+            );
+            world.fail_with(Some(refusal()));
+            subscription.state().changed().await.unwrap();
+            assert!(world.clock.now() < start() + 21 * MINUTE);
+            assert_eq!(
+                told(&subscription.state().borrow()),
+                Err("refused: no rule".into())
+            );
+        })
+        .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_new_caller_does_not_get_an_old_refusal() {
+    let world = world();
+    world.fake.script.lock().unwrap().push_back(refusal());
+    let mut first = world.subscribe(1);
+    world
+        .run(async {
+            assert_eq!(
+                serial(&mut first, &world.clock).await,
+                Err("refused: no rule".into())
+            );
+            // At once: the same answer, without a call.
+            let mut at_once = world.subscribe(1);
+            assert!(serial(&mut at_once, &world.clock).await.is_err());
+            assert_eq!(world.calls(), 1);
+            drop((first, at_once));
+            tokio::time::sleep(2 * Duration::from_secs(1)).await;
+            let mut later = world.subscribe(1);
+            assert!(serial(&mut later, &world.clock).await.is_ok());
+        })
+        .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn entries_end_a_while_after_their_last_subscriber() {
+    let world = world();
+    let mut subscription = world.subscribe(1);
+    world
+        .run(async {
+            serial(&mut subscription, &world.clock).await.unwrap();
+            drop(subscription);
+            tokio::time::sleep(Duration::from_secs(20)).await;
+            // Within the grace the same SVID is there again.
+            let mut again = world.subscribe(1);
+            assert_eq!(serial(&mut again, &world.clock).await, Ok("1".into()));
+            drop(again);
+            tokio::time::sleep(Duration::from_secs(40)).await;
+            assert!(world.cache.is_empty());
+            tokio::time::sleep(24 * HOUR).await;
+            assert_eq!(world.calls(), 1);
+        })
+        .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_change_for_everybody_renews_everybody_soon() {
+    let world = world();
+    let mut all: Vec<Subscription> = (0..50).map(|pid| world.subscribe(pid)).collect();
+    world
+        .run(async {
+            for subscription in &mut all {
+                serial(subscription, &world.clock).await.unwrap();
+                subscription.state().mark_unchanged();
+            }
+            let before = world.clock.now();
+            world.cache.renew_all();
+            for subscription in &mut all {
+                subscription.state().changed().await.unwrap();
+            }
+            let took = world.clock.now().duration_since(before).unwrap();
+            assert!(took < Duration::from_secs(11), "{took:?}");
+            assert_eq!(world.calls(), 100);
+        })
+        .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_in_flight_are_few() {
+    let world = world_with(20 * MINUTE, Duration::from_secs(1));
+    let mut all: Vec<Subscription> = (0..64).map(|pid| world.subscribe(pid)).collect();
+    world
+        .run(async {
+            for subscription in &mut all {
+                serial(subscription, &world.clock).await.unwrap();
+            }
+            // 64 requests of a second each, 16 at a time.
+            let took = world.clock.now().duration_since(start()).unwrap();
+            assert!(took >= Duration::from_secs(4), "{took:?}");
+            assert!(took < Duration::from_secs(5), "{took:?}");
+        })
+        .await;
+}

@@ -1,0 +1,146 @@
+use std::sync::Mutex;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use tokio::sync::watch;
+use tonic::Status;
+
+use super::*;
+use crate::clock::Clock;
+use crate::cluster::ClusterError;
+use crate::workload::crl::{Lists, follow, says_the_same};
+use crate::workload::{Crl, CrlFeed};
+
+/// One DER element.
+fn tlv(tag: u8, content: &[u8]) -> Vec<u8> {
+    let length = u8::try_from(content.len()).unwrap();
+    if length < 128 {
+        [&[tag, length], content].concat()
+    } else {
+        [&[tag, 0x81, length], content].concat()
+    }
+}
+
+/// A list as clusters sign it: thisUpdate in the year 1, no nextUpdate unless told.
+fn list(issuer: &str, revoked: &[u8], number: u8, next_update: bool) -> Bytes {
+    let algorithm = tlv(0x30, &tlv(0x06, &[0x2a, 0x86, 0x48, 0xce, 0x3d, 4, 3, 2]));
+    let mut fields = tlv(0x02, &[1]);
+    fields.extend(&algorithm);
+    fields.extend(tlv(0x30, &tlv(0x0c, issuer.as_bytes())));
+    fields.extend(tlv(0x18, b"00010101000000Z"));
+    if next_update {
+        fields.extend(tlv(0x17, b"270101000000Z"));
+    }
+    if !revoked.is_empty() {
+        let entries: Vec<u8> = revoked
+            .iter()
+            .flat_map(|serial| tlv(0x30, &tlv(0x02, &[*serial])))
+            .collect();
+        fields.extend(tlv(0x30, &entries));
+    }
+    fields.extend(tlv(0xa0, &tlv(0x30, &tlv(0x02, &[number]))));
+    let signature = tlv(0x03, &[0, number]);
+    tlv(0x30, &[tlv(0x30, &fields), algorithm, signature].concat()).into()
+}
+
+#[test]
+fn only_the_meaning_counts() {
+    let signed = Crl::Signed;
+    let base = signed(list("ca", &[1, 2], 1, false));
+    assert!(
+        says_the_same(&base, &signed(list("ca", &[1, 2], 9, false))),
+        "signed anew"
+    );
+    for (what, other) in [
+        ("an entry more", list("ca", &[1, 2, 3], 1, false)),
+        ("no entry", list("ca", &[], 1, false)),
+        ("another issuer", list("cb", &[1, 2], 1, false)),
+        ("a nextUpdate", list("ca", &[1, 2], 1, true)),
+        ("no list", Bytes::from_static(b"junk")),
+    ] {
+        assert!(!says_the_same(&base, &signed(other)), "{what}");
+    }
+    assert!(says_the_same(
+        &signed(list("ca", &[], 1, false)),
+        &signed(list("ca", &[], 2, false))
+    ));
+    // With a nextUpdate, the newest one is the one to have.
+    assert!(!says_the_same(
+        &signed(list("ca", &[1], 1, true)),
+        &signed(list("ca", &[1], 2, true))
+    ));
+    // Bytes that cannot be read are compared as bytes.
+    let junk = || signed(Bytes::from_static(b"junk"));
+    assert!(says_the_same(&junk(), &junk()));
+    assert!(!says_the_same(&Crl::Pending, &Crl::None));
+}
+
+/// Gives one script after the other; then nothing more.
+#[derive(Debug)]
+struct Feed(Mutex<Vec<Result<Vec<Bytes>, Status>>>);
+
+#[async_trait]
+impl CrlFeed for Feed {
+    async fn lists(&self) -> Result<Lists, ClusterError> {
+        let mut scripts = self.0.lock().unwrap();
+        if scripts.is_empty() {
+            return Ok(futures_util::stream::pending().boxed());
+        }
+        let lists = scripts
+            .remove(0)
+            .map_err(ClusterError::call("StreamSignedCRL"))?;
+        Ok(futures_util::stream::iter(lists.into_iter().map(Ok)).boxed())
+    }
+}
+
+async fn followed(scripts: Vec<Result<Vec<Bytes>, Status>>) -> (Crl, u32) {
+    let (sender, mut receiver) = watch::channel(Crl::Pending);
+    let feed = Feed(Mutex::new(scripts));
+    let clock = Clock::simulated(start());
+    let mut wakes = 0;
+    let count = async {
+        while receiver.changed().await.is_ok() {
+            receiver.borrow_and_update();
+            wakes += 1;
+        }
+    };
+    tokio::select! {
+        () = follow(&feed, &clock, &sender) => {}
+        () = count => {}
+        () = tokio::time::sleep(HOUR) => {}
+    }
+    let crl = sender.borrow().clone();
+    (crl, wakes)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_list_signed_anew_wakes_nobody_and_replaces_the_bytes() {
+    let (first, second) = (list("ca", &[1], 1, false), list("ca", &[1], 2, false));
+    // The second one comes after a reconnect.
+    let (crl, wakes) = followed(vec![
+        Ok(vec![first]),
+        Err(Status::unavailable("x")),
+        Ok(vec![second.clone()]),
+    ])
+    .await;
+    assert_eq!(crl, Crl::Signed(second));
+    assert_eq!(wakes, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cluster_without_lists_does_not_hold_readers_up() {
+    assert_eq!(
+        followed(vec![Err(Status::unimplemented("x"))]).await,
+        (Crl::None, 1)
+    );
+    assert_eq!(followed(Vec::new()).await, (Crl::None, 1));
+    assert_eq!(followed(vec![Ok(vec![Bytes::new()])]).await, (Crl::None, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_last_list_outlives_the_stream() {
+    let first = list("ca", &[1], 1, false);
+    let (crl, _) = followed(vec![Ok(vec![first.clone()]), Err(Status::unavailable("x"))]).await;
+    assert_eq!(crl, Crl::Signed(first));
+}
