@@ -31,8 +31,8 @@ fn with<T>(caller: &Caller, message: T) -> Request<T> {
     request
 }
 
-fn message(name: &str, id: &str) -> Option<wire::WorkloadIdentity> {
-    Some(wire::WorkloadIdentity {
+fn message(name: &str, id: &str) -> wire::WorkloadIdentity {
+    wire::WorkloadIdentity {
         kind: KIND.into(),
         version: "v1".into(),
         metadata: Some(crate::pb::teleport::header::v1::Metadata {
@@ -47,7 +47,7 @@ fn message(name: &str, id: &str) -> Option<wire::WorkloadIdentity> {
             }),
         }),
         ..Default::default()
-    })
+    }
 }
 
 fn code<T: std::fmt::Debug>(answer: Answer<T>) -> Code {
@@ -58,7 +58,7 @@ fn code<T: std::fmt::Debug>(answer: Answer<T>) -> Code {
 async fn what_is_written_is_read_back_and_recorded() {
     let (service, editor, reader) = service();
     let create = |id| wire::CreateWorkloadIdentityRequest {
-        workload_identity: message("new", id),
+        workload_identity: Some(message("new", id)),
     };
     let refused = service
         .create_workload_identity(with(&reader, create("/x")))
@@ -84,9 +84,11 @@ async fn what_is_written_is_read_back_and_recorded() {
     let read = service.get_workload_identity(with(&reader, get())).await;
     assert_eq!(read.unwrap().into_inner(), made);
 
-    let update = |workload_identity| wire::UpdateWorkloadIdentityRequest { workload_identity };
+    let update = |message| wire::UpdateWorkloadIdentityRequest {
+        workload_identity: Some(message),
+    };
     let updated = service
-        .update_workload_identity(with(&editor, update(Some(made.clone()))))
+        .update_workload_identity(with(&editor, update(made.clone())))
         .await;
     assert_ne!(
         updated.unwrap().into_inner().metadata,
@@ -94,7 +96,7 @@ async fn what_is_written_is_read_back_and_recorded() {
         "a new revision"
     );
     let stale = service
-        .update_workload_identity(with(&editor, update(Some(made))))
+        .update_workload_identity(with(&editor, update(made)))
         .await;
     assert_eq!(code(stale), Code::FailedPrecondition);
     let none = service
@@ -102,7 +104,7 @@ async fn what_is_written_is_read_back_and_recorded() {
         .await;
     assert_eq!(code(none), Code::NotFound);
     let upsert = wire::UpsertWorkloadIdentityRequest {
-        workload_identity: message("new", "/y"),
+        workload_identity: Some(message("new", "/y")),
     };
     service
         .upsert_workload_identity(with(&editor, upsert))
