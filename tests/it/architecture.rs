@@ -166,7 +166,8 @@ fn imports_point_inward_only() {
         };
         // A group may go on over several lines.
         let code: Vec<_> = source.code().collect();
-        let joined: String = code.iter().map(|(_, line)| format!("{line} ")).collect();
+        let lines: Vec<_> = code.iter().map(|(_, line)| *line).collect();
+        let joined = lines.join(" ");
         for statement in joined.split(';') {
             for path in named(statement) {
                 if let Some(why) = forbidden(&module, &source.path, path.trim()) {

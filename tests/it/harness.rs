@@ -110,9 +110,10 @@ fn a_process_ends_with_its_handle() {
     assert!(std::path::Path::new(&alive).exists());
     drop(process);
     eventually("it is gone", || {
-        match std::path::Path::new(&alive).exists() {
-            true => Err("alive"),
-            false => Ok(()),
+        if std::path::Path::new(&alive).exists() {
+            Err("alive")
+        } else {
+            Ok(())
         }
     });
 }

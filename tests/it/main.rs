@@ -16,6 +16,7 @@ mod architecture;
 mod common;
 mod completeness;
 mod docs;
+mod guide;
 mod harness;
 mod renewal;
 mod wire;

@@ -75,7 +75,12 @@ fn message_facts(scope: &str, message: &DescriptorProto, facts: &mut BTreeSet<St
     let maps: BTreeMap<_, _> = message
         .nested_type
         .iter()
-        .filter(|nested| nested.options.as_ref().is_some_and(|o| o.map_entry()))
+        .filter(|nested| {
+            nested
+                .options
+                .as_ref()
+                .is_some_and(prost_types::MessageOptions::map_entry)
+        })
         .map(|nested| (format!(".{name}.{}", nested.name()), nested))
         .collect();
     for field in &message.field {

@@ -96,4 +96,5 @@ inside() {
 }
 export -f inside
 export work binary
-exec unshare --pid --mount --uts --ipc --cgroup --fork --kill-child=KILL bash -c inside
+# The machine ends with the test that booted it, whichever way that ends.
+exec setpriv --pdeathsig KILL unshare --pid --mount --uts --ipc --cgroup --fork --kill-child=KILL bash -c inside

@@ -112,7 +112,23 @@ impl Attempt {
         let method = self.method().to_owned();
         let keys = public_keys(&self.request.public_tls_key, &self.request.public_ssh_key)?;
         let safe = safe_name(&self.request.token, &method);
-        let (attributes, text) = self.join_attributes(&method, &safe);
+        let mut meta = serde_json::Map::new();
+        // The text that certificates carry is ordered as recorded; the record is not.
+        let mut text = String::from("{\"meta\":{");
+        if method != "token" {
+            meta.insert("join_token_name".to_owned(), safe.clone().into());
+            text += &format!("\"join_token_name\":{},", json!(safe));
+        }
+        meta.insert("join_method".to_owned(), method.clone().into());
+        text += &format!("\"join_method\":{}}}", json!(method));
+        let mut attributes = json!({"meta": meta});
+        if let Some((name, value)) = &self.proof.attributes {
+            text += &format!(",\"{name}\":{value}");
+            if let Some(members) = attributes.as_object_mut() {
+                members.insert((*name).to_owned(), value.clone());
+            }
+        }
+        text.push('}');
         let requested = self
             .request
             .expires
@@ -145,30 +161,6 @@ impl Attempt {
             },
             |tx| self.spend(tx, &method),
         )
-    }
-
-    /// What the join proved, as a value and as the text that certificates carry, whose members
-    /// come in the recorded order.
-    fn join_attributes(&self, method: &str, token: &str) -> (Value, String) {
-        let (mut meta, name) = if method == "token" {
-            (json!({}), String::new())
-        } else {
-            let name = format!("\"join_token_name\":{},", json!(token));
-            (json!({"join_token_name": token}), name)
-        };
-        if let Some(members) = meta.as_object_mut() {
-            members.insert("join_method".to_owned(), method.into());
-        }
-        let mut all = json!({"meta": meta});
-        let mut proof = String::new();
-        if let (Some((name, value)), Some(members)) = (&self.proof.attributes, all.as_object_mut())
-        {
-            members.insert((*name).to_owned(), value.clone());
-            proof = format!(",\"{name}\":{value}");
-        }
-        let method = json!(method);
-        let text = format!("{{\"meta\":{{{name}\"join_method\":{method}}}{proof}}}");
-        (all, text)
     }
 
     /// Uses up a `token` token: only one of two that come at once finds it.

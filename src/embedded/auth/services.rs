@@ -165,10 +165,10 @@ impl AuthService for Auth {
         request: Request<Watch>,
     ) -> Result<Response<Self::WatchEventsStream>, Status> {
         self.authorized(caller(&request)?).await?;
-        let kinds = watched(&request.into_inner(), &self.state.name)?;
+        let watched = watched(&request.into_inner(), &self.state.name)?;
         let authorities = self.state.authorities.clone();
         let mut changes = authorities.subscribe();
-        let mut known: Vec<_> = kinds
+        let mut known: Vec<_> = watched
             .iter()
             .map(|kind| authorities.message(*kind))
             .collect();
@@ -184,9 +184,9 @@ impl AuthService for Auth {
             loop {
                 tokio::select! {
                     () = events.closed() => return,
-                    told = changes.changed() => if told.is_err() { return },
+                    changed = changes.changed() => if changed.is_err() { return },
                 }
-                let current: Vec<_> = kinds
+                let current: Vec<_> = watched
                     .iter()
                     .map(|kind| authorities.message(*kind))
                     .collect();

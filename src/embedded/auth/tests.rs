@@ -397,10 +397,6 @@ async fn renewals_count_up_and_an_old_generation_locks_the_bot() {
 }
 
 #[tokio::test]
-#[expect(
-    clippy::too_many_lines,
-    reason = "one table of refusals, and what is granted"
-)]
 async fn outputs_have_the_roles_they_ask_for_and_end_there() {
     let lab = lab(None);
     let own = lab.join("once-and-never-again").await.unwrap();

@@ -189,6 +189,3 @@ fn audit(
     members.extend(who(caller, identity));
     state.audit.emit(members);
 }
-
-#[cfg(test)]
-mod tests;

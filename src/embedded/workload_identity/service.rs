@@ -380,4 +380,4 @@ impl From<IssueError> for Refusal {
 }
 
 #[cfg(test)]
-pub(super) mod tests;
+mod tests;

@@ -87,8 +87,10 @@ impl Systemd {
     }
 
     fn enter(&self) -> Command {
-        let mut command = Command::new("nsenter");
+        // A command that hangs must not hang the tests.
+        let mut command = Command::new("timeout");
         command
+            .args(["--kill-after=5", "120", "nsenter"])
             .args(["--target", &self.init.to_string()])
             .args([
                 "--mount",
