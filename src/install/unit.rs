@@ -71,6 +71,8 @@ impl Unit {
     /// The unit file.
     ///
     /// Nothing in it hides `/proc` or drops capabilities: attestation reads other users' processes.
+    /// `RestrictSUIDSGID=` is left out: its filter makes openat2(2) fail, with which paths are opened
+    /// without following symbolic links.
     #[must_use]
     pub fn render(&self) -> String {
         let mut text = format!(
@@ -167,7 +169,6 @@ impl Unit {
              RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK\n\
              RestrictNamespaces=yes\n\
              RestrictRealtime=yes\n\
-             RestrictSUIDSGID=yes\n\
              LockPersonality=yes\n\
              SystemCallArchitectures=native\n",
         );

@@ -242,6 +242,11 @@ fn the_aws_guide_works_as_printed() {
     let status = reader.instance("sudo systemctl status tbot");
     assert!(status.contains("active (running)"), "{status}");
 
+    assert!(
+        !status.contains("cannot refuse symbolic links"),
+        "the unit forbids what the agent needs: {status}"
+    );
+
     // Step 5: the workload identity. Step 6: look at it.
     sandbox.write("workload-identity.yaml", WORKLOAD_IDENTITY);
     reader.local("tbot cluster create ./workload-identity.yaml");
