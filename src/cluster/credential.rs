@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
 
 use super::ClusterError;
+use super::trust::builder;
 use crate::clock::Clock;
 use crate::crypto::{PrivateKey, pem};
 
@@ -38,10 +38,7 @@ impl Credential {
         let unusable = |problem: String| ClusterError::Trust(format!("identity: {problem}"));
         let roots = roots_of(authorities)?;
         let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.pkcs8_der().expose().clone()));
-        let provider = Arc::new(aws_lc_rs::default_provider());
-        let tls = ClientConfig::builder_with_details(provider, Arc::new(clock.clone()))
-            .with_safe_default_protocol_versions()
-            .map_err(|source| unusable(source.to_string()))?
+        let tls = builder(clock)?
             .with_root_certificates(roots)
             .with_client_auth_cert(vec![CertificateDer::from(certificate_der.to_vec())], key)
             .map_err(|source| unusable(source.to_string()))?;

@@ -125,7 +125,15 @@ fn readable(status: &Status) -> String {
         text
     };
     match std::error::Error::source(status) {
-        Some(cause) => format!("{text}: {}", deepest(cause)),
+        Some(cause) => {
+            let cause = deepest(cause);
+            // Some layers repeat the next one's text in their own.
+            if text.ends_with(&cause) {
+                text
+            } else {
+                format!("{text}: {cause}")
+            }
+        }
         None => text,
     }
 }

@@ -10,6 +10,7 @@ use tokio::time::timeout;
 use super::ClusterError;
 use super::dial::{self, Dialer, TIMEOUT, host_of};
 use super::trust::Trust;
+use crate::clock::Clock;
 use crate::crypto::Suite;
 
 /// The largest discovery answer that is read, in bytes. Real ones have 1 to 2 KiB.
@@ -71,6 +72,7 @@ struct Ssh {
 
 /// Asks the proxy at `address` (`host:port`) who it is.
 pub async fn find(
+    clock: &Clock,
     dialer: &dyn Dialer,
     trust: &Trust,
     address: &str,
@@ -79,7 +81,7 @@ pub async fn find(
         dialer,
         address,
         dial::server_name(address)?,
-        trust.web(&[b"http/1.1"])?,
+        trust.web(clock, &[b"http/1.1"])?,
     )
     .await?;
     let not_a_proxy = |problem: String| ClusterError::NotAProxy {

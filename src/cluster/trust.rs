@@ -8,9 +8,13 @@ use std::sync::{Arc, OnceLock};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{
+    ClientConfig, ConfigBuilder, DigitallySignedStruct, RootCertStore, SignatureScheme,
+    WantsVerifier,
+};
 
 use super::ClusterError;
+use crate::clock::Clock;
 use crate::crypto::x509::Certificate;
 use crate::crypto::{pem, sha256_hex};
 
@@ -27,11 +31,15 @@ pub struct Trust {
 
 impl Trust {
     /// TLS settings for a proxy's web certificate: the system's roots, or anyone if insecure.
-    pub fn web(&self, protocols: &[&[u8]]) -> Result<Arc<ClientConfig>, ClusterError> {
+    pub fn web(
+        &self,
+        clock: &Clock,
+        protocols: &[&[u8]],
+    ) -> Result<Arc<ClientConfig>, ClusterError> {
         let config = if self.insecure {
-            without_verification()
+            without_verification(clock)?
         } else {
-            ClientConfig::builder()
+            builder(clock)?
                 .with_root_certificates(system_roots()?.as_ref().clone())
                 .with_no_client_auth()
         };
@@ -39,14 +47,18 @@ impl Trust {
     }
 
     /// TLS settings for an auth service whose authorities are `roots`; `None` believes anyone.
-    pub fn auth(roots: Option<RootCertStore>, protocols: &[&[u8]]) -> Arc<ClientConfig> {
+    pub fn auth(
+        clock: &Clock,
+        roots: Option<RootCertStore>,
+        protocols: &[&[u8]],
+    ) -> Result<Arc<ClientConfig>, ClusterError> {
         let config = match roots {
-            Some(roots) => ClientConfig::builder()
+            Some(roots) => builder(clock)?
                 .with_root_certificates(roots)
                 .with_no_client_auth(),
-            None => without_verification(),
+            None => without_verification(clock)?,
         };
-        with_alpn(config, protocols)
+        Ok(with_alpn(config, protocols))
     }
 }
 
@@ -113,12 +125,24 @@ fn system_roots() -> Result<Arc<RootCertStore>, ClusterError> {
     Ok(Arc::clone(roots))
 }
 
-fn without_verification() -> ClientConfig {
+/// The start of every TLS configuration: one provider, and the program's clock.
+pub(super) fn builder(
+    clock: &Clock,
+) -> Result<ConfigBuilder<ClientConfig, WantsVerifier>, ClusterError> {
+    ClientConfig::builder_with_details(
+        Arc::new(aws_lc_rs::default_provider()),
+        Arc::new(clock.clone()),
+    )
+    .with_safe_default_protocol_versions()
+    .map_err(|source| ClusterError::Trust(source.to_string()))
+}
+
+fn without_verification(clock: &Clock) -> Result<ClientConfig, ClusterError> {
     let provider = Arc::new(aws_lc_rs::default_provider());
-    ClientConfig::builder()
+    Ok(builder(clock)?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(Anyone(provider)))
-        .with_no_client_auth()
+        .with_no_client_auth())
 }
 
 /// Believes every certificate, but still makes the server prove that it holds its key.

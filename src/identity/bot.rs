@@ -300,12 +300,17 @@ impl Bot {
         let method = self.settings.method;
         let mut session = match session {
             Some(session) => session,
-            None => Session::open(&self.dialer, &self.settings.route, &self.settings.trust)
-                .await
-                .map_err(|source| JoinError::Cluster {
-                    method: method.name(),
-                    source,
-                })?,
+            None => Session::open(
+                &self.clock,
+                &self.dialer,
+                &self.settings.route,
+                &self.settings.trust,
+            )
+            .await
+            .map_err(|source| JoinError::Cluster {
+                method: method.name(),
+                source,
+            })?,
         };
         let key = new_key(session.suite(), Purpose::HostIdentity).await?;
         self.store.begin(&key).await?;

@@ -134,9 +134,14 @@ impl Handle {
                         ping::with_port(&address, "443")
                     }
                 };
-                ping::find(self.0.dialer.as_ref(), &self.0.trust, &address)
-                    .await
-                    .map(Arc::new)
+                ping::find(
+                    &self.0.clock,
+                    self.0.dialer.as_ref(),
+                    &self.0.trust,
+                    &address,
+                )
+                .await
+                .map(Arc::new)
             })
             .await
             .cloned()

@@ -8,6 +8,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 
+use crate::clock::Clock;
 use crate::cluster::client::{Route, Versioned, timed, versioned};
 use crate::cluster::credential::{API_DOMAIN, roots_of};
 use crate::cluster::dial::{Dialer, server_name};
@@ -32,14 +33,15 @@ pub struct Session {
 impl Session {
     /// Opens a session for a bot that has no certificates.
     pub async fn open(
+        clock: &Clock,
         dialer: &Arc<dyn Dialer>,
         route: &Route,
         trust: &Trust,
     ) -> Result<Self, ClusterError> {
         match route {
             Route::Proxy(address) => {
-                let endpoints = ping::find(dialer.as_ref(), trust, address).await?;
-                let tls = trust.web(&[b"teleport-proxy-grpc", b"h2"])?;
+                let endpoints = ping::find(clock, dialer.as_ref(), trust, address).await?;
+                let tls = trust.web(clock, &[b"teleport-proxy-grpc", b"h2"])?;
                 let channel = versioned(Arc::clone(dialer), address, server_name(address)?, tls)?;
                 Ok(Self {
                     client: JoinServiceClient::new(channel),
@@ -54,7 +56,7 @@ impl Session {
                         Arc::clone(dialer),
                         address,
                         name,
-                        Trust::auth(roots, &[b"h2"]),
+                        Trust::auth(clock, roots, &[b"h2"])?,
                     )
                 };
                 let channel = connect(first_roots(trust, address, &connect).await?)?;

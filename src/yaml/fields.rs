@@ -345,7 +345,15 @@ impl<'a> Fields<'a> {
             severity: Severity::Error,
             span: placed(node.span),
             path: self.path_of(key),
-            message: format!("must be {wanted}, not {}", node.kind()),
+            message: match &node.value {
+                // Any scalar is text to a field that may hold a secret, so none gets here.
+                Value::Scalar { text, .. } => {
+                    format!("must be {wanted}, not {} {text:?}", article(node.kind()))
+                }
+                Value::Null | Value::Sequence(_) | Value::Mapping(_) => {
+                    format!("must be {wanted}, not {}", node.kind())
+                }
+            },
             hint: None,
         });
     }
@@ -366,6 +374,15 @@ impl<'a> Fields<'a> {
 fn list(allowed: &[&str]) -> String {
     let quoted: Vec<String> = allowed.iter().map(|word| format!("{word:?}")).collect();
     quoted.join(", ")
+}
+
+fn article(kind: &'static str) -> &'static str {
+    match kind {
+        "text" => "the text",
+        "a number" => "the number",
+        "a boolean" => "the boolean",
+        other => other,
+    }
 }
 
 /// Line 0 means that the value did not come from a file.
@@ -412,8 +429,8 @@ mod tests {
         assert_eq!(values, [Some(true), Some(false), None, None]);
         assert_eq!(
             problems,
-            "t:3:4: error: c: must be `true` or `false` without quotes, not text\n\
-             t:4:4: error: d: must be `true` or `false` without quotes, not a number\n"
+            "t:3:4: error: c: must be `true` or `false` without quotes, not the text \"true\"\n\
+             t:4:4: error: d: must be `true` or `false` without quotes, not the number \"1\"\n"
         );
     }
 
@@ -457,7 +474,7 @@ mod tests {
         );
         assert_eq!(
             problems,
-            "t:2:4: error: b: must be a list, not text\n\
+            "t:2:4: error: b: must be a list, not the text \"x\"\n\
              t:4:8: error: d.k: must be text, not a list\n\
              t:5:4: error: e: must be a mapping, not text (write `key: value` lines, indented below)\n\
              t:6:13: error: f[1]: must be a mapping, not text (write `key: value` lines, indented below)\n"

@@ -15,6 +15,7 @@
 mod architecture;
 mod common;
 mod completeness;
+mod config;
 mod docs;
 mod guide;
 mod harness;
