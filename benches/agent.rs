@@ -8,8 +8,6 @@
     clippy::expect_used,
     clippy::indexing_slicing,
     clippy::print_stdout,
-    clippy::unwrap_used,
-    missing_docs,
     reason = "a benchmark may end where it stands"
 )]
 

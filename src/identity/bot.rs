@@ -424,10 +424,10 @@ fn tell(loudness: Loudness, error: &BotError, wait: Duration) {
     let retry_in = format!("{:.1}s", wait.as_secs_f64());
     match loudness {
         Loudness::Warn => {
-            tracing::warn!(%error, retry_in, "The bot's identity could not be renewed")
+            tracing::warn!(%error, retry_in, "The bot's identity could not be renewed");
         }
         Loudness::Debug => {
-            tracing::debug!(%error, retry_in, "The bot's identity could not be renewed")
+            tracing::debug!(%error, retry_in, "The bot's identity could not be renewed");
         }
     }
 }

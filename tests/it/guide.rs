@@ -12,9 +12,7 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::process::Command;
 
-use crate::common::{
-    Moto, OutputText as _, Process, Sandbox, Systemd, eventually, repository, skip, venv,
-};
+use crate::common::{Moto, OutputText as _, Process, Sandbox, Systemd, eventually, skip};
 
 const BOT: &str = "\
 kind: bot

@@ -22,7 +22,7 @@ use tbot::join::{self, TokenSource};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-const RESOURCES: &str = r#"
+const RESOURCES: &str = "
 kind: role
 version: v7
 metadata: {name: issuer}
@@ -37,7 +37,7 @@ kind: token
 version: v2
 metadata: {name: a-secret-of-the-test}
 spec: {roles: [Bot], bot_name: example, join_method: token}
-"#;
+";
 
 /// Connects to the cluster in memory, unless the network is out.
 #[derive(Debug)]

@@ -55,13 +55,16 @@ impl JoinMethod for Iam {
 /// identity, container endpoint, instance metadata.
 async fn aws_identity() -> Result<(Credentials, String), JoinError> {
     let config = Box::pin(aws_config::load_defaults(BehaviorVersion::latest())).await;
-    let region = config.region().map(Region::as_ref).unwrap_or_else(|| {
+    let region = config.region().map_or_else(
+        || {
         tracing::info!(
             region = FALLBACK_REGION,
             "No AWS region is configured (AWS_REGION, profile, instance metadata): using the default"
         );
         FALLBACK_REGION
-    });
+    },
+        Region::as_ref,
+    );
     let provider = config
         .credentials_provider()
         .ok_or_else(|| proof("the AWS SDK offers no credential chain"))?;

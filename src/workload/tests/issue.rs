@@ -48,7 +48,6 @@ fn a_sound_answer_is_taken() {
 }
 
 #[test]
-#[expect(clippy::too_many_lines, reason = "the table is the test")]
 fn an_unsound_answer_is_rejected_whole() {
     let world = world();
     let other_key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();
