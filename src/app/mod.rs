@@ -8,11 +8,9 @@ mod notify;
 mod pid_file;
 mod supervisor;
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow, bail};
-use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -59,7 +57,7 @@ struct Agent {
     bot: Bot,
     outputs: Vec<(Box<dyn Output>, Context)>,
     servers: Vec<(Box<dyn Server>, Context)>,
-    diag: Option<TcpListener>,
+    diag: Vec<diag::Listener>,
     heartbeat: heartbeat::Facts,
     registry: Registry,
     metrics: Metrics,
@@ -98,6 +96,7 @@ impl Agent {
                 token: plan.onboarding.token,
                 route: route(server),
                 trust: plan.onboarding.trust,
+                use_configured_address: plan.use_proxy_address,
                 ttl: plan.lifetime.ttl,
                 interval: plan.lifetime.interval,
             },
@@ -139,14 +138,18 @@ impl Agent {
                 }
             }
         }
-        let diag = match plan.diag_addr.filter(|_| !plan.oneshot) {
-            Some(address) => Some(
-                TcpListener::bind(&address)
-                    .await
-                    .with_context(|| format!("diag_addr: cannot listen on {address}"))?,
-            ),
-            None => None,
-        };
+        let mut diag = Vec::new();
+        if let Some(address) = plan.diag_addr.filter(|_| !plan.oneshot) {
+            let listener = diag::Listener::tcp(&address)
+                .await
+                .with_context(|| format!("diag_addr: cannot listen on {address}"))?;
+            diag.push(listener);
+        }
+        if let Some(path) = plan.diag_socket.filter(|_| !plan.oneshot) {
+            let listener = diag::Listener::unix(&path)
+                .with_context(|| format!("cannot listen on {}", path.display()))?;
+            diag.push(listener);
+        }
         Ok(Self {
             bot,
             outputs,
@@ -229,11 +232,8 @@ impl Agent {
                 Ok(())
             });
         }
-        if let Some(listener) = self.diag {
-            let address = listener
-                .local_addr()
-                .unwrap_or_else(|_error| SocketAddr::from(([0, 0, 0, 0], 0)));
-            tracing::info!(%address, "Diagnostics are served");
+        for listener in self.diag {
+            tracing::info!(%listener, "Diagnostics are served");
             let (registry, metrics) = (self.registry.clone(), self.metrics.clone());
             let shutdown = self.shutdown.clone();
             tasks.start("diagnostics", async move {
