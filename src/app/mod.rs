@@ -27,6 +27,7 @@ use crate::identity::bot::{Bot, Settings};
 use crate::identity::store::Store;
 use crate::services::{Context, Output, Server, Service, output};
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::one_line;
 
 use pid_file::PidFile;
 use supervisor::Supervisor;
@@ -193,7 +194,7 @@ impl Agent {
         while let Some(ended) = running.join_next().await {
             let (name, result) = ended.map_err(|panic| anyhow!("an output panicked: {panic}"))?;
             if let Err(error) = result {
-                tracing::error!(service = %name, error = format!("{error:#}"), "The output failed");
+                tracing::error!(service = %name, error = one_line(&error), "The output failed");
                 failed.push(name.to_string());
             }
         }
