@@ -260,6 +260,8 @@ mod tests {
         }
     }
 
+    type Change<'a> = Box<dyn Fn(&mut Certs) + 'a>;
+
     fn half(bytes: &[u8]) -> Vec<u8> {
         bytes[..bytes.len() / 2].to_vec()
     }
@@ -273,7 +275,6 @@ mod tests {
 
         let other = answer(&authority, &self::key());
         let stranger = Authority::new("root");
-        type Change<'a> = Box<dyn Fn(&mut Certs) + 'a>;
         let cases: Vec<(&str, Change<'_>)> = vec![
             ("TLS certificate is missing", Box::new(|c| c.tls.clear())),
             ("SSH certificate is missing", Box::new(|c| c.ssh.clear())),

@@ -19,7 +19,7 @@ use std::process::Output;
 use crate::common::{OutputText as _, Process, Sandbox};
 
 /// A bot that may issue one workload identity.
-const RESOURCES: &str = r#"
+const RESOURCES: &str = r"
 kind: role
 version: v7
 metadata: {name: issuer}
@@ -34,7 +34,7 @@ kind: workload_identity
 version: v1
 metadata: {name: foo, labels: {env: test}}
 spec: {spiffe: {id: /svc/foo}}
-"#;
+";
 
 /// What the log says when the bot has joined or renewed.
 const FRESH: &str = "The bot has a fresh identity";

@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use spiffe::WorkloadApiClient;
 use tokio_stream::StreamExt as _;
@@ -281,7 +281,7 @@ fn the_identity_output_is_what_was_recorded() {
 }
 
 /// The subject as OpenSSL shows it, one relative name per line, last first.
-fn shown_subject(sandbox: &Sandbox, certificate: &PathBuf) -> String {
+fn shown_subject(sandbox: &Sandbox, certificate: &Path) -> String {
     let shown = openssl(
         sandbox,
         &[

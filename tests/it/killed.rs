@@ -1,6 +1,6 @@
 //! The agent, killed at random moments while it renews.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use crate::common::{Cluster, Sandbox};
 
@@ -58,8 +58,8 @@ fn an_agent_killed_while_it_renews_goes_on_with_its_identity() {
 
 /// Up to two renewals long. The moment of the kill is what is random here, not a state waited for.
 fn random_wait() -> Duration {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-    Duration::from_micros(u64::from(now.subsec_nanos() / 1000 % 100_000))
+    let [high, low] = tbot::crypto::random::<2>();
+    Duration::from_micros(u64::from(u16::from_be_bytes([high, low])) * 3 / 2)
 }
 
 fn last_generation(log: &str) -> u64 {

@@ -1,6 +1,6 @@
 //! Joins that a cluster refuses, or that the agent does not even ask for.
 
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant};
 
 use super::{RESOURCES, assert_refused, once, output, snapshot};
 use crate::common::{Cluster, Moto, OutputText as _, Sandbox, skip, wait_until};
@@ -10,7 +10,7 @@ fn a_token_that_does_not_count_is_refused_with_the_way_to_a_new_one() {
     let sandbox = Sandbox::new();
     let cluster = Cluster::start(&sandbox, RESOURCES);
     let expired = cluster.invite("example", "1s");
-    let over = SystemTime::now() + Duration::from_secs(2);
+    let over = Instant::now() + Duration::from_secs(2);
     let revoked = cluster.invite("example", "10m");
     cluster.run(&["tokens", "rm", &revoked]);
     let good = cluster.invite("example", "10m");

@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::time::SystemTime;
+use std::time::Instant;
 
 use serde_json::Value;
 
@@ -144,10 +144,10 @@ impl<'a> Cluster<'a> {
     }
 }
 
-/// Waits until the clock of this machine shows `time`.
-pub(crate) fn wait_until(time: SystemTime) {
+/// Waits until `time` has come.
+pub(crate) fn wait_until(time: Instant) {
     eventually("a moment has come", || {
-        if SystemTime::now() >= time {
+        if Instant::now() >= time {
             Ok(())
         } else {
             Err("not yet")
