@@ -8,9 +8,11 @@ mod notify;
 mod pid_file;
 mod supervisor;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow, bail};
+use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -27,7 +29,6 @@ use crate::identity::bot::{Bot, Settings};
 use crate::identity::store::Store;
 use crate::services::{Context, Output, Server, Service, output};
 use crate::telemetry::metrics::Metrics;
-use crate::telemetry::one_line;
 
 use pid_file::PidFile;
 use supervisor::Supervisor;
@@ -58,7 +59,7 @@ struct Agent {
     bot: Bot,
     outputs: Vec<(Box<dyn Output>, Context)>,
     servers: Vec<(Box<dyn Server>, Context)>,
-    diag: Vec<diag::Listener>,
+    diag: Option<TcpListener>,
     heartbeat: heartbeat::Facts,
     registry: Registry,
     metrics: Metrics,
@@ -97,7 +98,6 @@ impl Agent {
                 token: plan.onboarding.token,
                 route: route(server),
                 trust: plan.onboarding.trust,
-                use_configured_address: plan.use_proxy_address,
                 ttl: plan.lifetime.ttl,
                 interval: plan.lifetime.interval,
             },
@@ -139,18 +139,14 @@ impl Agent {
                 }
             }
         }
-        let mut diag = Vec::new();
-        if let Some(address) = plan.diag_addr.filter(|_| !plan.oneshot) {
-            let listener = diag::Listener::tcp(&address)
-                .await
-                .with_context(|| format!("diag_addr: cannot listen on {address}"))?;
-            diag.push(listener);
-        }
-        if let Some(path) = plan.diag_socket.filter(|_| !plan.oneshot) {
-            let listener = diag::Listener::unix(&path)
-                .with_context(|| format!("cannot listen on {}", path.display()))?;
-            diag.push(listener);
-        }
+        let diag = match plan.diag_addr.filter(|_| !plan.oneshot) {
+            Some(address) => Some(
+                TcpListener::bind(&address)
+                    .await
+                    .with_context(|| format!("diag_addr: cannot listen on {address}"))?,
+            ),
+            None => None,
+        };
         Ok(Self {
             bot,
             outputs,
@@ -194,7 +190,7 @@ impl Agent {
         while let Some(ended) = running.join_next().await {
             let (name, result) = ended.map_err(|panic| anyhow!("an output panicked: {panic}"))?;
             if let Err(error) = result {
-                tracing::error!(service = %name, error = one_line(&error), "The output failed");
+                tracing::error!(service = %name, error = format!("{error:#}"), "The output failed");
                 failed.push(name.to_string());
             }
         }
@@ -233,8 +229,11 @@ impl Agent {
                 Ok(())
             });
         }
-        for listener in self.diag {
-            tracing::info!(%listener, "Diagnostics are served");
+        if let Some(listener) = self.diag {
+            let address = listener
+                .local_addr()
+                .unwrap_or_else(|_error| SocketAddr::from(([0, 0, 0, 0], 0)));
+            tracing::info!(%address, "Diagnostics are served");
             let (registry, metrics) = (self.registry.clone(), self.metrics.clone());
             let shutdown = self.shutdown.clone();
             tasks.start("diagnostics", async move {

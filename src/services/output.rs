@@ -16,7 +16,6 @@ use crate::clock::Clock;
 use crate::crypto::jitter;
 use crate::health::Reporter;
 use crate::telemetry::metrics::{Metrics, Outcome};
-use crate::telemetry::one_line;
 
 /// Attempts of one round, as upstream makes them.
 const ATTEMPTS: u32 = 5;
@@ -59,7 +58,7 @@ pub async fn run_once(output: Box<dyn Output>, context: Context) -> anyhow::Resu
             Ok(())
         }
         Err(error) => {
-            health.unhealthy(one_line(&error));
+            health.unhealthy(format!("{error:#}"));
             Err(error)
         }
     }
@@ -227,7 +226,7 @@ impl Driver {
                 }
                 Err(error) => {
                     let ended = self.schedule.failed(self.clock.now(), jitter());
-                    let error = one_line(&error);
+                    let error = format!("{error:#}");
                     match row.failed() {
                         Loudness::Warn => tracing::warn!(
                             service = %self.name,

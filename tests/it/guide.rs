@@ -12,7 +12,9 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::process::Command;
 
-use crate::common::{Moto, OutputText as _, Process, Sandbox, Systemd, eventually, skip};
+use crate::common::{
+    Moto, OutputText as _, Process, Sandbox, Systemd, eventually, repository, skip, venv,
+};
 
 const BOT: &str = "\
 kind: bot
@@ -183,10 +185,33 @@ fn prepare(instance: &Systemd, sandbox: &Sandbox, address: Ipv4Addr, moto: &Moto
 /// A unit that runs a command once, as any workload would.
 fn workload(instance: &Systemd, name: &str, command: &str) {
     let unit = format!(
-        "[Service]\nType=oneshot\nEnvironment=SPIFFE_ENDPOINT_SOCKET=unix:///opt/machine-id/workload.sock\nExecStart={command}\n"
+        "[Service]\nType=oneshot\nTimeoutStartSec=60\nEnvironment=SPIFFE_ENDPOINT_SOCKET=unix:///opt/machine-id/workload.sock\nExecStart={command}\n"
     );
     instance.write(&format!("/etc/systemd/system/{name}.service"), &unit);
     instance.run(["systemctl", "daemon-reload"]).success();
+}
+
+/// A unit with a SPIFFE library that nobody here wrote, over gRPC's C core.
+fn sdk(instance: &Systemd) {
+    let script = repository().join("tests/support/workload.py");
+    workload(
+        instance,
+        "sdk-app",
+        &format!(
+            "{} {}",
+            venv().join("bin/python").display(),
+            script.display()
+        ),
+    );
+    let started = instance.run(["systemctl", "start", "sdk-app"]);
+    let journal = instance
+        .run(["journalctl", "--no-pager", "-o", "cat", "-u", "sdk-app"])
+        .success();
+    assert!(started.status.success(), "{journal}");
+    assert!(
+        journal.contains("spiffe://teleport.example.com/svc/sdk-app\n"),
+        "{journal}"
+    );
 }
 
 #[test]
@@ -299,6 +324,9 @@ fn the_aws_guide_works_as_printed() {
     let refused = instance.shell(INSPECT);
     assert!(!refused.status.success(), "{}", refused.text());
     assert!(!refused.text().contains("spiffe://"), "{}", refused.text());
+
+    // Step 7: an SDK finds the socket through SPIFFE_ENDPOINT_SOCKET.
+    sdk(&instance);
 
     // "Restart the instance to apply a new configuration."
     reader.instance("sudo systemctl restart tbot");

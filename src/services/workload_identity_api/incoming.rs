@@ -12,6 +12,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio_util::either::Either;
 use tonic::transport::server::Connected;
 
+use super::authority::Watch;
 use super::limits::{Limit, Permit};
 use super::listener::Bound;
 use crate::attest::Peer;
@@ -61,6 +62,7 @@ impl Caller {
 #[derive(Debug)]
 pub(super) struct Connection {
     io: Either<UnixStream, TcpStream>,
+    watch: Watch,
     caller: Caller,
     _permit: Permit,
 }
@@ -118,6 +120,7 @@ async fn next(bound: &Bound, limit: &Limit) -> io::Result<Option<Connection>> {
     };
     Ok(Some(Connection {
         io,
+        watch: Watch::new(),
         caller,
         _permit: permit,
     }))
@@ -137,7 +140,12 @@ impl AsyncRead for Connection {
         cx: &mut task::Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_read(cx, buf)
+        let before = buf.filled().len();
+        task::ready!(Pin::new(&mut self.io).poll_read(cx, buf))?;
+        if let Some(arrived) = buf.filled_mut().get_mut(before..) {
+            self.watch.look(arrived);
+        }
+        Poll::Ready(Ok(()))
     }
 }
 
