@@ -8,11 +8,9 @@ mod notify;
 mod pid_file;
 mod supervisor;
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow, bail};
-use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -29,6 +27,7 @@ use crate::identity::bot::{Bot, Settings};
 use crate::identity::store::Store;
 use crate::services::{Context, Output, Server, Service, output};
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::one_line;
 
 use pid_file::PidFile;
 use supervisor::Supervisor;
@@ -59,7 +58,7 @@ struct Agent {
     bot: Bot,
     outputs: Vec<(Box<dyn Output>, Context)>,
     servers: Vec<(Box<dyn Server>, Context)>,
-    diag: Option<TcpListener>,
+    diag: Vec<diag::Listener>,
     heartbeat: heartbeat::Facts,
     registry: Registry,
     metrics: Metrics,
@@ -98,6 +97,7 @@ impl Agent {
                 token: plan.onboarding.token,
                 route: route(server),
                 trust: plan.onboarding.trust,
+                use_configured_address: plan.use_proxy_address,
                 ttl: plan.lifetime.ttl,
                 interval: plan.lifetime.interval,
             },
@@ -139,14 +139,18 @@ impl Agent {
                 }
             }
         }
-        let diag = match plan.diag_addr.filter(|_| !plan.oneshot) {
-            Some(address) => Some(
-                TcpListener::bind(&address)
-                    .await
-                    .with_context(|| format!("diag_addr: cannot listen on {address}"))?,
-            ),
-            None => None,
-        };
+        let mut diag = Vec::new();
+        if let Some(address) = plan.diag_addr.filter(|_| !plan.oneshot) {
+            let listener = diag::Listener::tcp(&address)
+                .await
+                .with_context(|| format!("diag_addr: cannot listen on {address}"))?;
+            diag.push(listener);
+        }
+        if let Some(path) = plan.diag_socket.filter(|_| !plan.oneshot) {
+            let listener = diag::Listener::unix(&path)
+                .with_context(|| format!("cannot listen on {}", path.display()))?;
+            diag.push(listener);
+        }
         Ok(Self {
             bot,
             outputs,
@@ -190,7 +194,7 @@ impl Agent {
         while let Some(ended) = running.join_next().await {
             let (name, result) = ended.map_err(|panic| anyhow!("an output panicked: {panic}"))?;
             if let Err(error) = result {
-                tracing::error!(service = %name, error = format!("{error:#}"), "The output failed");
+                tracing::error!(service = %name, error = one_line(&error), "The output failed");
                 failed.push(name.to_string());
             }
         }
@@ -229,11 +233,8 @@ impl Agent {
                 Ok(())
             });
         }
-        if let Some(listener) = self.diag {
-            let address = listener
-                .local_addr()
-                .unwrap_or_else(|_error| SocketAddr::from(([0, 0, 0, 0], 0)));
-            tracing::info!(%address, "Diagnostics are served");
+        for listener in self.diag {
+            tracing::info!(%listener, "Diagnostics are served");
             let (registry, metrics) = (self.registry.clone(), self.metrics.clone());
             let shutdown = self.shutdown.clone();
             tasks.start("diagnostics", async move {

@@ -3,6 +3,8 @@
 use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
 
+use crate::telemetry::one_line;
+
 /// What the shell sees. Upstream ends with 1 for everything; here a mistake of the caller can be
 /// told from a failure of the world.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,28 +46,12 @@ impl Failure {
         }
     }
 
-    /// The text for standard error, without the leading `ERROR: `: the outermost cause, then each
-    /// further one on its own line, indented.
+    /// The text for standard error, without the leading `ERROR: `: a line for each usage problem,
+    /// one line from the outermost cause to the root for anything else.
     fn text(&self) -> String {
         match self {
             Self::Usage(lines) => lines.join("\n"),
-            Self::Runtime(error) => {
-                let mut text = String::new();
-                let mut last = String::new();
-                for cause in error.chain() {
-                    let cause = cause.to_string();
-                    // Many errors repeat their source in their own text.
-                    if last.ends_with(&cause) {
-                        continue;
-                    }
-                    if !text.is_empty() {
-                        text.push_str("\n\t");
-                    }
-                    text.push_str(&cause);
-                    last = cause;
-                }
-                text
-            }
+            Self::Runtime(error) => one_line(error),
         }
     }
 
@@ -113,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_line_for_each_cause() {
+    fn causes_stand_in_one_line() {
         let error = Err::<(), _>(anyhow::anyhow!("connection refused"))
             .context("cannot reach example.com:443")
             .context("joining")
@@ -121,14 +107,14 @@ mod tests {
         let failure = Failure::Runtime(error);
         assert_eq!(
             failure.text(),
-            "joining\n\tcannot reach example.com:443\n\tconnection refused"
+            "joining: cannot reach example.com:443: connection refused"
         );
         assert_eq!(failure.exit(), Exit::Runtime);
     }
 
     #[test]
     fn a_cause_already_told_is_not_repeated() {
-        let inner = anyhow::anyhow!("no route").context("dial: no route");
-        assert_eq!(Failure::Runtime(inner).text(), "dial: no route");
+        let inner = anyhow::anyhow!("no route").context("dial: no route (is it up?)");
+        assert_eq!(Failure::Runtime(inner).text(), "dial: no route (is it up?)");
     }
 }

@@ -13,7 +13,7 @@ use tonic::transport::{Endpoint, Uri};
 use tower::service_fn;
 
 use super::credential::encoded_cluster;
-use super::dial::{self, Dialer, TIMEOUT};
+use super::dial::{self, Dialer};
 use super::{ClusterError, Credential};
 
 /// Pings more often than once a minute are answered by closing the connection.
@@ -127,7 +127,6 @@ pub(crate) fn connect_lazily(
     let endpoint = Endpoint::from_static("http://teleport.cluster.local")
         .user_agent(super::client::USER_AGENT)
         .map_err(|source| ClusterError::Trust(source.to_string()))?
-        .connect_timeout(TIMEOUT)
         .http2_keep_alive_interval(KEEPALIVE)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .keep_alive_while_idle(true);

@@ -17,8 +17,9 @@ use tokio_rustls::client::TlsStream;
 
 use super::ClusterError;
 
-/// The longest a connection may take to open, TLS included (upstream `api/defaults`).
-pub const TIMEOUT: Duration = Duration::from_secs(30);
+/// The longest that TCP and TLS may take to open, each, and that a discovery may take. Shorter than
+/// the 30 s of a call, so that a peer that never answers is named and not the call.
+pub const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A byte stream to a peer.
 pub trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -55,7 +56,10 @@ pub async fn tls(
     name: ServerName<'static>,
     config: Arc<ClientConfig>,
 ) -> Result<TlsStream<BoxedIo>, ClusterError> {
-    let late = || io::Error::new(io::ErrorKind::TimedOut, "no answer within 30 s");
+    let late = || {
+        let problem = format!("no answer within {} s", TIMEOUT.as_secs());
+        io::Error::new(io::ErrorKind::TimedOut, problem)
+    };
     let io = timeout(TIMEOUT, dialer.dial(address))
         .await
         .unwrap_or_else(|_elapsed| Err(late()))

@@ -78,6 +78,14 @@ impl ClusterError {
         }
     }
 
+    /// The status code of the cluster's answer, if there was one.
+    pub fn code(&self) -> Option<Code> {
+        match self {
+            Self::Call { status, .. } => Some(status.code()),
+            _ => None,
+        }
+    }
+
     /// What to do next.
     pub fn disposition(&self) -> Disposition {
         match self {

@@ -115,7 +115,7 @@ pub async fn find(
     };
     let (status, body) = timeout(TIMEOUT, exchange)
         .await
-        .map_err(|_elapsed| not_a_proxy("no answer within 30 s".into()))?
+        .map_err(|_elapsed| not_a_proxy(format!("no answer within {} s", TIMEOUT.as_secs())))?
         .map_err(|source| not_a_proxy(source.to_string()))?;
     let body = body.map_err(|source| not_a_proxy(source.to_string()))?;
     if !status.is_success() {

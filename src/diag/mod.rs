@@ -5,6 +5,11 @@
 //! what it answers, and what a peer can make it hold is bounded.
 
 use std::convert::Infallible;
+use std::fmt;
+use std::fs::Permissions;
+use std::io;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -18,9 +23,10 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Map, Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
+use tokio_util::either::Either;
 use tokio_util::sync::CancellationToken;
 
 use crate::health::{Registry, Report, Snapshot, Status};
@@ -39,9 +45,61 @@ const MAX_WAIT: Duration = Duration::from_secs(25);
 /// The longest a connection lives, whatever its peer does or does not read.
 const MAX_CONNECTION: Duration = Duration::from_secs(40);
 
+/// Where diagnostics are asked for.
+#[derive(Debug)]
+pub enum Listener {
+    /// `diag_addr`.
+    Tcp(TcpListener),
+    /// The socket for a managed updater, for the agent's own user (mode 0600).
+    Unix(UnixListener, PathBuf),
+}
+
+impl Listener {
+    /// Binds `host:port`.
+    pub async fn tcp(address: &str) -> io::Result<Self> {
+        TcpListener::bind(address).await.map(Self::Tcp)
+    }
+
+    /// Binds a socket at `path`; one that an ended agent left there is replaced.
+    pub fn unix(path: &Path) -> io::Result<Self> {
+        let is_socket = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket());
+        if is_socket && std::os::unix::net::UnixStream::connect(path).is_err() {
+            std::fs::remove_file(path)?;
+        }
+        let listener = UnixListener::bind(path)?;
+        std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
+        Ok(Self::Unix(listener, path.to_owned()))
+    }
+
+    async fn accept(&self) -> io::Result<Either<TcpStream, UnixStream>> {
+        match self {
+            Self::Tcp(listener) => listener
+                .accept()
+                .await
+                .map(|(stream, _)| Either::Left(stream)),
+            Self::Unix(listener, _) => listener
+                .accept()
+                .await
+                .map(|(stream, _)| Either::Right(stream)),
+        }
+    }
+}
+
+impl fmt::Display for Listener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(listener) => match listener.local_addr() {
+                Ok(address) => write!(f, "http://{address}"),
+                Err(_) => f.write_str("http://?"),
+            },
+            Self::Unix(_, path) => write!(f, "unix://{}", path.display()),
+        }
+    }
+}
+
 /// Answers on `listener` until `shutdown`. Open requests are dropped then.
 pub async fn serve(
-    listener: TcpListener,
+    listener: Listener,
     registry: Registry,
     metrics: Metrics,
     shutdown: CancellationToken,
@@ -60,7 +118,7 @@ pub async fn serve(
             () = shutdown.cancelled() => return,
         };
         match accepted {
-            Ok((stream, _)) => {
+            Ok(stream) => {
                 let diagnostics = diagnostics.clone();
                 connections.spawn(async move {
                     diagnostics.connection(stream).await;
@@ -83,7 +141,7 @@ struct Diagnostics {
 }
 
 impl Diagnostics {
-    async fn connection(&self, stream: TcpStream) {
+    async fn connection(&self, stream: Either<TcpStream, UnixStream>) {
         let service = service_fn(|request: Request<Incoming>| async move {
             Ok::<_, Infallible>(self.answer(request.uri().path()).await)
         });
@@ -235,7 +293,7 @@ mod tests {
         Service {
             address: listener.local_addr().unwrap(),
             ended: tokio::spawn(serve(
-                listener,
+                Listener::Tcp(listener),
                 registry.clone(),
                 metrics.clone(),
                 shutdown.clone(),

@@ -37,6 +37,8 @@ pub struct Settings {
     pub route: Route,
     /// Whom to believe at the first join.
     pub trust: Trust,
+    /// Whether the configured address of the proxy goes before the advertised one.
+    pub use_configured_address: bool,
     /// Requested life of the identity.
     pub ttl: Duration,
     /// Time between renewals.
@@ -126,6 +128,7 @@ impl Bot {
             Arc::clone(&dialer),
             settings.route.clone(),
             settings.trust.clone(),
+            settings.use_configured_address,
             identity_receiver,
             credential_receiver,
             reload,

@@ -61,6 +61,7 @@ struct Inner {
     dialer: Arc<dyn Dialer>,
     route: Route,
     trust: Trust,
+    use_configured_address: bool,
     identity: watch::Receiver<Option<Arc<Identity>>>,
     reload: watch::Receiver<u64>,
     client: Client,
@@ -70,11 +71,18 @@ struct Inner {
 
 impl Handle {
     /// A handle on the identity that `identity` publishes, for a cluster reached by `route`.
+    /// `use_configured_address` puts the proxy's configured address into texts for other programs
+    /// instead of the one that it advertises (`TBOT_USE_PROXY_ADDR`).
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is one thing, and there is one caller"
+    )]
     pub fn new(
         clock: Clock,
         dialer: Arc<dyn Dialer>,
         route: Route,
         trust: Trust,
+        use_configured_address: bool,
         identity: watch::Receiver<Option<Arc<Identity>>>,
         credential: watch::Receiver<Option<Arc<Credential>>>,
         reload: watch::Receiver<u64>,
@@ -85,6 +93,7 @@ impl Handle {
             dialer,
             route,
             trust,
+            use_configured_address,
             identity,
             reload,
             client,
@@ -134,14 +143,17 @@ impl Handle {
                         ping::with_port(&address, "443")
                     }
                 };
-                ping::find(
+                let mut found = ping::find(
                     &self.0.clock,
                     self.0.dialer.as_ref(),
                     &self.0.trust,
                     &address,
                 )
-                .await
-                .map(Arc::new)
+                .await?;
+                if self.0.use_configured_address {
+                    found.ssh_address = Some(address);
+                }
+                Ok(Arc::new(found))
             })
             .await
             .cloned()

@@ -238,3 +238,84 @@ impl Identity {
         self.tls.subject(BOT_INSTANCE).into_iter().next()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::crypto::KeyAlgorithm;
+    use crate::identity::fixtures::{Authority, start};
+
+    fn key() -> PrivateKey {
+        PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap()
+    }
+
+    /// A sound answer for `key`.
+    fn answer(authority: &Authority, key: &PrivateKey) -> Certs {
+        let identity = authority.identity(key.clone(), 1, start());
+        Certs {
+            ssh: identity.ssh_line().to_owned().into_bytes(),
+            tls: identity.tls_pem().to_owned().into_bytes(),
+            tlsca_certs: vec![authority.pem.clone().into_bytes()],
+            sshca_certs: vec![authority.ssh_line().into_bytes()],
+        }
+    }
+
+    type Change<'a> = Box<dyn Fn(&mut Certs) + 'a>;
+
+    fn half(bytes: &[u8]) -> Vec<u8> {
+        bytes[..bytes.len() / 2].to_vec()
+    }
+
+    #[test]
+    fn an_answer_that_does_not_fit_is_refused_whole() {
+        let key = key();
+        let authority = Authority::new("root");
+        let sound = answer(&authority, &key);
+        Identity::from_certs(key.clone(), sound.clone(), Vec::new()).unwrap();
+
+        let other = answer(&authority, &self::key());
+        let stranger = Authority::new("root");
+        let cases: Vec<(&str, Change<'_>)> = vec![
+            ("TLS certificate is missing", Box::new(|c| c.tls.clear())),
+            ("SSH certificate is missing", Box::new(|c| c.ssh.clear())),
+            ("is not text", Box::new(|c| c.tls = vec![0xff, 0xfe])),
+            ("TLS certificate: ", Box::new(|c| c.tls = half(&c.tls))),
+            ("SSH certificate: ", Box::new(|c| c.ssh = half(&c.ssh))),
+            (
+                "TLS certificate: ",
+                Box::new(|c| c.tlsca_certs[0] = half(&c.tlsca_certs[0])),
+            ),
+            (
+                "TLS certificate is for another key",
+                Box::new(|c| c.tls.clone_from(&other.tls)),
+            ),
+            (
+                "SSH certificate is for another key",
+                Box::new(|c| c.ssh.clone_from(&other.ssh)),
+            ),
+            (
+                "no authority of the answer signed",
+                Box::new(|c| c.tlsca_certs.clear()),
+            ),
+            (
+                "no authority of the answer signed",
+                Box::new(|c| c.tlsca_certs = vec![stranger.pem.clone().into_bytes()]),
+            ),
+        ];
+        for (text, change) in cases {
+            let mut certs = sound.clone();
+            change(&mut certs);
+            let error = Identity::from_certs(key.clone(), certs, Vec::new()).unwrap_err();
+            assert!(error.to_string().contains(text), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_answer_without_its_authority_is_sound_if_that_is_known() {
+        let key = key();
+        let authority = Authority::new("root");
+        let mut certs = answer(&authority, &key);
+        certs.tlsca_certs.clear();
+        Identity::from_certs(key, certs, vec![authority.pem.clone()]).unwrap();
+    }
+}

@@ -16,6 +16,7 @@ use crate::clock::Clock;
 use crate::crypto::jitter;
 use crate::health::Reporter;
 use crate::telemetry::metrics::{Metrics, Outcome};
+use crate::telemetry::one_line;
 
 /// Attempts of one round, as upstream makes them.
 const ATTEMPTS: u32 = 5;
@@ -58,7 +59,7 @@ pub async fn run_once(output: Box<dyn Output>, context: Context) -> anyhow::Resu
             Ok(())
         }
         Err(error) => {
-            health.unhealthy(format!("{error:#}"));
+            health.unhealthy(one_line(&error));
             Err(error)
         }
     }
@@ -226,7 +227,7 @@ impl Driver {
                 }
                 Err(error) => {
                     let ended = self.schedule.failed(self.clock.now(), jitter());
-                    let error = format!("{error:#}");
+                    let error = one_line(&error);
                     match row.failed() {
                         Loudness::Warn => tracing::warn!(
                             service = %self.name,

@@ -17,6 +17,23 @@ use tracing_subscriber::layer::{Context, SubscriberExt as _};
 
 use crate::clock::Clock;
 
+/// An error and its causes as one line, from the outermost to the root; what was said already is
+/// left out, because many errors repeat their source in their own text.
+pub(crate) fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        if line.contains(&cause) {
+            continue;
+        }
+        if !line.is_empty() {
+            line.push_str(": ");
+        }
+        line.push_str(&cause);
+    }
+    line
+}
+
 /// How log lines are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Format {

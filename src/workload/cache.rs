@@ -184,6 +184,24 @@ impl Inner {
 type Outcome = Result<Vec<Svid>, IssueError>;
 
 impl Cache {
+    /// When the first SVID that somebody uses should have been renewed: two thirds of its life.
+    /// `None` while nothing is held.
+    pub fn fresh_until(&self) -> Option<SystemTime> {
+        let table = self.0.table();
+        let used = table.entries.values().filter(|entry| entry.subscribers > 0);
+        used.filter_map(|entry| match &*entry.state.borrow() {
+            State::Ready(svids) => svids
+                .iter()
+                .map(|svid| {
+                    let life = svid.not_after.duration_since(svid.not_before);
+                    svid.not_before + life.unwrap_or_default() * 2 / 3
+                })
+                .min(),
+            State::Pending | State::Refused(_) | State::Unavailable(_) => None,
+        })
+        .min()
+    }
+
     /// A cache that renews what `issuer` issues after `interval` at the latest. Nothing happens
     /// before [`Cache::run`].
     pub fn new(issuer: Arc<dyn Issuer>, clock: Clock, interval: Duration) -> Self {

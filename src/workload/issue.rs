@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::watch;
+use tonic::Code;
 
 use super::Bundles;
 use super::selector::Selector;
@@ -83,9 +84,15 @@ pub enum IssueError {
 
 impl From<ClusterError> for IssueError {
     fn from(error: ClusterError) -> Self {
-        match error.disposition() {
-            Disposition::Retry => Self::Unavailable(error.to_string()),
-            Disposition::Refused | Disposition::Unsupported => Self::Refused(error.to_string()),
+        // Only a decision about this workload withdraws what is held: an identity that the cluster
+        // does not know for a moment is the agent's trouble, not the workload's.
+        match (error.disposition(), error.code()) {
+            (_, Some(Code::Unauthenticated)) | (Disposition::Retry, _) => {
+                Self::Unavailable(error.to_string())
+            }
+            (Disposition::Refused | Disposition::Unsupported, _) => {
+                Self::Refused(error.to_string())
+            }
         }
     }
 }

@@ -229,4 +229,15 @@ fn the_guides_file_gives_the_guides_unit() {
     ] {
         assert!(stdout.lines().any(|l| l == line), "{line}: {stdout}");
     }
+    // The packaged unit is this one, for a binary and a configuration at their usual places.
+    let (_, unit) = stdout.split_once("\n\n").unwrap();
+    let unit: String = unit
+        .lines()
+        .map(|line| match line.starts_with("ExecStart=") {
+            true => "ExecStart=/usr/local/bin/tbot start -c /etc/tbot.yaml\n".to_owned(),
+            false => format!("{line}\n"),
+        })
+        .collect();
+    let packaged = std::fs::read_to_string("packaging/systemd/tbot.service").unwrap();
+    assert_eq!(unit, packaged);
 }

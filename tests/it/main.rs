@@ -13,11 +13,14 @@
 )]
 
 mod architecture;
+mod bad_input;
+mod clients;
 mod common;
 mod completeness;
 mod config;
 mod docs;
 mod guide;
 mod harness;
+mod killed;
 mod renewal;
 mod wire;

@@ -109,6 +109,7 @@ impl Setup {
                 ca_pins: vec![self.cluster.ca_pin()],
                 ..Trust::default()
             },
+            use_configured_address: false,
             ttl: Duration::from_hours(1),
             interval: Duration::from_mins(20),
         };

@@ -41,6 +41,8 @@ const NAME: &str = "workload-identity-api";
 const STREAMS_PER_CONNECTION: u32 = 1000;
 /// The largest request, in bytes; the largest that has a meaning carries one token.
 const MAX_REQUEST: usize = 64 * 1024;
+/// How often the freshness of what is served is looked at.
+const LOOK: Duration = Duration::from_secs(5);
 /// How long open calls may take to end when the service stops.
 const DRAIN: Duration = Duration::from_secs(3);
 
@@ -200,7 +202,7 @@ impl Server for WorkloadApi {
             tokio::join!(
                 cache.run(),
                 follow(&context, &bundles, &revoked),
-                report(&context, &follow_bundles),
+                report(&context, &cache, &follow_bundles),
                 renew_on_change(&context, &cache, follow_bundles.clone()),
             )
         };
@@ -252,13 +254,19 @@ async fn follow(
     );
 }
 
-/// The service is healthy once it could serve.
-async fn report(context: &Context, bundles: &watch::Receiver<Option<Arc<Bundles>>>) {
+/// The service is healthy once it could serve, and as long as what it serves is fresh.
+async fn report(context: &Context, cache: &Cache, bundles: &watch::Receiver<Option<Arc<Bundles>>>) {
     let mut bundles = bundles.clone();
-    if bundles.wait_for(Option::is_some).await.is_ok() {
-        context.health.healthy();
+    if bundles.wait_for(Option::is_some).await.is_err() {
+        return std::future::pending().await;
     }
-    std::future::pending::<()>().await;
+    context.health.healthy();
+    loop {
+        let now = context.clock.now();
+        let deadline = cache.fresh_until().unwrap_or(now + context.lifetime.ttl);
+        context.health.fresh_until(deadline);
+        context.clock.sleep(LOOK).await;
+    }
 }
 
 /// A new authority, and the operator's wish, renew every SVID ahead of time.

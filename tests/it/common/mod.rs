@@ -1,5 +1,6 @@
 //! What tests share: a place of their own, patience, and real parts to run against.
 
+mod cluster;
 mod moto;
 mod sandbox;
 mod systemd;
@@ -7,6 +8,7 @@ mod systemd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+pub(crate) use cluster::{Cluster, wait_until};
 pub(crate) use moto::Moto;
 pub(crate) use sandbox::{OutputText, Process, Sandbox, free_port};
 pub(crate) use systemd::Systemd;

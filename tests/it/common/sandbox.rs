@@ -3,9 +3,11 @@
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 
 use tempfile::TempDir;
+
+use super::eventually;
 
 /// A port that nothing listened on a moment ago.
 pub(crate) fn free_port() -> u16 {
@@ -99,11 +101,34 @@ impl Process {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
+    /// Waits until the log has `text`; fails early if the process ended without it.
+    pub(crate) fn wait_for_log(&mut self, text: &str) {
+        let what = format!("{} logs {text:?}", self.name);
+        eventually(&what, || {
+            if self.log().contains(text) {
+                return Ok(());
+            }
+            self.check_running();
+            Err(self.log())
+        });
+    }
+
     /// Fails if it ended.
     pub(crate) fn check_running(&mut self) {
         if let Some(status) = self.child.try_wait().expect("a child") {
             panic!("{} ended ({status}):\n{}", self.name, self.log());
         }
+    }
+
+    /// Waits until it ends by itself.
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        let what = format!("{} ends", self.name);
+        eventually(&what, || {
+            self.child
+                .try_wait()
+                .expect("a child")
+                .ok_or("still running")
+        })
     }
 
     /// Sends a signal by its name, `TERM` for example.

@@ -1,0 +1,156 @@
+//! A running `tbot cluster`, and configurations of agents that join it.
+
+use std::fs;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use serde_json::Value;
+
+use super::sandbox::OutputText as _;
+use super::{Process, Sandbox, eventually, free_port};
+
+/// `tbot cluster serve` in `<sandbox>/cluster`, with an auth port of its own.
+pub(crate) struct Cluster<'a> {
+    sandbox: &'a Sandbox,
+    arguments: Vec<String>,
+    process: Option<Process>,
+    port: u16,
+    auth_port: u16,
+}
+
+impl<'a> Cluster<'a> {
+    /// The name of every cluster of the tests.
+    pub(crate) const NAME: &'static str = "test.example.org";
+
+    /// Starts one with the given resources.
+    pub(crate) fn start(sandbox: &'a Sandbox, resources: &str) -> Self {
+        Self::start_with(sandbox, resources, free_port(), &[])
+    }
+
+    /// Starts one whose auth port is `auth_port`, with more arguments of `serve`.
+    pub(crate) fn start_with(
+        sandbox: &'a Sandbox,
+        resources: &str,
+        auth_port: u16,
+        arguments: &[&str],
+    ) -> Self {
+        let resources = sandbox.write("resources.yaml", resources);
+        let mut cluster = Self {
+            sandbox,
+            arguments: arguments.iter().map(|&text| text.to_owned()).collect(),
+            process: None,
+            port: free_port(),
+            auth_port,
+        };
+        cluster.arguments.push("--resources".to_owned());
+        cluster
+            .arguments
+            .push(resources.to_str().expect("text").to_owned());
+        cluster.resume();
+        cluster
+    }
+
+    /// Stops serving; the state stays.
+    pub(crate) fn stop(&mut self) {
+        self.process = None;
+    }
+
+    /// Serves again, on the same ports and the same state.
+    pub(crate) fn resume(&mut self) {
+        let mut command = self.sandbox.tbot(["cluster", "serve"]);
+        command
+            .arg("--data-dir")
+            .arg(self.sandbox.path("cluster"))
+            .args(["--cluster-name", Self::NAME])
+            .args(["--listen", &format!("127.0.0.1:{}", self.port)])
+            .args(["--auth-listen", &self.auth()])
+            .args(["--public-addr", &self.proxy()])
+            .args(&self.arguments);
+        let mut process = self.sandbox.spawn("cluster", command);
+        let admin = self.sandbox.path("cluster/admin.sock");
+        eventually("the cluster serves", || {
+            process.check_running();
+            UnixStream::connect(&admin)
+        });
+        self.process = Some(process);
+    }
+
+    /// `host:port` of the auth service.
+    pub(crate) fn auth(&self) -> String {
+        format!("127.0.0.1:{}", self.auth_port)
+    }
+
+    /// `host:port` of the proxy.
+    pub(crate) fn proxy(&self) -> String {
+        format!("localhost:{}", self.port)
+    }
+
+    /// The authority of the proxy's certificate.
+    pub(crate) fn web_authority(&self) -> PathBuf {
+        self.sandbox.path("cluster/web-ca.pem")
+    }
+
+    /// The output of a `tbot cluster` command that has to succeed.
+    pub(crate) fn run(&self, arguments: &[&str]) -> String {
+        let mut command = self.sandbox.tbot(["cluster", "--data-dir"]);
+        command.arg(self.sandbox.path("cluster")).args(arguments);
+        command.output().expect("tbot").success()
+    }
+
+    /// Creates or replaces resources.
+    pub(crate) fn create(&self, yaml: &str) {
+        let path = self.sandbox.write("created.yaml", yaml);
+        self.run(&["create", "-f", path.to_str().expect("text")]);
+    }
+
+    /// A new token that lets the bot join once.
+    pub(crate) fn invite(&self, bot: &str, ttl: &str) -> String {
+        let text = self.run(&[
+            "tokens", "add", "--bot", bot, "--ttl", ttl, "--format", "json",
+        ]);
+        let info: Value = serde_json::from_str(&text).expect("JSON");
+        info["token"].as_str().expect("a token").to_owned()
+    }
+
+    /// The pin of the cluster's authority.
+    pub(crate) fn pin(&self) -> String {
+        let status = self.run(&["status"]);
+        let pin = status.split_whitespace().last().expect("a pin").to_owned();
+        assert!(pin.starts_with("sha256:"), "{status}");
+        pin
+    }
+
+    /// Every event of the audit log of one name.
+    pub(crate) fn events(&self, name: &str) -> Vec<Value> {
+        fs::read_to_string(self.sandbox.path("cluster/audit.jsonl"))
+            .expect("an audit log")
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).expect("JSON"))
+            .filter(|event| event["event"] == name)
+            .collect()
+    }
+
+    /// The first lines of a configuration: joins the auth service directly, keeps its state in
+    /// `<sandbox>/<storage>`. The caller adds `outputs:` or `services:`.
+    pub(crate) fn config(&self, token: &str, storage: &str) -> String {
+        format!(
+            "version: v2\nauth_server: {}\nonboarding:\n  join_method: token\n  token: \"{token}\"\n  \
+             ca_pins: [\"{}\"]\nstorage: {{type: directory, path: {}}}\n",
+            self.auth(),
+            self.pin(),
+            self.sandbox.path(storage).display(),
+        )
+    }
+}
+
+/// Waits until `time` has come.
+pub(crate) fn wait_until(time: Instant) {
+    eventually("a moment has come", || {
+        if Instant::now() >= time {
+            Ok(())
+        } else {
+            Err("not yet")
+        }
+    });
+}
