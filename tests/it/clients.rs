@@ -8,7 +8,7 @@ use std::path::Path;
 use spiffe::WorkloadApiClient;
 use tokio_stream::StreamExt as _;
 
-use crate::common::{Cluster, Moto, OutputText as _, Process, Sandbox, skip};
+use crate::common::{Cluster, Moto, OutputText as _, Process, Sandbox, repository, skip, venv};
 
 /// What the recordings of an 18.0.0 cluster were made with.
 const RESOURCES: &str = r#"
@@ -187,6 +187,33 @@ fn verify(sandbox: &Sandbox, leaf: &[u8], authority: &[u8]) {
 fn openssl(sandbox: &Sandbox, arguments: &[&str]) -> String {
     let mut command = sandbox.command("openssl");
     command.args(arguments).output().unwrap().success()
+}
+
+#[test]
+fn the_python_client_sees_renewals_pushed() {
+    if !venv().join("bin/python").exists() {
+        return skip("the Python environment is missing: make setup");
+    }
+    let sandbox = Sandbox::new();
+    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let (_agent, address) = hurried(&sandbox, &cluster);
+    let mut command = sandbox.command(venv().join("bin/python"));
+    command
+        .arg(repository().join("tests/support/watch.py"))
+        .arg("3")
+        .env("SPIFFE_ENDPOINT_SOCKET", &address);
+    let shown = command.output().unwrap().success();
+    assert!(
+        shown.contains(&format!("bundles {}\n", Cluster::NAME)),
+        "{shown}"
+    );
+    let svids: Vec<_> = shown
+        .lines()
+        .filter(|line| line.starts_with("svid "))
+        .collect();
+    assert_eq!(svids.len(), 3, "{shown}");
+    let end = format!(" spiffe://{}/svc/foo 1", Cluster::NAME);
+    assert!(svids.iter().all(|line| line.ends_with(&end)), "{shown}");
 }
 
 #[test]
