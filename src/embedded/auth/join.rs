@@ -14,6 +14,7 @@ use super::user_certs::{Issue, public_keys};
 use super::{Auth, Refusal, blocking, caller, user_agent};
 use crate::embedded::ClusterState;
 use crate::embedded::caller::{Caller, Listener};
+use crate::embedded::instant::from_wire;
 use crate::embedded::resources::safe_name;
 use crate::embedded::store::{Resource, Tx};
 use crate::join::iam::verify::{self as iam, AwsIdentity, IamError, StsRequest};
@@ -129,10 +130,14 @@ impl Attempt {
             }
         }
         text.push('}');
-        let requested = self
-            .request
-            .expires
-            .and_then(|time| SystemTime::try_from(time).ok());
+        let requested = match self.request.expires {
+            None => None,
+            Some(time) => Some(from_wire(time).filter(|time| *time > now).ok_or_else(|| {
+                Refusal::bad_parameter(
+                    "the requested expiry is past or no point in time; check the clocks",
+                )
+            })?),
+        };
         let issue = Issue {
             state: &self.state,
             bot: self.bot(),

@@ -11,7 +11,7 @@ use crate::crypto::pem;
 use crate::embedded::SERVER_VERSION;
 use crate::embedded::ca::AuthorityType;
 use crate::embedded::caller::{Caller, TlsIdentity};
-use crate::embedded::instant::rfc3339;
+use crate::embedded::instant::{from_wire, rfc3339};
 use crate::pb::proto::auth_service_server::AuthService;
 use crate::pb::proto::{
     Certs, Event, GetClusterCaCertResponse, GetRoleRequest, Operation, PingRequest, PingResponse,
@@ -366,7 +366,7 @@ impl BotInstanceService for Auth {
 }
 
 fn timestamp(time: Option<&prost_types::Timestamp>) -> String {
-    time.and_then(|time| std::time::SystemTime::try_from(*time).ok())
+    time.and_then(|time| from_wire(*time))
         .map(rfc3339)
         .unwrap_or_default()
 }

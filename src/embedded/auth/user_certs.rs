@@ -15,6 +15,7 @@ use super::{Auth, authorize};
 use crate::crypto::{spki_from_pem, ssh};
 use crate::embedded::ClusterState;
 use crate::embedded::caller::{Caller, TlsIdentity};
+use crate::embedded::instant::from_wire;
 use crate::embedded::resources::bot_user_name;
 use crate::embedded::store::{Resource, Tx};
 use crate::pb::proto::{Certs, UserCertsRequest};
@@ -270,7 +271,7 @@ impl Auth {
         let now = state.clock.now();
         let requested = request
             .expires
-            .and_then(|time| SystemTime::try_from(time).ok())
+            .and_then(from_wire)
             .filter(|expires| *expires > now)
             .ok_or_else(|| {
                 Refusal::denied("access denied: client credentials have expired, please relogin.")

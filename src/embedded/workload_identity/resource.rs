@@ -4,12 +4,13 @@
 //! refused. Durations may also be written the Go way (`1h30m`), which a cluster refuses.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use prost_types::value::Kind;
 use serde_json::{Map, Value, json};
 
 use super::expression::Expression;
+use crate::embedded::instant::from_wire;
 use crate::embedded::store::Resource;
 use crate::pb::teleport::header::v1::Metadata;
 use crate::pb::teleport::workloadidentity::v1 as wire;
@@ -254,10 +255,10 @@ pub fn from_message(message: wire::WorkloadIdentity) -> Checked<Resource> {
         return fail("spec", "is required");
     };
     check_spec(&spec)?;
-    let expires = match metadata.expires.map(SystemTime::try_from) {
+    let expires = match metadata.expires.map(from_wire) {
         None => None,
-        Some(Ok(time)) => Some(time),
-        Some(Err(_)) => return fail("metadata.expires", "is no point in time"),
+        Some(Some(time)) => Some(time),
+        Some(None) => return fail("metadata.expires", "is no point in time"),
     };
     Ok(Resource {
         kind: KIND.to_owned(),
