@@ -15,8 +15,8 @@ use super::{Auth, Refusal, blocking, caller, user_agent};
 use crate::embedded::ClusterState;
 use crate::embedded::caller::{Caller, Listener};
 use crate::embedded::instant::from_wire;
-use crate::embedded::resources::safe_name;
-use crate::embedded::store::{Resource, Tx};
+use crate::embedded::resources::{safe_name, spent};
+use crate::embedded::store::{Put, Resource, Tx};
 use crate::join::iam::verify::{self as iam, AwsIdentity, IamError, StsRequest};
 use crate::join::token::verify as token;
 use crate::pb::proto::join_service_server::JoinService;
@@ -171,16 +171,17 @@ impl Attempt {
     /// Uses up a `token` token: only one of two that come at once finds it.
     fn spend(&self, tx: &Tx<'_>, method: &str) -> Result<(), Refusal> {
         let name = &self.request.token;
-        let there = if method == "token" {
-            tx.delete("token", name)?
-        } else {
-            tx.get("token", name)?.is_some()
-        };
-        if there {
-            Ok(())
-        } else {
-            Err(unknown_token(&self.request))
+        // The very token that was verified: one that was replaced meanwhile has other rules.
+        let verified = self.token.as_ref().map(|token| &token.revision);
+        let found = tx.get("token", name)?;
+        if found.as_ref().map(|token| &token.revision) != verified || verified.is_none() {
+            return Err(unknown_token(&self.request));
         }
+        if method == "token" {
+            tx.delete("token", name)?;
+            tx.put(spent(name), &Put::Upsert)?;
+        }
+        Ok(())
     }
 
     /// The instance that the caller's own certificate names. What the request says of it counts
@@ -193,6 +194,8 @@ impl Attempt {
                 self.caller.listener == Listener::Auth && self.now() <= identity.expires
             })
             .filter(|identity| !identity.bot_instance_id.is_empty())
+            // Another bot's instance says nothing about this one.
+            .filter(|identity| identity.bot_name == self.bot())
             .map(|identity| Presented {
                 id: identity.bot_instance_id.clone(),
                 generation: identity.generation,

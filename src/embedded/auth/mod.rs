@@ -80,12 +80,17 @@ pub fn auth_routes(state: &Arc<ClusterState>) -> Result<Routes, StsError> {
         .add_service(TrustServiceServer::with_interceptor(auth, check)))
 }
 
+/// The largest request of somebody whom nobody knows yet, in bytes. Real ones have a few KiB.
+const MAX_JOIN_REQUEST: usize = 128 * 1024;
+
 /// Joining through the proxy. As on an 18.0 proxy, client versions are not looked at here.
 ///
 /// # Errors
 /// As [`auth_routes`].
 pub fn proxy_join_routes(state: &Arc<ClusterState>) -> Result<Routes, StsError> {
-    Ok(Routes::default().add_service(JoinServiceServer::new(Auth::new(state)?)))
+    let service =
+        JoinServiceServer::new(Auth::new(state)?).max_decoding_message_size(MAX_JOIN_REQUEST);
+    Ok(Routes::default().add_service(service))
 }
 
 /// The caller of a request.

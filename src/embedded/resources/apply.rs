@@ -150,6 +150,17 @@ pub fn remove(
     })
 }
 
+/// What stays of a token that its bot has used up, so that a file with it does not bring it back.
+/// Only a digest: the name was a secret.
+pub fn spent(token: &str) -> Resource {
+    Resource {
+        kind: "spent_token".to_owned(),
+        version: "v1".to_owned(),
+        name: crate::crypto::sha256_hex(token.as_bytes()),
+        ..Resource::default()
+    }
+}
+
 struct Run<'a> {
     mode: Mode,
     by: &'a str,
@@ -164,9 +175,20 @@ impl Run<'_> {
             owned(tx, existing)?;
         }
         let known = existing.is_some();
+        // Messages of the files loaded at start go into the log; the name of a secret does not.
+        let mut shown = resource.clone();
+        if self.mode == Mode::Ensure && resource.kind == "token" {
+            shown.name = token::safe_name(&resource.name, resource.spec_text("/join_method"));
+            let ended = spent(&resource.name);
+            if tx.get(&ended.kind, &ended.name)?.is_some() {
+                let message = format!("token {:?} has been used up by its bot", shown.name);
+                let notes = Vec::new();
+                return Ok((Applied { message, notes }, resource));
+            }
+        }
         if self.mode == Mode::Ensure && existing.is_some_and(|existing| same(&existing, &resource))
         {
-            let message = format!("{} {:?} is unchanged", resource.kind, resource.name);
+            let message = format!("{} {:?} is unchanged", resource.kind, shown.name);
             return Ok((
                 Applied {
                     message,
@@ -186,7 +208,7 @@ impl Run<'_> {
         let verb = if known { Verb::Update } else { Verb::Create };
         self.events.extend(event(&written, verb, self.by));
         let applied = Applied {
-            message: message(&written, known),
+            message: message(&shown, known),
             notes: Vec::new(),
         };
         Ok((applied, written))

@@ -486,3 +486,26 @@ fn authorities_cannot_be_read() {
     );
     assert_eq!(readable_kind("authority_keys"), None);
 }
+
+#[tokio::test]
+async fn a_token_that_was_used_up_is_not_brought_back_by_a_file() {
+    let (store, audit) = cluster();
+    let text = "kind: token\nversion: v2\nmetadata: {name: a-secret-of-sixteen-or-more}\n\
+                spec: {roles: [Bot], bot_name: b, join_method: token}\n";
+    let applied = put(&store, &audit, text, Mode::Ensure).unwrap();
+    assert!(!applied[0].message.contains("a-secret"), "{applied:?}");
+    let name = "a-secret-of-sixteen-or-more";
+    assert!(store.delete("token", name).unwrap());
+    store
+        .put(super::spent(name), &super::super::store::Put::Upsert)
+        .unwrap();
+    let applied = put(&store, &audit, text, Mode::Ensure).unwrap();
+    assert!(
+        applied[0].message.ends_with("has been used up by its bot"),
+        "{applied:?}"
+    );
+    assert!(store.get("token", name).unwrap().is_none());
+    // Whoever administers the cluster may still make it again on purpose.
+    put(&store, &audit, text, Mode::Create).unwrap();
+    assert!(store.get("token", name).unwrap().is_some());
+}
