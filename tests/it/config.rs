@@ -233,9 +233,12 @@ fn the_guides_file_gives_the_guides_unit() {
     let (_, unit) = stdout.split_once("\n\n").unwrap();
     let unit: String = unit
         .lines()
-        .map(|line| match line.starts_with("ExecStart=") {
-            true => "ExecStart=/usr/local/bin/tbot start -c /etc/tbot.yaml\n".to_owned(),
-            false => format!("{line}\n"),
+        .map(|line| {
+            if line.starts_with("ExecStart=") {
+                "ExecStart=/usr/local/bin/tbot start -c /etc/tbot.yaml\n".to_owned()
+            } else {
+                format!("{line}\n")
+            }
         })
         .collect();
     let packaged = std::fs::read_to_string("packaging/systemd/tbot.service").unwrap();
