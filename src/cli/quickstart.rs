@@ -272,6 +272,8 @@ services:
         let svid = response.svids.first().context("the answer holds no SVID")?;
         let leaf = Certificate::from_der(&svid.x509_svid).context("the SVID is no certificate")?;
         let left = leaf.not_after().duration_since(now).unwrap_or_default();
+        // As it was called: run from a checkout, it is on nobody's PATH.
+        let tbot = std::env::args().next().unwrap_or_else(|| "tbot".to_owned());
         let (dir, socket) = (self.dir.display(), self.socket());
         let socket = socket.display();
         let text = format!(
@@ -290,11 +292,11 @@ What was made in {dir}:
   identity/    an identity output: certificates, key and authorities as files
 
 What to do next:
-  tbot spiffe-inspect --path unix://{socket}
+  {tbot} spiffe-inspect --path unix://{socket}
   SPIFFE_ENDPOINT_SOCKET=unix://{socket} your-workload
-  tbot cluster --data-dir {dir}/cluster get workload_identity
-  edit resources/workload-identity.yaml, then
-  tbot cluster --data-dir {dir}/cluster create -f {dir}/resources/workload-identity.yaml
+  {tbot} cluster --data-dir {dir}/cluster get workload_identity
+  edit {dir}/resources/workload-identity.yaml, then
+  {tbot} cluster --data-dir {dir}/cluster create -f {dir}/resources/workload-identity.yaml
 ",
             id = svid.spiffe_id,
             expires = rfc3339(leaf.not_after()),

@@ -9,6 +9,7 @@
 # process kills everything in it; what is left then is an empty cgroup, named in WORK_DIR.cgroup.
 set -euo pipefail
 work=$1 binary=$2
+repository=$(cd "$(dirname "$0")/../.." && pwd)
 mkdir -p "$work"
 
 unified=$(awk '$3 == "cgroup2" { print $2; exit }' /proc/self/mounts)
@@ -80,9 +81,19 @@ inside() {
     ln -s pts/ptmx "$work/dev/ptmx"
     mount --rbind "$work/dev" /dev
 
+    # A repository that lies under one of these stays visible, read-only like everything else.
+    mount --bind "$repository" /mnt
     for dir in tmp var/tmp; do
         mount -t tmpfs -o mode=1777 tmpfs "/$dir"
     done
+    if ! [ -e "$repository/Cargo.toml" ]; then
+        # Else systemd-tmpfiles would try to empty the repository with the rest of /tmp.
+        ln -s /dev/null /etc/systemd/system/systemd-tmpfiles-setup.service
+        mkdir -p "$repository"
+        mount --bind /mnt "$repository"
+        mount -o remount,bind,ro "$repository"
+    fi
+    umount /mnt
     mount -o remount,bind,ro /
     mount -o remount,bind,ro /sys
     mount -t proc proc /proc
@@ -95,6 +106,6 @@ inside() {
         --log-target=console --log-level=warning --show-status=no </dev/null
 }
 export -f inside
-export work binary
+export work binary repository
 # The machine ends with the test that booted it, whichever way that ends.
 exec setpriv --pdeathsig KILL unshare --pid --mount --uts --ipc --cgroup --fork --kill-child=KILL bash -c inside
