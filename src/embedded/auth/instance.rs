@@ -79,7 +79,7 @@ pub(super) fn decide(
     renewable: bool,
 ) -> Decision {
     match (presented, stored) {
-        (None, _) => Decision::New(1),
+        (None, _) | (Some(0), None) => Decision::New(1),
         (Some(0), Some(_)) => Decision::Missing,
         (Some(presented), Some((stored, _))) if presented == stored => Decision::Next(stored + 1),
         (Some(presented), Some((stored, true))) if presented.checked_add(1) == Some(stored) => {
@@ -90,7 +90,6 @@ pub(super) fn decide(
             known: true,
         },
         (Some(_), Some((stored, _))) => Decision::Next(stored + 1),
-        (Some(0), None) => Decision::New(1),
         (Some(presented), None) if renewable && presented == label => Decision::New(presented + 1),
         (Some(_), None) if renewable => Decision::Stolen {
             stored: label,

@@ -165,10 +165,10 @@ impl AuthService for Auth {
         request: Request<Watch>,
     ) -> Result<Response<Self::WatchEventsStream>, Status> {
         self.authorized(caller(&request)?).await?;
-        let watched = watched(&request.into_inner(), &self.state.name)?;
+        let kinds = watched(&request.into_inner(), &self.state.name)?;
         let authorities = self.state.authorities.clone();
         let mut changes = authorities.subscribe();
-        let mut known: Vec<_> = watched
+        let mut known: Vec<_> = kinds
             .iter()
             .map(|kind| authorities.message(*kind))
             .collect();
@@ -184,9 +184,9 @@ impl AuthService for Auth {
             loop {
                 tokio::select! {
                     () = events.closed() => return,
-                    changed = changes.changed() => if changed.is_err() { return },
+                    told = changes.changed() => if told.is_err() { return },
                 }
-                let current: Vec<_> = watched
+                let current: Vec<_> = kinds
                     .iter()
                     .map(|kind| authorities.message(*kind))
                     .collect();

@@ -276,6 +276,25 @@ mod over_the_wire {
     }
 
     #[tokio::test]
+    async fn relying_parties_find_their_documents() {
+        let cluster = Running::start().await;
+        let members = [
+            ("/webapi/spiffe/bundle.json", "/keys/1/kid"),
+            ("/workload-identity/jwt-jwks.json", "/keys/0/kid"),
+            (
+                "/workload-identity/.well-known/openid-configuration",
+                "/jwks_uri",
+            ),
+        ];
+        for (path, member) in members {
+            let (head, body) = get(&cluster, path).await;
+            assert!(head.starts_with("HTTP/1.1 200"), "{path}: {head}");
+            assert!(body.pointer(member).is_some(), "{path}: {body}");
+        }
+        cluster.stop().await;
+    }
+
+    #[tokio::test]
     async fn odd_requests_are_refused_in_the_proxys_words() {
         let cluster = Running::start().await;
         let cases = [

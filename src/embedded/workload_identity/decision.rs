@@ -172,7 +172,7 @@ mod tests {
     use crate::embedded::workload_identity::attrs::UserFacts;
     use crate::embedded::workload_identity::resource::spec_from_json;
 
-    fn decided(spiffe: Value, rules: Value) -> Result<Contents, Refusal> {
+    fn decided(spiffe: &Value, rules: &Value) -> Result<Contents, Refusal> {
         let user = UserFacts {
             name: "bot-x".into(),
             ..UserFacts::default()
@@ -185,7 +185,7 @@ mod tests {
     #[test]
     fn everything_is_rendered() {
         let contents = decided(
-            json!({
+            &json!({
                 "id": "/u/{{user.name}}",
                 "hint": "h-{{user.name}}",
                 "x509": {
@@ -200,7 +200,7 @@ mod tests {
                     "list": ["{{user.name}}", {"deep": "{{user.is_bot}}"}],
                 }},
             }),
-            json!({}),
+            &json!({}),
         )
         .unwrap();
         assert_eq!(contents.path, "/u/bot-x");
@@ -252,7 +252,7 @@ mod tests {
                 Code::Unknown,
             ),
         ] {
-            let refusal = decided(spiffe.clone(), rules.clone()).unwrap_err();
+            let refusal = decided(&spiffe, &rules).unwrap_err();
             assert_eq!(refusal.code(), code, "{spiffe} {rules}: {refusal}");
         }
     }

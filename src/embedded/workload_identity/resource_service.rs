@@ -189,3 +189,6 @@ fn audit(
     members.extend(who(caller, identity));
     state.audit.emit(members);
 }
+
+#[cfg(test)]
+mod tests;

@@ -115,7 +115,7 @@ async fn keep_signed(state: Arc<ClusterState>, sender: watch::Sender<Current>) {
         };
         tokio::select! {
             () = revocation(&mut changes) => state.clock.sleep(GATHER).await,
-            changed = authorities.changed() => if changed.is_err() { return },
+            rotated = authorities.changed() => if rotated.is_err() { return },
             () = state.clock.sleep(REFRESH) => {}
         }
     }
@@ -146,10 +146,11 @@ fn sign_current(state: &ClusterState) -> Result<Vec<u8>, CrlError> {
 fn sign(issuer: Issuer<'_>, revoked: &[Resource], now: SystemTime) -> Result<Vec<u8>, MintError> {
     let mut entries = Vec::new();
     for resource in revoked {
-        match entry(resource) {
-            Some(entry) => entries.push(entry),
-            None => tracing::warn!(name = resource.name, "this {KIND} cannot be read; ignored"),
+        let entry = entry(resource);
+        if entry.is_none() {
+            tracing::warn!(name = resource.name, "this {KIND} cannot be read; ignored");
         }
+        entries.extend(entry);
     }
     let number = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let mut extensions = Vec::new();
@@ -206,7 +207,8 @@ mod tests {
     use crate::clock::Clock;
     use crate::crypto::Suite;
     use crate::embedded::ca::Authorities;
-    use crate::embedded::store::Store;
+    use crate::embedded::store::{Put, Store};
+    use crate::embedded::workload_identity::service::tests::state;
 
     #[test]
     fn a_list_satisfies_openssl() {
@@ -252,5 +254,39 @@ mod tests {
             assert!(text.contains(part), "{part}: {text}");
         }
         assert_eq!(text.matches("Serial Number:").count(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_list_comes_at_once_and_again_after_a_change() {
+        let state = state();
+        let service = Revocation::start(&state);
+        let mut lists = WatchStream::new(service.current.clone()).filter_map(|list| list);
+        let serials = |list: &[u8]| {
+            let list = <CertificateList as der::Decode>::from_der(list).unwrap();
+            let entries = list.tbs_cert_list.revoked_certificates.unwrap_or_default();
+            let serials = entries.iter().map(|entry| entry.serial_number.to_string());
+            serials.collect::<Vec<_>>()
+        };
+        let first = lists.next().await.unwrap();
+        assert!(serials(&first).is_empty());
+        let revocation = Resource {
+            kind: KIND.to_owned(),
+            name: "0a0b".to_owned(),
+            spec: json!({"reason": "lost", "revoked_at": "2026-11-20T00:00:00Z"}),
+            ..Resource::default()
+        };
+        state.store.put(revocation, &Put::Create).unwrap();
+        let before = state.clock.now();
+        let second = lists.next().await.unwrap();
+        assert_eq!(serials(&second), ["0A:0B"]);
+        let waited = state.clock.now().duration_since(before).unwrap();
+        assert!((GATHER..GATHER * 2).contains(&waited), "{waited:?}");
+        let third = lists.next().await.unwrap();
+        assert_eq!(serials(&third), ["0A:0B"]);
+        let waited = state.clock.now().duration_since(before).unwrap();
+        assert!(
+            waited >= REFRESH,
+            "signed again without a reason: {waited:?}"
+        );
     }
 }

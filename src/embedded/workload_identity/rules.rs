@@ -118,12 +118,12 @@ mod tests {
         Attrs::new(Some(&workload), &UserFacts::default(), &join).unwrap()
     }
 
-    fn rules(allow: Json) -> Vec<wire::WorkloadIdentityRule> {
+    fn rules(allow: &Json) -> Vec<wire::WorkloadIdentityRule> {
         let spec = json!({"spiffe": {"id": "/a"}, "rules": {"allow": allow}});
         spec_from_json(&spec).unwrap().rules.unwrap().allow
     }
 
-    fn one(attribute: &str, operator: &str, value: Json) -> Json {
+    fn one(attribute: &str, operator: &str, value: &Json) -> Json {
         let operand = if value.is_array() {
             json!({"values": value})
         } else {
@@ -142,92 +142,92 @@ mod tests {
         let text = |attribute: &str| RuleError::UnknownAttribute(attribute.into());
         let not = |attribute: &str| RuleError::NotComparable(attribute.into());
         for (condition, result) in [
-            (one("workload.unix.uid", "eq", json!("1000")), Ok(())),
+            (one("workload.unix.uid", "eq", &json!("1000")), Ok(())),
             (
-                one("workload.unix.uid", "eq", json!("1001")),
+                one("workload.unix.uid", "eq", &json!("1001")),
                 Err(RuleError::NoMatch),
             ),
             (
-                one("workload.unix.uid", "not_eq", json!("1000")),
+                one("workload.unix.uid", "not_eq", &json!("1000")),
                 Err(RuleError::NoMatch),
             ),
-            (one("workload.unix.pid", "in", json!(["1", "7"])), Ok(())),
+            (one("workload.unix.pid", "in", &json!(["1", "7"])), Ok(())),
             (
-                one("workload.unix.pid", "in", json!(["1"])),
+                one("workload.unix.pid", "in", &json!(["1"])),
                 Err(RuleError::NoMatch),
             ),
             (
-                one("workload.unix.pid", "not_in", json!(["7"])),
+                one("workload.unix.pid", "not_in", &json!(["7"])),
                 Err(RuleError::NoMatch),
             ),
-            (one("workload.unix.attested", "eq", json!("true")), Ok(())),
-            (one("join.gitlab.runner_id", "eq", json!("-1")), Ok(())),
+            (one("workload.unix.attested", "eq", &json!("true")), Ok(())),
+            (one("join.gitlab.runner_id", "eq", &json!("-1")), Ok(())),
             // Nothing attested: zero values, so negations pass.
             (
-                one("workload.systemd.attested", "eq", json!("false")),
+                one("workload.systemd.attested", "eq", &json!("false")),
                 Ok(()),
             ),
             (
-                one("workload.systemd.service", "not_eq", json!("web")),
+                one("workload.systemd.service", "not_eq", &json!("web")),
                 Ok(()),
             ),
             (
                 one(
                     "workload.kubernetes.container.image",
                     "not_in",
-                    json!(["x"]),
+                    &json!(["x"]),
                 ),
                 Ok(()),
             ),
-            (one("workload.unix.gid", "eq", json!("0")), Ok(())),
-            (one("workload.unix.binary_path", "eq", json!("")), Ok(())),
+            (one("workload.unix.gid", "eq", &json!("0")), Ok(())),
+            (one("workload.unix.binary_path", "eq", &json!("")), Ok(())),
             // Unknown and unusable attributes end the evaluation.
             (
-                one("workload.unix.shoe", "not_eq", json!("x")),
+                one("workload.unix.shoe", "not_eq", &json!("x")),
                 Err(text("workload.unix.shoe")),
             ),
-            (one("nothing", "eq", json!("x")), Err(text("nothing"))),
+            (one("nothing", "eq", &json!("x")), Err(text("nothing"))),
             (
-                one("workload.unix", "eq", json!("x")),
+                one("workload.unix", "eq", &json!("x")),
                 Err(not("workload.unix")),
             ),
             (
-                one("user.labels", "eq", json!("x")),
+                one("user.labels", "eq", &json!("x")),
                 Err(not("user.labels")),
             ),
             (
-                one("workload.kubernetes.labels.x", "eq", json!("x")),
+                one("workload.kubernetes.labels.x", "eq", &json!("x")),
                 Err(not("workload.kubernetes.labels.x")),
             ),
             (
-                one("user.traits.x", "eq", json!("x")),
+                one("user.traits.x", "eq", &json!("x")),
                 Err(not("user.traits.x")),
             ),
             (
-                one("join.circleci.context_ids", "eq", json!("x")),
+                one("join.circleci.context_ids", "eq", &json!("x")),
                 Err(not("join.circleci.context_ids")),
             ),
             (
-                one("workload.sigstore.payloads", "eq", json!("x")),
+                one("workload.sigstore.payloads", "eq", &json!("x")),
                 Err(not("workload.sigstore.payloads")),
             ),
             (
-                one("user.name.x", "eq", json!("x")),
+                one("user.name.x", "eq", &json!("x")),
                 Err(not("user.name.x")),
             ),
         ] {
-            let rules = rules(json!([{"conditions": [condition]}]));
+            let rules = rules(&json!([{"conditions": [condition]}]));
             assert_eq!(evaluate(&rules, &attrs()), result, "{condition}");
         }
     }
 
     #[test]
     fn conditions_are_all_needed_and_one_rule_is_enough() {
-        let yes = one("workload.unix.uid", "eq", json!("1000"));
-        let no = one("workload.unix.uid", "eq", json!("0"));
-        let both = rules(json!([{"conditions": [yes, no]}]));
+        let yes = one("workload.unix.uid", "eq", &json!("1000"));
+        let no = one("workload.unix.uid", "eq", &json!("0"));
+        let both = rules(&json!([{"conditions": [yes, no]}]));
         assert_eq!(evaluate(&both, &attrs()), Err(RuleError::NoMatch));
-        let second = rules(json!([{"conditions": [no]}, {"conditions": [yes]}]));
+        let second = rules(&json!([{"conditions": [no]}, {"conditions": [yes]}]));
         assert_eq!(evaluate(&second, &attrs()), Ok(()));
     }
 
@@ -236,13 +236,13 @@ mod tests {
         let fails = json!({"expression": "workload.kubernetes.attested"});
         let yes = json!({"expression": "workload.unix.attested"});
         assert_eq!(
-            evaluate(&rules(json!([fails, yes])), &attrs()),
+            evaluate(&rules(&json!([fails, yes])), &attrs()),
             Err(RuleError::Eval(EvalError::Unset(
                 "workload.kubernetes.attested".into()
             )))
         );
-        assert_eq!(evaluate(&rules(json!([yes, fails])), &attrs()), Ok(()));
-        let policy = rules(json!([{"expression": "sigstore.policy_satisfied(\"a\")"}]));
+        assert_eq!(evaluate(&rules(&json!([yes, fails])), &attrs()), Ok(()));
+        let policy = rules(&json!([{"expression": "sigstore.policy_satisfied(\"a\")"}]));
         assert_eq!(
             evaluate(&policy, &attrs()),
             Err(RuleError::Eval(EvalError::Policies))

@@ -380,4 +380,4 @@ impl From<IssueError> for Refusal {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -48,7 +48,7 @@ pub(super) fn evaluate(node: &Node, attrs: &Attrs) -> Result<Value, EvalError> {
         // All arguments first: `&&` and `||` are the only guards there are.
         Node::Call(function, arguments) => {
             let arguments = arguments.iter().map(|node| evaluate(node, attrs));
-            call(*function, arguments.collect::<Result<_, _>>()?)
+            call(*function, &arguments.collect::<Result<Vec<_>, _>>()?)
         }
     }
 }

@@ -159,9 +159,9 @@ pub(super) const METHODS: &[Signature] = &[
 ];
 
 /// Calls `function`; the checker has made sure of the types.
-pub(super) fn call(function: Function, arguments: Vec<Value>) -> Result<Value, EvalError> {
+pub(super) fn call(function: Function, arguments: &[Value]) -> Result<Value, EvalError> {
     use Value as V;
-    let value = match (function, arguments.as_slice()) {
+    let value = match (function, arguments) {
         (Function::Set, texts) => V::Set(all_texts(texts)?),
         (Function::Dict, pairs) => {
             let mut dict = BTreeMap::new();

@@ -143,11 +143,11 @@ fn a_jwt_svid_is_what_the_standard_and_a_real_cluster_say() {
         ..Contents::default()
     };
     let issuer = "https://example.org/workload-identity";
-    let make = |audiences: &[&str]| {
+    let token_for = |audiences: &[&str]| {
         let audiences: Vec<_> = audiences.iter().map(|text| (*text).to_owned()).collect();
         jwt(key, issuer, &id(), &contents, &audiences, now(), ttl).unwrap()
     };
-    let made = make(&["a"]);
+    let made = token_for(&["a"]);
     let parts: Vec<_> = made.jwt.split('.').collect();
     let [header, claims, signature] = parts.as_slice() else {
         panic!("not compact");
@@ -165,7 +165,7 @@ fn a_jwt_svid_is_what_the_standard_and_a_real_cluster_say() {
                "iat": 1_795_000_000, "jti": made.jti, "iss": issuer, "nbf": 5, "x": {"y": 1}})
     );
     assert_eq!(made.jti.len(), 32);
-    let two = make(&["a", "b"]);
+    let two = token_for(&["a", "b"]);
     let claims = json_of(two.jwt.split('.').nth(1).unwrap());
     assert_eq!(claims["aud"], json!(["a", "b"]));
 

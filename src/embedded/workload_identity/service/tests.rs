@@ -72,7 +72,7 @@ spec:
   spiffe: {id: /root}
 "#;
 
-fn state() -> Arc<ClusterState> {
+pub(in crate::embedded::workload_identity) fn state() -> Arc<ClusterState> {
     let now = UNIX_EPOCH + Duration::from_secs(1_795_000_000);
     let clock = Clock::simulated(now);
     let store = Store::in_memory(clock.clone()).unwrap();
@@ -91,7 +91,10 @@ fn state() -> Arc<ClusterState> {
     Arc::new(state)
 }
 
-fn caller_with(state: &ClusterState, roles: &[&str]) -> Caller {
+pub(in crate::embedded::workload_identity) fn caller_with(
+    state: &ClusterState,
+    roles: &[&str],
+) -> Caller {
     Caller {
         addr: "127.0.0.1:1234".parse().unwrap(),
         listener: Listener::Auth,
