@@ -115,7 +115,11 @@ pub(super) async fn run(dir: &Path, once: bool, env: &Env) -> anyhow::Result<()>
             serving.await?;
             return ended;
         }
-        ended = &mut serving => ended.map_err(anyhow::Error::from),
+        ended = &mut serving => {
+            shutdown.cancel();
+            agent.await?;
+            return ended.map_err(anyhow::Error::from);
+        }
     };
     shutdown.cancel();
     agent.await?;

@@ -104,11 +104,13 @@ pub async fn find(
                 .await;
             Ok::<_, hyper::Error>((status, body.map(http_body_util::Collected::to_bytes)))
         };
-        // The connection is driven here and ends with the answer: no task is left behind.
+        // The connection is driven here and ends with the answer, or just before it where the peer
+        // closes: no task is left behind.
+        let (mut answer, connection) = (std::pin::pin!(answer), std::pin::pin!(connection));
         tokio::select! {
-            answer = answer => answer,
+            answer = &mut answer => answer,
             ended = connection => match ended {
-                Ok(()) => Ok((http::StatusCode::BAD_GATEWAY, Ok(Bytes::new()))),
+                Ok(()) => answer.await,
                 Err(source) => Err(source),
             },
         }

@@ -108,6 +108,8 @@ pub struct Bot {
     identity: watch::Sender<Option<Arc<Identity>>>,
     credential: watch::Sender<Option<Arc<Credential>>>,
     held: Option<Held>,
+    /// Whether there ever was an identity: only a first join that is refused ends the program.
+    ever_held: bool,
     pending: Option<PrivateKey>,
 }
 
@@ -143,6 +145,7 @@ impl Bot {
             identity,
             credential,
             held: None,
+            ever_held: false,
             pending: None,
         }
     }
@@ -214,7 +217,7 @@ impl Bot {
                     Err(error) => {
                         let disposition = error.disposition();
                         if step == Step::Join
-                            && self.held.is_none()
+                            && !self.ever_held
                             && disposition == Disposition::Refused
                         {
                             return Err(error);
@@ -405,6 +408,7 @@ impl Bot {
         self.health
             .fresh_until(freshness(issued.unwrap_or(held.not_before), held.not_after));
         self.held = Some(held);
+        self.ever_held = true;
         self.credential.send_replace(Some(Arc::new(credential)));
         self.identity.send_replace(Some(Arc::new(identity)));
         Ok(())
