@@ -157,6 +157,12 @@ pub(super) enum Command {
     Start(AgentFlags),
     /// Print the configuration file that `start` with the same flags stands for
     Configure(ConfigureArgs),
+    /// Print a configuration of the old format v1 in the current one
+    Migrate {
+        /// Write to a file instead of standard output
+        #[arg(short, long, value_name = "PATH")]
+        output: Option<PathBuf>,
+    },
     /// Install the agent on this machine
     Install {
         /// What is installed.

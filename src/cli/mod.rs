@@ -8,6 +8,7 @@ mod exit;
 mod flags;
 mod install;
 mod man;
+mod migrate;
 mod quickstart;
 pub mod spiffe_inspect;
 mod start;
@@ -73,6 +74,7 @@ fn run(cli: &Cli, env: &Env) -> Result<(), Failure> {
         Command::Version => print(&version::line()),
         Command::Start(flags) => start::run(globals, flags, env),
         Command::Configure(args) => configure::run(globals, args, env),
+        Command::Migrate { output } => migrate::run(globals, output.as_deref(), env),
         Command::Install { target } => match target {
             InstallTarget::Systemd(args) => install::run(globals, args, env),
         },

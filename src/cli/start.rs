@@ -9,7 +9,7 @@ use super::args::Globals;
 use super::exit::Failure;
 use super::flags::AgentFlags;
 use crate::app;
-use crate::config::{self, Loaded, Overlay, Source};
+use crate::config::{self, Invalid, Loaded, Overlay, Source};
 use crate::env::Env;
 use crate::yaml::MAX_TEXT;
 
@@ -62,11 +62,14 @@ pub(super) fn load(
     overlay: &Overlay,
     env: &Env,
 ) -> Result<Loaded, Failure> {
-    config::load(source, overlay, env).map_err(|invalid| {
-        let mut lines = vec!["the configuration cannot be used".to_owned()];
-        lines.extend(invalid.0);
-        Failure::Usage(lines)
-    })
+    config::load(source, overlay, env).map_err(unusable)
+}
+
+/// All problems of a configuration, below one line that says what they are.
+pub(super) fn unusable(invalid: Invalid) -> Failure {
+    let mut lines = vec!["the configuration cannot be used".to_owned()];
+    lines.extend(invalid.0);
+    Failure::Usage(lines)
 }
 
 /// The configuration text that flags or variables name, if any.
@@ -85,8 +88,7 @@ pub(super) fn source(globals: &Globals, env: &Env) -> Result<Option<Source>, Fai
         (Some(_), Some(_)) => Err(Failure::usage(
             "--config (TBOT_CONFIG_PATH) and --config-string (TBOT_CONFIG) are both set: keep one",
         )),
-        (Some("-"), None) => read("<stdin>", std::io::stdin().lock()).map(Some),
-        (Some(path), None) => file(path).map(Some),
+        (Some(path), None) => named(path).map(Some),
         (None, Some(encoded)) => {
             let bytes = base64::engine::general_purpose::STANDARD
                 .decode(encoded)
@@ -98,6 +100,14 @@ pub(super) fn source(globals: &Globals, env: &Env) -> Result<Option<Source>, Fai
             read("--config-string", bytes.as_slice()).map(Some)
         }
         (None, None) => Ok(None),
+    }
+}
+
+/// The text of the file that `--config` names; `-` is standard input.
+pub(super) fn named(path: &str) -> Result<Source, Failure> {
+    match path {
+        "-" => read("<stdin>", std::io::stdin().lock()),
+        path => file(path),
     }
 }
 

@@ -1,4 +1,4 @@
-//! From a configuration file (`version: v2`), command line flags and environment variables to a
+//! From a configuration file (`version: v2`; v1 is converted), command line flags and environment variables to a
 //! [`Plan`]: everything decided, nothing touched.
 //!
 //! Flags and variables are an [`Overlay`] on the tree that the file gave, so one validator judges
@@ -11,6 +11,7 @@ mod overlay;
 mod plan;
 mod root;
 mod services;
+mod v1;
 
 use crate::env::Env;
 use crate::yaml::{self, Node, Problem, Problems, Severity, Value};
@@ -62,16 +63,48 @@ pub struct Invalid(pub Vec<String>);
 pub fn load(source: Option<&Source>, overlay: &Overlay, env: &Env) -> Result<Loaded, Invalid> {
     let name = source.map_or("command line", |source| source.name.as_str());
     let mut tree = match source {
-        Some(source) => match read(source) {
-            Ok(tree) => tree,
-            Err(problem) => return Err(Invalid(vec![problem.render(name)])),
-        },
+        Some(source) => read(source)?,
         None => Node::made(Value::Mapping(vec![(
             yaml::Key::made("version"),
             Node::made_text("v2"),
         )])),
     };
     let problems = Problems::new();
+    if v1::is(&tree) {
+        problems.push(Problem {
+            severity: Severity::Warning,
+            span: tree.get("version").map(|version| version.span),
+            path: "version".to_owned(),
+            message: "the format v1 is deprecated; it is read as its v2 form".to_owned(),
+            hint: Some("`tbot migrate -c FILE` prints that form".to_owned()),
+        });
+        v1::convert(&mut tree, &problems);
+    }
+    judge(name, tree, overlay, env, problems)
+}
+
+/// The plan of a v1 file; `None` if the file is of a later version and there is nothing to convert.
+///
+/// # Errors
+/// All problems, rendered.
+pub fn migrate(source: &Source, env: &Env) -> Result<Option<Loaded>, Invalid> {
+    let mut tree = read(source)?;
+    if !v1::is(&tree) {
+        return Ok(None);
+    }
+    let problems = Problems::new();
+    v1::convert(&mut tree, &problems);
+    judge(&source.name, tree, &Overlay::default(), env, problems).map(Some)
+}
+
+/// Makes the plan from a v2 tree; `name` is what the tree is called in messages.
+fn judge(
+    name: &str,
+    mut tree: Node,
+    overlay: &Overlay,
+    env: &Env,
+    problems: Problems,
+) -> Result<Loaded, Invalid> {
     let origins = overlay.apply(&mut tree, &problems);
     let mut conflicts = Vec::new();
     let plan = root::plan(&tree, overlay, env, &problems, &mut conflicts);
@@ -96,8 +129,12 @@ pub fn load(source: Option<&Source>, overlay: &Overlay, env: &Env) -> Result<Loa
     }
 }
 
-fn read(source: &Source) -> Result<Node, Problem> {
-    let tree = yaml::parse(&source.text)?;
+fn read(source: &Source) -> Result<Node, Invalid> {
+    parse(&source.text).map_err(|problem| Invalid(vec![problem.render(&source.name)]))
+}
+
+fn parse(text: &str) -> Result<Node, Problem> {
+    let tree = yaml::parse(text)?;
     match tree.value {
         Value::Mapping(_) => Ok(tree),
         Value::Null => Err(Problem::error(

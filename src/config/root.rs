@@ -20,9 +20,7 @@ pub(super) fn plan(
     conflicts: &mut Vec<String>,
 ) -> Option<Plan> {
     let mut root = Fields::new(tree, "", problems)?;
-    if !version(&mut root) {
-        return None;
-    }
+    version(&mut root);
     let oneshot = root.bool("oneshot").unwrap_or_default();
     let debug = root.bool("debug").unwrap_or_default();
     let insecure = root.bool("insecure").unwrap_or_default();
@@ -69,52 +67,20 @@ pub(super) fn plan(
     })
 }
 
-/// Whether the rest can be read as v2; says what to do if it cannot.
-fn version(root: &mut Fields<'_>) -> bool {
-    const CONVERT: &str =
-        "convert it with upstream's `tbot migrate`, or write it anew with `tbot configure`";
-    let v2_only = ["services", "outputs", "proxy_server", "credential_ttl"];
-    let looks_like_v2 = v2_only.iter().find(|key| root.has(key));
-    match root.string("version").as_deref() {
-        Some("v2") => true,
-        None | Some("v1") if !root.has("destinations") && looks_like_v2.is_some() => {
-            let key = looks_like_v2.unwrap_or(&"services");
-            root.error(
-                "version",
-                format!("`{key}` is a key of version v2, which the file does not name"),
-                Some("write `version: v2` as its first line"),
-            );
-            true
-        }
-        None => {
-            root.error(
-                "version",
-                "a file without `version` is of the old format v1, which is not read here",
-                Some(&format!("{CONVERT}; a v2 file begins with `version: v2`")),
-            );
-            false
-        }
-        Some("v1") => {
-            root.error(
-                "version",
-                "the old format v1 is not read here",
-                Some(CONVERT),
-            );
-            false
-        }
-        Some(other) => {
-            let hint = match nearest(other, ["v2"]) {
-                Some(_) => "did you mean `v2`?",
-                None => "write `version: v2`",
-            };
-            root.error(
-                "version",
-                format!("unrecognized config version {other:?}"),
-                Some(hint),
-            );
-            true
-        }
-    }
+/// Reports a version that is none; [`super::v1`] has turned older ones into this one.
+fn version(root: &mut Fields<'_>) {
+    let Some(other) = root.string("version").filter(|version| version != "v2") else {
+        return;
+    };
+    let hint = match nearest(&other, ["v2"]) {
+        Some(_) => "did you mean `v2`?",
+        None => "write `version: v2`",
+    };
+    root.error(
+        "version",
+        format!("unrecognized config version {other:?}"),
+        Some(hint),
+    );
 }
 
 fn server(root: &mut Fields<'_>) -> Option<Server> {

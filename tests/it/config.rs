@@ -143,6 +143,63 @@ fn what_configure_prints_is_read_back_the_same() {
 }
 
 #[test]
+fn the_old_format_is_read_as_its_v2_form() {
+    for entry in std::fs::read_dir(golden("config/v1")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|e| e != "yaml") {
+            continue;
+        }
+        let old = path.to_str().unwrap();
+        let output = tbot(&["migrate", "-c", old]);
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        let told = String::from_utf8(output.stdout).unwrap();
+        let expected = path.with_extension("v2");
+        if std::env::var_os("TBOT_UPDATE_GOLDEN").is_some() {
+            std::fs::write(&expected, &told).unwrap();
+        }
+        assert_eq!(told, std::fs::read_to_string(&expected).unwrap(), "{old}");
+
+        let started = load("old", std::fs::read_to_string(&path).unwrap()).unwrap();
+        let deprecated = "old: warning: version: the format v1 is deprecated";
+        assert!(
+            started
+                .warnings
+                .iter()
+                .any(|line| line.starts_with(deprecated)),
+            "{:?}",
+            started.warnings
+        );
+        let migrated = load("new", told).unwrap();
+        assert_eq!(started.plan.to_yaml(), migrated.plan.to_yaml());
+    }
+}
+
+#[test]
+fn migrate_writes_a_new_file_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let (old, new) = (dir.path().join("old.yaml"), dir.path().join("new.yaml"));
+    std::fs::copy(golden("config/v1/identity.yaml"), &old).unwrap();
+    let before = std::fs::read(&old).unwrap();
+    let run = |from: &Path, to: &Path| {
+        tbot(&[
+            "migrate",
+            "-c",
+            from.to_str().unwrap(),
+            "-o",
+            to.to_str().unwrap(),
+        ])
+    };
+    assert_eq!(run(&old, &old).status.code(), Some(2));
+    assert_eq!(std::fs::read(&old).unwrap(), before);
+    assert_eq!(run(&old, &new).status.code(), Some(0));
+    let again = run(&new, &old);
+    assert_eq!(again.status.code(), Some(2));
+    let stderr = String::from_utf8_lossy(&again.stderr);
+    assert!(stderr.contains("already of the latest version"), "{stderr}");
+    assert_eq!(tbot(&["migrate"]).status.code(), Some(2));
+}
+
+#[test]
 fn a_wrong_configuration_or_command_line_ends_with_2() {
     let bad = golden("config/bad/fips.yaml");
     for args in [
