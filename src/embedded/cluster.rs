@@ -176,11 +176,14 @@ impl Cluster {
             .map_err(|_cancelled| ClusterError::Interrupted)??;
         let state = Arc::new(opened.state);
         let admin = admin::Server::bind(&opened.data_dir, Arc::clone(&state))?;
-        let join = auth::proxy_join_routes(&state)?;
+        let auth::AuthRoutes {
+            auth: services,
+            join,
+        } = auth::routes(&state)?;
         let server = Arc::new(Server {
             cluster: state.name.clone(),
             tls: opened.tls,
-            auth: workload_identity::add_services(auth::auth_routes(&state)?, &state),
+            auth: workload_identity::add_services(services, &state),
             web: Arc::new(Web::new(Arc::clone(&state), join.clone(), web_addr)),
             join,
         });

@@ -1,11 +1,13 @@
 //! The auth service: joins, certificates, authorities and what else an 18.0 cluster's agent calls.
 //!
-//! [`auth_routes`] are the services behind mutual TLS, [`proxy_join_routes`] what the proxy offers
-//! to whoever has no certificate yet. Every call carries its [`Caller`] as an extension, put there
+//! [`routes`] are the services behind mutual TLS, and what the proxy offers to whoever has no
+//! certificate yet. Every call carries its [`Caller`] as an extension, put there
 //! by the listener.
 
+mod attempt;
 mod authorize;
 mod certificate;
+mod iam;
 mod instance;
 mod join;
 mod locks;
@@ -24,7 +26,7 @@ use tonic::{Request, Status};
 pub use authorize::authorize;
 pub use refusal::Refusal;
 pub use sts::StsError;
-pub(super) use version::check as check_version;
+pub(super) use version::checked;
 
 use super::ClusterState;
 use super::caller::Caller;
@@ -35,6 +37,7 @@ use crate::pb::teleport::machineid::v1::bot_instance_service_server::BotInstance
 use crate::pb::teleport::machineid::v1::spiffe_federation_service_server::SpiffeFederationServiceServer;
 use crate::pb::teleport::presence::v1::presence_service_server::PresenceServiceServer;
 use crate::pb::teleport::trust::v1::trust_service_server::TrustServiceServer;
+use attempt::Joins;
 use sts::Sts;
 
 /// The services of one cluster; clones share their state.
@@ -42,6 +45,7 @@ use sts::Sts;
 struct Auth {
     state: Arc<ClusterState>,
     sts: Sts,
+    joins: Arc<Joins>,
 }
 
 impl Auth {
@@ -49,48 +53,57 @@ impl Auth {
         Ok(Self {
             state: Arc::clone(state),
             sts: Sts::new(state.sts_endpoint.as_deref())?,
+            joins: Arc::default(),
         })
     }
 }
 
-/// The services behind mutual TLS. Calls without a certificate may ping, read the host authority
-/// and join.
+/// The largest request of somebody whom nobody knows yet, in bytes. Real ones have a few KiB.
+const MAX_JOIN: usize = 64 * 1024;
+/// The largest request for certificates: two public keys and names of roles.
+const MAX_CERTS: usize = 64 * 1024;
+/// The largest heartbeat: a few lines and the health of each service.
+const MAX_HEARTBEAT: usize = 64 * 1024;
+/// The largest question about something that has a name.
+const MAX_QUESTION: usize = 16 * 1024;
+
+/// How much of a client's description of itself is kept, in characters.
+const MAX_AGENT: usize = 256;
+
+/// What the auth side serves.
+#[derive(Debug, Clone)]
+pub struct AuthRoutes {
+    /// The services behind mutual TLS. Calls without a certificate may ping, read the host
+    /// authority and join.
+    pub auth: Routes,
+    /// Joining through the proxy. As on an 18.0 proxy, client versions are not looked at here.
+    pub join: Routes,
+}
+
+/// The services of one cluster.
 ///
 /// # Errors
 /// [`StsError::Endpoint`] if the configured STS endpoint is no URL.
-pub fn auth_routes(state: &Arc<ClusterState>) -> Result<Routes, StsError> {
+pub fn routes(state: &Arc<ClusterState>) -> Result<AuthRoutes, StsError> {
     let auth = Auth::new(state)?;
-    let check = version::check;
-    Ok(Routes::default()
-        .add_service(AuthServiceServer::with_interceptor(auth.clone(), check))
-        .add_service(JoinServiceServer::with_interceptor(auth.clone(), check))
-        .add_service(ClusterConfigServiceServer::with_interceptor(
-            auth.clone(),
-            check,
-        ))
-        .add_service(BotInstanceServiceServer::with_interceptor(
-            auth.clone(),
-            check,
-        ))
-        .add_service(SpiffeFederationServiceServer::with_interceptor(
-            auth.clone(),
-            check,
-        ))
-        .add_service(PresenceServiceServer::with_interceptor(auth.clone(), check))
-        .add_service(TrustServiceServer::with_interceptor(auth, check)))
-}
-
-/// The largest request of somebody whom nobody knows yet, in bytes. Real ones have a few KiB.
-const MAX_JOIN_REQUEST: usize = 128 * 1024;
-
-/// Joining through the proxy. As on an 18.0 proxy, client versions are not looked at here.
-///
-/// # Errors
-/// As [`auth_routes`].
-pub fn proxy_join_routes(state: &Arc<ClusterState>) -> Result<Routes, StsError> {
-    let service =
-        JoinServiceServer::new(Auth::new(state)?).max_decoding_message_size(MAX_JOIN_REQUEST);
-    Ok(Routes::default().add_service(service))
+    let join = JoinServiceServer::new(auth.clone()).max_decoding_message_size(MAX_JOIN);
+    let heartbeats = BotInstanceServiceServer::new(auth.clone());
+    let presence = PresenceServiceServer::new(auth.clone());
+    let config = ClusterConfigServiceServer::new(auth.clone());
+    let federations = SpiffeFederationServiceServer::new(auth.clone());
+    let trust = TrustServiceServer::new(auth.clone());
+    let auth = AuthServiceServer::new(auth);
+    Ok(AuthRoutes {
+        auth: Routes::default()
+            .add_service(checked(auth.max_decoding_message_size(MAX_CERTS)))
+            .add_service(checked(join.clone()))
+            .add_service(checked(heartbeats.max_decoding_message_size(MAX_HEARTBEAT)))
+            .add_service(checked(config.max_decoding_message_size(MAX_QUESTION)))
+            .add_service(checked(federations.max_decoding_message_size(MAX_QUESTION)))
+            .add_service(checked(presence.max_decoding_message_size(MAX_QUESTION)))
+            .add_service(checked(trust.max_decoding_message_size(MAX_QUESTION))),
+        join: Routes::default().add_service(join),
+    })
 }
 
 /// The caller of a request.
@@ -102,14 +115,16 @@ fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
         .ok_or_else(|| Status::internal("the listener did not say who calls"))
 }
 
-/// The client's program, for the audit log.
+/// The client's program, for the audit log; the beginning of it if it is long.
 fn user_agent<T>(request: &Request<T>) -> String {
     request
         .metadata()
         .get("user-agent")
         .and_then(|value| value.to_str().ok())
         .unwrap_or_default()
-        .to_owned()
+        .chars()
+        .take(MAX_AGENT)
+        .collect()
 }
 
 /// Runs work that waits for the disk or signs off the async threads.

@@ -1,3 +1,5 @@
+mod joins;
+
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

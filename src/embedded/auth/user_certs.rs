@@ -26,10 +26,16 @@ const DEFAULT_TTL: Duration = Duration::from_hours(1);
 const MAX_TTL: Duration = Duration::from_hours(7 * 24);
 /// The smallest SubjectPublicKeyInfo of an RSA key with 2048 bits, in bytes.
 const RSA_2048: usize = 290;
+/// The longest public key, in bytes of its text: RSA keys with 16384 bits have 3 KiB.
+const MAX_KEY: usize = 8 * 1024;
 
 /// Reads the keys of a request, both optional: PEM for TLS, an `authorized_keys` line for SSH.
 pub(super) fn public_keys(tls: &[u8], ssh: &[u8]) -> Result<PublicKeys, Refusal> {
     let bad = |which: &str| Refusal::bad_parameter(format!("cannot read the {which} public key"));
+    if tls.len().max(ssh.len()) > MAX_KEY {
+        let text = format!("a public key has more than {MAX_KEY} bytes");
+        return Err(Refusal::bad_parameter(text));
+    }
     let tls = match tls {
         [] => None,
         pem => {

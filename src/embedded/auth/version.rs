@@ -2,12 +2,22 @@
 
 use std::cmp::Ordering;
 
+use tonic::service::interceptor::InterceptedService;
 use tonic::{Request, Status};
 
 use crate::embedded::MIN_CLIENT_VERSION;
 
+/// A service that only clients of a supported version can call.
+pub(in crate::embedded) type Checked<S> =
+    InterceptedService<S, fn(Request<()>) -> Result<Request<()>, Status>>;
+
+/// Puts the check of versions in front of `service`.
+pub(in crate::embedded) fn checked<S>(service: S) -> Checked<S> {
+    InterceptedService::new(service, check)
+}
+
 /// Refuses clients older than [`MIN_CLIENT_VERSION`]. None, or more than one, is no statement.
-pub(in crate::embedded) fn check(request: Request<()>) -> Result<Request<()>, Status> {
+fn check(request: Request<()>) -> Result<Request<()>, Status> {
     let mut versions = request.metadata().get_all("version").iter();
     let (Some(version), None) = (versions.next(), versions.next()) else {
         return Ok(request);

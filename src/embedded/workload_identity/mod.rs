@@ -27,32 +27,34 @@ use std::sync::Arc;
 use tonic::service::Routes;
 
 use super::ClusterState;
-use super::auth::check_version;
+use super::auth::checked;
 use crate::pb::teleport::workloadidentity::v1 as wire;
 use wire::workload_identity_issuance_service_server::WorkloadIdentityIssuanceServiceServer;
 use wire::workload_identity_resource_service_server::WorkloadIdentityResourceServiceServer;
 use wire::workload_identity_revocation_service_server::WorkloadIdentityRevocationServiceServer;
 
+/// The largest request for SVIDs: attributes of a workload, of which signatures of its image are
+/// the largest part.
+const MAX_ISSUANCE: usize = 1024 * 1024;
+/// The largest workload identity.
+const MAX_RESOURCE: usize = 256 * 1024;
+/// The largest request that asks for nothing in particular.
+const MAX_QUESTION: usize = 16 * 1024;
+
 /// Adds the services of workload identity to those behind mutual TLS.
 ///
 /// Starts a task that keeps the revocation list signed; it ends with the routes.
 pub fn add_services(routes: Routes, state: &Arc<ClusterState>) -> Routes {
-    let issuance = service::Issuance {
+    let issuance = WorkloadIdentityIssuanceServiceServer::new(service::Issuance {
         state: Arc::clone(state),
-    };
-    let resources = resource_service::Resources {
+    });
+    let resources = WorkloadIdentityResourceServiceServer::new(resource_service::Resources {
         state: Arc::clone(state),
-    };
+    });
     let revocation = revocation::Revocation::start(state);
-    let check = check_version;
+    let revocation = WorkloadIdentityRevocationServiceServer::new(revocation);
     routes
-        .add_service(WorkloadIdentityIssuanceServiceServer::with_interceptor(
-            issuance, check,
-        ))
-        .add_service(WorkloadIdentityResourceServiceServer::with_interceptor(
-            resources, check,
-        ))
-        .add_service(WorkloadIdentityRevocationServiceServer::with_interceptor(
-            revocation, check,
-        ))
+        .add_service(checked(issuance.max_decoding_message_size(MAX_ISSUANCE)))
+        .add_service(checked(resources.max_decoding_message_size(MAX_RESOURCE)))
+        .add_service(checked(revocation.max_decoding_message_size(MAX_QUESTION)))
 }

@@ -1,0 +1,320 @@
+//! One attempt to join, whatever the protocol and the method: the token that is named, what was
+//! proved, the certificates, and the line in the audit log.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use serde_json::{Value, json};
+use tokio::sync::Semaphore;
+
+use super::Refusal;
+use super::certificate::PublicKeys;
+use super::instance::{Authentication, Presented};
+use super::user_certs::{Issue, public_keys};
+use crate::embedded::ClusterState;
+use crate::embedded::caller::{Caller, Listener};
+use crate::embedded::instant::from_wire;
+use crate::embedded::resources::{bot_user_name, safe_name, spent};
+use crate::embedded::store::{Put, Resource, Tx};
+use crate::pb::proto::Certs;
+use crate::pb::types::RegisterUsingTokenRequest;
+
+/// The longest name of a token or of a machine, in bytes; resources cannot have longer names.
+const MAX_NAME: usize = 256;
+
+/// How many joins there may be at a time, so that a flood of them cannot exhaust the process.
+#[derive(Debug)]
+pub(super) struct Joins {
+    /// Joins that are known at all, those that wait included.
+    pub(super) known: Semaphore,
+    /// Joins that sign, write, or wait for AWS.
+    pub(super) working: Semaphore,
+}
+
+impl Default for Joins {
+    /// A thousand agents that come back at once wait in line; each holds a few KiB.
+    fn default() -> Self {
+        Self {
+            known: Semaphore::new(1024),
+            working: Semaphore::new(32),
+        }
+    }
+}
+
+impl Joins {
+    /// Runs `join` when it is its turn.
+    ///
+    /// # Errors
+    /// Unavailable, if too many wait already; trying again later helps.
+    pub(super) async fn run<T>(
+        &self,
+        join: impl Future<Output = Result<T, Refusal>>,
+    ) -> Result<T, Refusal> {
+        let busy = || Refusal::unavailable("too many bots are joining at once, try again");
+        let _known = self.known.try_acquire().map_err(|_full| busy())?;
+        let _turn = self.working.acquire().await.map_err(|_closed| busy())?;
+        join.await
+    }
+}
+
+/// What a method's proof says about who joins.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Proof {
+    /// Names of the audit event, for example `Account`.
+    pub(super) metadata: Value,
+    /// The method's part of the join attributes, with its name.
+    pub(super) attributes: Option<(&'static str, Value)>,
+}
+
+/// One attempt to join, and what is known of it for the audit log.
+#[derive(Debug)]
+pub(super) struct Attempt {
+    pub(super) request: RegisterUsingTokenRequest,
+    pub(super) proof: Proof,
+    state: Arc<ClusterState>,
+    caller: Caller,
+    user_agent: String,
+    token: Option<Resource>,
+}
+
+impl Attempt {
+    pub(super) fn new(
+        state: &Arc<ClusterState>,
+        caller: Caller,
+        user_agent: String,
+        request: RegisterUsingTokenRequest,
+    ) -> Self {
+        Self {
+            request,
+            proof: Proof::default(),
+            state: Arc::clone(state),
+            caller,
+            user_agent,
+            token: None,
+        }
+    }
+
+    pub(super) fn now(&self) -> SystemTime {
+        self.state.clock.now()
+    }
+
+    pub(super) fn method(&self) -> &str {
+        self.token
+            .as_ref()
+            .map_or("", |token| token.spec_text("/join_method"))
+    }
+
+    pub(super) fn bot(&self) -> &str {
+        self.token
+            .as_ref()
+            .map_or("", |token| token.spec_text("/bot_name"))
+    }
+
+    /// The token's allow rules, if it has any.
+    pub(super) fn allow(&self) -> Option<&Value> {
+        self.token.as_ref()?.spec.get("allow")
+    }
+
+    /// The request's form, then the token, then whether it lets a bot in.
+    pub(super) fn look_up(&mut self) -> Result<(), Refusal> {
+        let request = &self.request;
+        for (what, text) in [
+            ("token", &request.token),
+            ("node name", &request.node_name),
+            ("role", &request.role),
+        ] {
+            if text.len() > MAX_NAME {
+                let text = format!("the {what} has more than {MAX_NAME} bytes");
+                return Err(Refusal::bad_parameter(text));
+            }
+        }
+        if request.token.is_empty() {
+            return Err(Refusal::bad_parameter("missing parameter Token"));
+        }
+        if request.role != "Bot" {
+            let text = format!(
+                "role {:?} is not registered: only bots join here",
+                request.role
+            );
+            return Err(Refusal::bad_parameter(text));
+        }
+        let found = self.state.store.get("token", &request.token)?;
+        self.token = Some(found.ok_or_else(|| unknown_token(request))?);
+        let allowed = self
+            .token
+            .as_ref()
+            .is_some_and(|token| token.spec_texts("/roles").iter().any(|role| role == "Bot"));
+        if !allowed {
+            return Err(Refusal::bad_parameter(format!(
+                "node {:?} [] can not join the cluster, the token does not allow \"Bot\" role",
+                request.node_name
+            )));
+        }
+        Ok(())
+    }
+
+    /// Issues the certificates, in one transaction with the end of the token and the record.
+    pub(super) fn issue(&self) -> Result<Certs, Refusal> {
+        let now = self.now();
+        let method = self.method().to_owned();
+        let keys = public_keys(&self.request.public_tls_key, &self.request.public_ssh_key)?;
+        let safe = safe_name(&self.request.token, &method);
+        let attributes = self.attributes();
+        let requested = match self.request.expires {
+            None => None,
+            Some(time) => Some(from_wire(time).filter(|time| *time > now).ok_or_else(|| {
+                Refusal::bad_parameter(
+                    "the requested expiry is past or no point in time; check the clocks",
+                )
+            })?),
+        };
+        let issue = Issue {
+            state: &self.state,
+            bot: self.bot(),
+            presented: self.presented(),
+            renewable: method == "token",
+            requested,
+            keys: &keys,
+            join_attributes: &attributes,
+            client_ip: self.caller.addr.ip().to_string(),
+            join_token: &self.request.token,
+            user_agent: &self.user_agent,
+            now,
+        };
+        let by = Authentication {
+            method: method.clone(),
+            token: safe,
+            public_key: first_key(&self.request, &keys),
+            metadata: self.proof.metadata.clone(),
+            join_attributes: serde_json::from_str(&attributes).unwrap_or_default(),
+            expires: now,
+        };
+        issue.run(
+            |_record, expires| Authentication {
+                expires,
+                ..by.clone()
+            },
+            |tx| self.spend(tx, &method),
+        )
+    }
+
+    /// What the join proved, as certificates carry it: JSON with the members in the order that a
+    /// Teleport 18.0.0 cluster writes.
+    fn attributes(&self) -> String {
+        let method = json!(self.method());
+        let mut text = if self.method() == "token" {
+            format!("{{\"meta\":{{\"join_method\":{method}}}")
+        } else {
+            let name = json!(self.request.token);
+            format!("{{\"meta\":{{\"join_token_name\":{name},\"join_method\":{method}}}")
+        };
+        if let Some((name, value)) = &self.proof.attributes {
+            text += &format!(",\"{name}\":{value}");
+        }
+        text + "}"
+    }
+
+    /// Uses up a `token` token: only one of two that come at once finds it.
+    fn spend(&self, tx: &Tx<'_>, method: &str) -> Result<(), Refusal> {
+        let name = &self.request.token;
+        // The very token that was verified: one that was replaced meanwhile has other rules.
+        let verified = self.token.as_ref().map(|token| &token.revision);
+        let found = tx.get("token", name)?;
+        if found.as_ref().map(|token| &token.revision) != verified || verified.is_none() {
+            return Err(unknown_token(&self.request));
+        }
+        if method == "token" {
+            tx.delete("token", name)?;
+            tx.put(spent(name), &Put::Upsert)?;
+        }
+        Ok(())
+    }
+
+    /// The instance that the caller's own certificate names. What the request says of it counts
+    /// for nothing.
+    fn presented(&self) -> Option<Presented> {
+        self.caller
+            .identity
+            .as_ref()
+            .filter(|identity| {
+                self.caller.listener == Listener::Auth && self.now() <= identity.expires
+            })
+            .filter(|identity| !identity.bot_instance_id.is_empty())
+            // Another bot's instance says nothing about this one.
+            .filter(|identity| identity.bot_name == self.bot())
+            .map(|identity| Presented {
+                id: identity.bot_instance_id.clone(),
+                generation: identity.generation,
+            })
+    }
+
+    /// Writes how it ended into the audit log and passes it on.
+    pub(super) fn finish(&self, result: Result<Certs, Refusal>) -> Result<Certs, Refusal> {
+        match &result {
+            Ok(certs) => self.joined(certs),
+            Err(refusal) => self.refused(refusal),
+        }
+        result
+    }
+
+    /// Writes the failure into the audit log.
+    fn refused(&self, refusal: &Refusal) {
+        let method = self.method();
+        // The name of an unknown token may be a secret with a typing error in it, of any length.
+        let shown = match &self.token {
+            Some(token) => safe_name(&token.name, method),
+            None if self.request.token.len() > MAX_NAME => String::new(),
+            None => safe_name(&self.request.token, "token"),
+        };
+        self.state.audit.emit(json!({
+            "event": "bot.join",
+            "code": "TJ001E",
+            "success": false,
+            "error": refusal.to_string(),
+            "method": method,
+            "token_name": shown,
+            "bot_name": self.bot(),
+            "addr.remote": self.caller.addr.ip().to_string(),
+            "attributes": self.proof.metadata,
+        }));
+    }
+
+    /// Writes the success into the audit log.
+    fn joined(&self, certs: &Certs) {
+        let instance = std::str::from_utf8(&certs.tls)
+            .ok()
+            .and_then(|pem| crate::crypto::x509::Certificate::from_pem(pem).ok())
+            .and_then(|certificate| {
+                let oid = crate::embedded::caller::oid::BOT_INSTANCE;
+                certificate.subject(oid).into_iter().next()
+            });
+        self.state.audit.emit(json!({
+            "event": "bot.join",
+            "code": "TJ001I",
+            "success": true,
+            "method": self.method(),
+            "token_name": safe_name(&self.request.token, self.method()),
+            "bot_name": self.bot(),
+            "user_name": bot_user_name(self.bot()),
+            "bot_instance_id": instance,
+            "addr.remote": self.caller.addr.ip().to_string(),
+            "attributes": self.proof.metadata,
+        }));
+    }
+}
+
+fn unknown_token(request: &RegisterUsingTokenRequest) -> Refusal {
+    Refusal::denied(format!(
+        "{:?} can not join the cluster with role \"Bot\", token expired or not found",
+        request.node_name
+    ))
+}
+
+/// The key as it goes into the record: exactly what was sent, the TLS one if there are two.
+fn first_key(request: &RegisterUsingTokenRequest, keys: &PublicKeys) -> Vec<u8> {
+    if keys.tls.is_some() {
+        request.public_tls_key.clone()
+    } else {
+        request.public_ssh_key.clone()
+    }
+}
