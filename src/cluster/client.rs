@@ -15,7 +15,6 @@ use super::dial::Dialer;
 use super::{ClusterError, Credential};
 use crate::crypto::{Suite, pem};
 use crate::pb::proto::auth_service_client::AuthServiceClient;
-use crate::pb::proto::join_service_client::JoinServiceClient;
 use crate::pb::proto::{
     Certs, Event, GetRoleRequest, PingRequest, PingResponse, UserCertsRequest, Watch,
 };
@@ -294,9 +293,9 @@ impl Client {
         unary("SubmitHeartbeat", answer).map(drop)
     }
 
-    /// The join service over this authenticated channel, for a bot that joins again.
-    pub(crate) fn join_service(&self) -> Result<JoinServiceClient<Versioned>, ClusterError> {
-        Ok(over!(self, JoinServiceClient))
+    /// This authenticated channel itself, for a bot that joins again.
+    pub(crate) fn for_join(&self) -> Result<Versioned, ClusterError> {
+        Ok(InterceptedService::new(self.channel.current()?, Version))
     }
 }
 

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use der::asn1::{BitString, Null, ObjectIdentifier, Uint, UintRef};
 use der::{Decode as _, Encode as _};
 use ssh_key::public::{EcdsaPublicKey, Ed25519PublicKey, KeyData, RsaPublicKey};
@@ -117,6 +119,30 @@ pub fn spki_of_public_line(line: &str) -> Result<Vec<u8>, SshError> {
     .map_err(unsupported)
 }
 
+/// The line, with newline and without comment, of a public key or certificate in SSH's binary form
+/// (RFC 4253 section 6.6). Only the name of its algorithm is looked at.
+///
+/// # Errors
+/// [`SshError::Malformed`] if it does not begin with a name.
+pub fn line_of_wire(wire: &[u8]) -> Result<String, SshError> {
+    let rest = after_first_string(wire).ok_or(SshError::Malformed)?;
+    let name = wire
+        .get(4..wire.len() - rest.len())
+        .and_then(|name| std::str::from_utf8(name).ok())
+        .filter(|name| !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_graphic()))
+        .ok_or(SshError::Malformed)?;
+    Ok(format!("{name} {}\n", STANDARD.encode(wire)))
+}
+
+/// The binary form of a public key or certificate line; a comment is passed over.
+///
+/// # Errors
+/// [`SshError::Malformed`] if the second word is not base64.
+pub fn wire_of_line(line: &str) -> Result<Vec<u8>, SshError> {
+    let word = line.split_whitespace().nth(1).ok_or(SshError::Malformed)?;
+    STANDARD.decode(word).map_err(|_source| SshError::Malformed)
+}
+
 /// What matters of an SSH certificate.
 #[derive(Debug, Clone)]
 pub struct SshCertificate {
@@ -219,7 +245,7 @@ impl UserCertificate<'_> {
         wire.string(&signer);
         let signature = signature(authority, &wire.0)?;
         wire.string(&signature);
-        let body = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, &wire.0);
+        let body = STANDARD.encode(&wire.0);
         Ok(format!("{name} {body}\n"))
     }
 }
@@ -347,6 +373,26 @@ mod tests {
                 Err(SshError::Malformed),
                 "{junk}"
             );
+        }
+    }
+
+    #[test]
+    fn binary_forms_round_trip() {
+        let key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();
+        let line = key.public_ssh_line().unwrap();
+        let wire = wire_of_line(&line).unwrap();
+        assert_eq!(line_of_wire(&wire).unwrap(), line);
+        for junk in [
+            &b""[..],
+            b"\0\0\0\x07",
+            b"\0\0\0\0rest",
+            b"\0\0\0\x03a\nbrest",
+            b"\xff\xff\xff\xffssh-rsa",
+        ] {
+            assert_eq!(line_of_wire(junk), Err(SshError::Malformed), "{junk:?}");
+        }
+        for junk in ["", "ssh-rsa", "ssh-rsa ?"] {
+            assert_eq!(wire_of_line(junk), Err(SshError::Malformed), "{junk}");
         }
     }
 

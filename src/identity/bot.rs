@@ -15,10 +15,10 @@ use crate::clock::Clock;
 use crate::cluster::client::Route;
 use crate::cluster::dial::Dialer;
 use crate::cluster::trust::Trust;
-use crate::cluster::{ClusterError, Credential, Disposition};
+use crate::cluster::{Client, ClusterError, Credential, Disposition};
 use crate::crypto::{KeyError, PrivateKey, Purpose, jitter};
 use crate::health::Reporter;
-use crate::join::{self, JoinError, JoinMethod, Renewal, Session, TokenSource, token_hash};
+use crate::join::{Hello, JoinError, JoinMethod, Older, Renewal, Session, TokenSource, token_hash};
 use crate::pb::proto::UserCertsRequest;
 
 /// The first wait after a failure.
@@ -111,6 +111,8 @@ pub struct Bot {
     /// Whether there ever was an identity: only a first join that is refused ends the program.
     ever_held: bool,
     pending: Option<PrivateKey>,
+    /// Whether the cluster's version is known to lack the newer join service.
+    older: Older,
 }
 
 impl Bot {
@@ -147,6 +149,7 @@ impl Bot {
             held: None,
             ever_held: false,
             pending: None,
+            older: Older::default(),
         }
     }
 
@@ -285,8 +288,8 @@ impl Bot {
             Step::Wait(_) => return Ok(()),
             Step::Join => self.join(None).await?,
             Step::Renew(Renewal::Rejoin) => {
-                let session = Session::again(self.handle.client()).await?;
-                self.join(Some(session)).await?
+                let client = self.handle.client().clone();
+                self.join(Some(client)).await?
             }
             Step::Renew(Renewal::Certificate) => self.renew_certificate().await?,
         };
@@ -296,7 +299,8 @@ impl Bot {
         self.publish(identity, Some(started))
     }
 
-    async fn join(&mut self, session: Option<Session>) -> Result<(Identity, String), BotError> {
+    /// Joins: with the bot's own client again, without one for the first time.
+    async fn join(&mut self, again: Option<Client>) -> Result<(Identity, String), BotError> {
         let token = self
             .settings
             .token
@@ -304,25 +308,30 @@ impl Bot {
             .ok_or(BotError::NoToken)?
             .resolve()?;
         let method = self.settings.method;
-        let mut session = match session {
-            Some(session) => session,
-            None => Session::open(
-                &self.clock,
-                &self.dialer,
-                &self.settings.route,
-                &self.settings.trust,
-            )
-            .await
-            .map_err(|source| JoinError::Cluster {
-                method: method.name(),
-                source,
-            })?,
+        let proof = method.prepare().await?;
+        let hello = Hello {
+            method: method.name(),
+            token: token.clone(),
+            older: self.older.clone(),
         };
+        let session = match again {
+            Some(client) => Session::again(&client, hello).await,
+            None => {
+                Session::open(
+                    &self.clock,
+                    &self.dialer,
+                    &self.settings.route,
+                    &self.settings.trust,
+                    hello,
+                )
+                .await
+            }
+        }
+        .map_err(JoinError::cluster(method.name()))?;
         let key = new_key(session.suite(), Purpose::HostIdentity).await?;
         self.store.begin(&key).await?;
         let expires = self.clock.now() + self.settings.ttl;
-        let request = join::request(token.expose(), &key, expires)?;
-        let certs = method.join(&mut session, request, &self.clock).await?;
+        let certs = session.join(&key, expires, &proof, &self.clock).await?;
         let identity = Identity::from_certs(key, certs, Vec::new())?;
         Ok((identity, token_hash(&token)))
     }

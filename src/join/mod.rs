@@ -1,13 +1,16 @@
 //! How a bot proves to a cluster who it is: a trait, and one folder per join method.
 //!
-//! [`session`] opens the connection that a join runs on. Each method's folder has both halves:
+//! [`session`] opens the connection that a join runs on and speaks one of two protocols there: the
+//! newer stream that all methods share, or the older calls. Each method's folder has both halves:
 //! `mod.rs` proves, `verify.rs` is the half of the embedded cluster and imports nothing of the agent.
 
 pub mod iam;
 pub mod session;
 pub mod token;
 
+mod older;
 mod secret;
+mod stream;
 
 use std::fmt;
 use std::time::SystemTime;
@@ -15,13 +18,10 @@ use std::time::SystemTime;
 use async_trait::async_trait;
 
 pub use secret::{TokenSource, token_hash};
-pub use session::Session;
+pub use session::{Hello, Older, Session};
 
-use crate::clock::Clock;
 use crate::cluster::{ClusterError, Disposition};
-use crate::crypto::{KeyError, PrivateKey};
-use crate::pb::proto::Certs;
-use crate::pb::types::RegisterUsingTokenRequest;
+use crate::crypto::KeyError;
 
 /// The join methods, by their YAML `join_method`.
 pub const METHODS: &[&dyn JoinMethod] = &[&iam::Iam, &token::Token];
@@ -68,13 +68,29 @@ pub trait JoinMethod: Send + Sync + fmt::Debug {
     fn name(&self) -> &'static str;
     /// How its identities are kept alive.
     fn renewal(&self) -> Renewal;
-    /// Proves itself in `session` and returns the certificates.
-    async fn join(
-        &self,
-        session: &mut Session,
-        request: RegisterUsingTokenRequest,
-        clock: &Clock,
-    ) -> Result<Certs, JoinError>;
+    /// Fetches what the proof needs. It may be slow, so it comes before the exchange, which the
+    /// cluster bounds.
+    async fn prepare(&self) -> Result<Proof, JoinError>;
+}
+
+/// Signs a challenge, at a time, into the bytes of an AWS request.
+pub type SignIam = dyn Fn(&str, SystemTime) -> Result<Vec<u8>, JoinError> + Send + Sync;
+
+/// What a bot proves itself with; both protocols can carry each.
+pub enum Proof {
+    /// The token alone.
+    Token,
+    /// The cluster's challenge, signed with an AWS identity.
+    Iam(Box<SignIam>),
+}
+
+impl fmt::Debug for Proof {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Token => "Token",
+            Self::Iam(_) => "Iam",
+        })
+    }
 }
 
 /// Why a join failed.
@@ -107,6 +123,11 @@ pub enum JoinError {
 }
 
 impl JoinError {
+    /// A failure at the cluster's side of a join by `method`.
+    pub(crate) fn cluster(method: &'static str) -> impl Fn(ClusterError) -> Self {
+        move |source| Self::Cluster { method, source }
+    }
+
     /// What to do next.
     pub fn disposition(&self) -> Disposition {
         match self {
@@ -122,6 +143,10 @@ fn hint(source: &ClusterError, method: &str) -> &'static str {
         return "";
     }
     match method {
+        // The request itself is wrong: another token would not help.
+        "token" if source.code() == Some(tonic::Code::InvalidArgument) => {
+            " (check onboarding.join_method and onboarding.token)"
+        }
         "iam" => {
             " (check that onboarding.token names an iam token, that one of its allow rules has this \
              machine's AWS account and role ARN as `aws sts get-caller-identity` prints them, and that \
@@ -135,18 +160,5 @@ fn hint(source: &ClusterError, method: &str) -> &'static str {
     }
 }
 
-/// The request that every method sends: a new key for one token, and nothing else.
-pub fn request(
-    token: &str,
-    key: &PrivateKey,
-    expires: SystemTime,
-) -> Result<RegisterUsingTokenRequest, KeyError> {
-    Ok(RegisterUsingTokenRequest {
-        role: "Bot".to_owned(),
-        token: token.to_owned(),
-        public_tls_key: key.public_pem().into_bytes(),
-        public_ssh_key: key.public_ssh_line()?.into_bytes(),
-        expires: Some(expires.into()),
-        ..RegisterUsingTokenRequest::default()
-    })
-}
+#[cfg(test)]
+mod tests;

@@ -1,33 +1,68 @@
-//! The connection that a join runs on: a proxy's, an auth service's, or the bot's own.
+//! The connection that a join runs on (a proxy's, an auth service's, or the bot's own), and which of
+//! the two join protocols is spoken there.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use rustls::pki_types::ServerName;
-use tokio::sync::mpsc;
-use tokio::time::timeout;
-use tokio_stream::wrappers::ReceiverStream;
 
+use super::stream::Exchange;
+use super::{JoinError, Proof, older};
 use crate::clock::Clock;
 use crate::cluster::client::{Route, Versioned, timed, versioned};
 use crate::cluster::credential::{API_DOMAIN, roots_of};
 use crate::cluster::dial::{Dialer, server_name};
 use crate::cluster::trust::{Trust, check_pins};
-use crate::cluster::{Client, ClusterError, ping};
-use crate::crypto::Suite;
+use crate::cluster::{Client, ClusterError, Disposition, ping};
+use crate::crypto::{PrivateKey, Suite};
 use crate::pb::proto::auth_service_client::AuthServiceClient;
-use crate::pb::proto::join_service_client::JoinServiceClient;
-use crate::pb::proto::{Certs, PingRequest, RegisterUsingIamMethodRequest};
-use crate::pb::types::{RegisterUsingTokenRequest, SignatureAlgorithmSuite};
+use crate::pb::proto::{Certs, PingRequest, PingResponse};
+use crate::pb::types::SignatureAlgorithmSuite;
+use crate::secret::Secret;
 
-/// The longest a join may take; a cluster gives up after a minute.
-const JOIN: Duration = Duration::from_secs(60);
+/// The longest that each half of a join may take; a cluster gives up after a minute.
+pub(super) const JOIN: Duration = Duration::from_secs(60);
+
+/// What a join begins with.
+#[derive(Debug, Clone)]
+pub struct Hello {
+    /// The join method that the bot insists on.
+    pub method: &'static str,
+    /// The token.
+    pub token: Secret<String>,
+    /// What is known of the cluster from joins before.
+    pub older: Older,
+}
+
+/// The version of the cluster that was last seen to lack the newer join service, so that it is not
+/// asked at every join. One that has been upgraded is asked again. Clones share what they know.
+#[derive(Debug, Clone, Default)]
+pub struct Older(Arc<Mutex<Option<String>>>);
+
+impl Older {
+    fn is(&self, version: &str) -> bool {
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        known.as_deref() == Some(version)
+    }
+
+    fn note(&self, version: &str) {
+        tracing::debug!(
+            version,
+            "The cluster has no teleport.join.v1: joining by the older service"
+        );
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(version.to_owned());
+    }
+}
 
 /// An open join connection, and the suite that the cluster wants keys of.
 #[derive(Debug)]
 pub struct Session {
-    client: JoinServiceClient<Versioned>,
+    hello: Hello,
+    channel: Versioned,
+    version: String,
     suite: Suite,
+    /// The newer protocol, where the cluster has it.
+    exchange: Option<Exchange>,
 }
 
 impl Session {
@@ -37,16 +72,14 @@ impl Session {
         dialer: &Arc<dyn Dialer>,
         route: &Route,
         trust: &Trust,
+        hello: Hello,
     ) -> Result<Self, ClusterError> {
         match route {
             Route::Proxy(address) => {
                 let endpoints = ping::find(clock, dialer.as_ref(), trust, address).await?;
                 let tls = trust.web(clock, &[b"teleport-proxy-grpc", b"h2"])?;
                 let channel = versioned(Arc::clone(dialer), address, server_name(address)?, tls)?;
-                Ok(Self {
-                    client: JoinServiceClient::new(channel),
-                    suite: endpoints.suite,
-                })
+                Self::begin(hello, channel, endpoints.server_version, endpoints.suite).await
             }
             Route::Direct(address) => {
                 let connect = |roots| {
@@ -63,22 +96,52 @@ impl Session {
                 let answer = AuthServiceClient::new(channel.clone())
                     .ping(timed(PingRequest {}))
                     .await
-                    .map_err(ClusterError::call("Ping"))?;
-                Ok(Self {
-                    client: JoinServiceClient::new(channel),
-                    suite: suite_of(answer.get_ref().signature_algorithm_suite),
-                })
+                    .map_err(ClusterError::call("Ping"))?
+                    .into_inner();
+                let suite = suite_of(&answer);
+                Self::begin(hello, channel, answer.server_version, suite).await
             }
         }
     }
 
     /// A session over the bot's own authenticated connection: the cluster keeps the bot instance.
-    pub async fn again(client: &Client) -> Result<Self, ClusterError> {
+    pub async fn again(client: &Client, hello: Hello) -> Result<Self, ClusterError> {
         let answer = client.ping().await?;
-        Ok(Self {
-            client: client.join_service()?,
-            suite: suite_of(answer.signature_algorithm_suite),
-        })
+        let suite = suite_of(&answer);
+        Self::begin(hello, client.for_join()?, answer.server_version, suite).await
+    }
+
+    /// Begins the newer exchange unless a cluster of this version is known to lack it. `suite` is
+    /// what discovery says; the newer exchange says it itself.
+    pub(super) async fn begin(
+        hello: Hello,
+        channel: Versioned,
+        version: String,
+        suite: Suite,
+    ) -> Result<Self, ClusterError> {
+        let mut session = Self {
+            hello,
+            channel,
+            version,
+            suite,
+            exchange: None,
+        };
+        let hello = &session.hello;
+        if hello.older.is(&session.version) {
+            return Ok(session);
+        }
+        let channel = session.channel.clone();
+        match Exchange::begin(channel, hello.method, hello.token.expose()).await {
+            Ok(exchange) => {
+                session.suite = exchange.suite();
+                session.exchange = Some(exchange);
+            }
+            Err(error) if error.disposition() == Disposition::Unsupported => {
+                hello.older.note(&session.version);
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(session)
     }
 
     /// The suite that the cluster announced.
@@ -86,66 +149,25 @@ impl Session {
         self.suite
     }
 
-    /// Joins with a token alone.
-    pub async fn with_token(
-        &mut self,
-        request: RegisterUsingTokenRequest,
-    ) -> Result<Certs, ClusterError> {
-        self.client
-            .register_using_token(timed(request))
-            .await
-            .map(tonic::Response::into_inner)
-            .map_err(ClusterError::call("RegisterUsingToken"))
-    }
-
-    /// Joins with a signed AWS request: the cluster speaks first, with a challenge that `prove`
-    /// signs. A proof that fails ends the stream, and nothing was sent.
-    pub async fn with_iam<P, E>(
-        &mut self,
-        request: RegisterUsingTokenRequest,
-        prove: impl FnOnce(String) -> P,
-    ) -> Result<Result<Certs, E>, ClusterError>
-    where
-        P: Future<Output = Result<Vec<u8>, E>>,
-    {
-        const METHOD: &str = "RegisterUsingIAMMethod";
-        let exchange = async {
-            let (sender, receiver) = mpsc::channel(1);
-            let mut answers = self
-                .client
-                .register_using_iam_method(ReceiverStream::new(receiver))
-                .await
-                .map_err(ClusterError::call(METHOD))?
-                .into_inner();
-            let mut next = async || {
-                answers
-                    .message()
-                    .await
-                    .map_err(ClusterError::call(METHOD))?
-                    .ok_or_else(|| unusable(METHOD, "the stream ended early"))
-            };
-            let challenge = next().await?.challenge;
-            if challenge.is_empty() {
-                return Err(unusable(METHOD, "it sent no challenge"));
+    /// Joins with `proof` and a new key, for certificates until `expires`.
+    pub async fn join(
+        self,
+        key: &PrivateKey,
+        expires: SystemTime,
+        proof: &Proof,
+        clock: &Clock,
+    ) -> Result<Certs, JoinError> {
+        if let Some(exchange) = self.exchange {
+            match exchange.finish(key, expires, proof, clock).await {
+                // It has the service, but not yet for this method.
+                Err(error) if error.disposition() == Disposition::Unsupported => {
+                    self.hello.older.note(&self.version);
+                }
+                other => return other,
             }
-            let signed = match prove(challenge).await {
-                Ok(signed) => signed,
-                Err(error) => return Ok(Err(error)),
-            };
-            let answer = RegisterUsingIamMethodRequest {
-                register_using_token_request: Some(request),
-                sts_identity_request: signed,
-            };
-            // A stream that is gone shows in the next message.
-            drop(sender.send(answer).await);
-            let certs = next().await?.certs;
-            certs
-                .map(Ok)
-                .ok_or_else(|| unusable(METHOD, "it holds no certificates"))
-        };
-        timeout(JOIN, exchange)
-            .await
-            .unwrap_or_else(|_elapsed| Err(unusable(METHOD, "no answer within a minute")))
+        }
+        let request = older::request(self.hello.token.expose(), key, expires)?;
+        older::join(self.channel, self.hello.method, request, proof, clock).await
     }
 }
 
@@ -190,11 +212,12 @@ async fn first_roots(
     Ok(None)
 }
 
-fn suite_of(number: i32) -> Suite {
-    SignatureAlgorithmSuite::try_from(number).map_or(Suite::Legacy, Suite::from)
+fn suite_of(answer: &PingResponse) -> Suite {
+    SignatureAlgorithmSuite::try_from(answer.signature_algorithm_suite)
+        .map_or(Suite::Legacy, Suite::from)
 }
 
-fn unusable(call: &'static str, problem: &str) -> ClusterError {
+pub(super) fn unusable(call: &'static str, problem: &str) -> ClusterError {
     ClusterError::Answer {
         call,
         problem: problem.to_owned(),

@@ -9,10 +9,7 @@ use aws_config::{BehaviorVersion, Region};
 use aws_credential_types::Credentials;
 use aws_credential_types::provider::ProvideCredentials as _;
 
-use super::{JoinError, JoinMethod, Renewal, Session};
-use crate::clock::Clock;
-use crate::pb::proto::Certs;
-use crate::pb::types::RegisterUsingTokenRequest;
+use super::{JoinError, JoinMethod, Proof, Renewal};
 
 /// The region of the request where the machine names none. Right in the commercial partition only.
 const FALLBACK_REGION: &str = "us-east-1";
@@ -31,23 +28,11 @@ impl JoinMethod for Iam {
         Renewal::Rejoin
     }
 
-    async fn join(
-        &self,
-        session: &mut Session,
-        request: RegisterUsingTokenRequest,
-        clock: &Clock,
-    ) -> Result<Certs, JoinError> {
-        // The cluster bounds the exchange: what can be slow is fetched before it begins.
+    async fn prepare(&self) -> Result<Proof, JoinError> {
         let (credentials, region) = aws_identity().await?;
-        session
-            .with_iam(request, async |challenge| {
-                sign::identity_request(&credentials, &region, &challenge, clock.now())
-            })
-            .await
-            .map_err(|source| JoinError::Cluster {
-                method: self.name(),
-                source,
-            })?
+        Ok(Proof::Iam(Box::new(move |challenge, now| {
+            sign::identity_request(&credentials, &region, challenge, now)
+        })))
     }
 }
 

@@ -4,10 +4,7 @@ pub mod verify;
 
 use async_trait::async_trait;
 
-use super::{JoinError, JoinMethod, Renewal, Session};
-use crate::clock::Clock;
-use crate::pb::proto::Certs;
-use crate::pb::types::RegisterUsingTokenRequest;
+use super::{JoinError, JoinMethod, Proof, Renewal};
 
 /// Join method `token`.
 #[derive(Debug)]
@@ -23,18 +20,7 @@ impl JoinMethod for Token {
         Renewal::Certificate
     }
 
-    async fn join(
-        &self,
-        session: &mut Session,
-        request: RegisterUsingTokenRequest,
-        _clock: &Clock,
-    ) -> Result<Certs, JoinError> {
-        session
-            .with_token(request)
-            .await
-            .map_err(|source| JoinError::Cluster {
-                method: self.name(),
-                source,
-            })
+    async fn prepare(&self) -> Result<Proof, JoinError> {
+        Ok(Proof::Token)
     }
 }
