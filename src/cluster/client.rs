@@ -104,10 +104,11 @@ impl Client {
 
     /// Asks the auth service who it is.
     pub async fn ping(&self) -> Result<PingResponse, ClusterError> {
-        let answer = over!(self, AuthServiceClient)
-            .ping(timed(PingRequest {}))
-            .await;
-        unary("Ping", answer)
+        unary(
+            "Ping",
+            over!(self, AuthServiceClient).ping(timed(PingRequest {})),
+        )
+        .await
     }
 
     /// Asks for certificates as the bot.
@@ -115,19 +116,25 @@ impl Client {
         &self,
         request: UserCertsRequest,
     ) -> Result<Certs, ClusterError> {
-        let answer = over!(self, AuthServiceClient)
-            .generate_user_certs(timed(request))
-            .await;
-        unary("GenerateUserCerts", answer)
+        unary(
+            "GenerateUserCerts",
+            over!(self, AuthServiceClient).generate_user_certs(timed(request)),
+        )
+        .await
     }
 
     /// The host authority's TLS certificates, one PEM text each.
     pub async fn host_authorities(&self) -> Result<Vec<String>, ClusterError> {
         const METHOD: &str = "GetClusterCACert";
-        let answer = over!(self, AuthServiceClient)
-            .get_cluster_ca_cert(timed(()))
-            .await;
-        let text = String::from_utf8(unary(METHOD, answer)?.tlsca).unwrap_or_default();
+        let text = String::from_utf8(
+            unary(
+                METHOD,
+                over!(self, AuthServiceClient).get_cluster_ca_cert(timed(())),
+            )
+            .await?
+            .tlsca,
+        )
+        .unwrap_or_default();
         let ders = pem::certificates(&text).map_err(|source| ClusterError::Answer {
             call: METHOD,
             problem: source.to_string(),
@@ -143,24 +150,30 @@ impl Client {
         let request = GetRoleRequest {
             name: name.to_owned(),
         };
-        let answer = over!(self, AuthServiceClient)
-            .get_role(timed(request))
-            .await;
-        unary("GetRole", answer)
+        unary(
+            "GetRole",
+            over!(self, AuthServiceClient).get_role(timed(request)),
+        )
+        .await
     }
 
     /// Opens a stream of changes. It has no deadline.
     pub async fn watch(&self, request: Watch) -> Result<Streaming<Event>, ClusterError> {
-        let answer = over!(self, AuthServiceClient).watch_events(request).await;
-        unary("WatchEvents", answer)
+        opened(
+            "WatchEvents",
+            over!(self, AuthServiceClient).watch_events(request),
+        )
+        .await
     }
 
     /// The cluster's signature algorithm suite.
     pub async fn suite(&self) -> Result<Suite, ClusterError> {
-        let answer = over!(self, ClusterConfigServiceClient)
-            .get_auth_preference(timed(GetAuthPreferenceRequest {}))
-            .await;
-        let preference = unary("GetAuthPreference", answer)?;
+        let preference = unary(
+            "GetAuthPreference",
+            over!(self, ClusterConfigServiceClient)
+                .get_auth_preference(timed(GetAuthPreferenceRequest {})),
+        )
+        .await?;
         let number = preference
             .spec
             .map_or(0, |spec| spec.signature_algorithm_suite);
@@ -173,10 +186,12 @@ impl Client {
             r#type: kind.to_owned(),
             include_key: false,
         };
-        let answer = over!(self, TrustServiceClient)
-            .get_cert_authorities(timed(request))
-            .await;
-        Ok(unary("GetCertAuthorities", answer)?.cert_authorities_v2)
+        Ok(unary(
+            "GetCertAuthorities",
+            over!(self, TrustServiceClient).get_cert_authorities(timed(request)),
+        )
+        .await?
+        .cert_authorities_v2)
     }
 
     /// One cluster's authority of one type, without keys.
@@ -190,10 +205,11 @@ impl Client {
             domain: cluster.to_owned(),
             include_key: false,
         };
-        let answer = over!(self, TrustServiceClient)
-            .get_cert_authority(timed(request))
-            .await;
-        unary("GetCertAuthority", answer)
+        unary(
+            "GetCertAuthority",
+            over!(self, TrustServiceClient).get_cert_authority(timed(request)),
+        )
+        .await
     }
 
     /// The names of the leaf clusters, in the cluster's order.
@@ -206,10 +222,11 @@ impl Client {
                 page_size: 0,
                 page_token,
             };
-            let answer = over!(self, PresenceServiceClient)
-                .list_remote_clusters(timed(request))
-                .await;
-            let page = unary(METHOD, answer)?;
+            let page = unary(
+                METHOD,
+                over!(self, PresenceServiceClient).list_remote_clusters(timed(request)),
+            )
+            .await?;
             names.extend(
                 page.remote_clusters
                     .into_iter()
@@ -233,10 +250,11 @@ impl Client {
                 page_size: 100,
                 page_token,
             };
-            let answer = over!(self, SpiffeFederationServiceClient)
-                .list_spiffe_federations(timed(request))
-                .await;
-            let page = unary(METHOD, answer)?;
+            let page = unary(
+                METHOD,
+                over!(self, SpiffeFederationServiceClient).list_spiffe_federations(timed(request)),
+            )
+            .await?;
             all.extend(page.spiffe_federations);
             if page.next_page_token.is_empty() {
                 return Ok(all);
@@ -252,15 +270,17 @@ impl Client {
         request: IssueWorkloadIdentityRequest,
     ) -> Result<IssuedCredential, ClusterError> {
         const METHOD: &str = "IssueWorkloadIdentity";
-        let answer = over!(self, WorkloadIdentityIssuanceServiceClient)
-            .issue_workload_identity(timed(request))
-            .await;
-        unary(METHOD, answer)?
-            .credential
-            .ok_or(ClusterError::Answer {
-                call: METHOD,
-                problem: "it holds no credential".into(),
-            })
+        unary(
+            METHOD,
+            over!(self, WorkloadIdentityIssuanceServiceClient)
+                .issue_workload_identity(timed(request)),
+        )
+        .await?
+        .credential
+        .ok_or(ClusterError::Answer {
+            call: METHOD,
+            problem: "it holds no credential".into(),
+        })
     }
 
     /// Issues SVIDs for every workload identity that labels select.
@@ -268,18 +288,23 @@ impl Client {
         &self,
         request: IssueWorkloadIdentitiesRequest,
     ) -> Result<Vec<IssuedCredential>, ClusterError> {
-        let answer = over!(self, WorkloadIdentityIssuanceServiceClient)
-            .issue_workload_identities(timed(request))
-            .await;
-        Ok(unary("IssueWorkloadIdentities", answer)?.credentials)
+        Ok(unary(
+            "IssueWorkloadIdentities",
+            over!(self, WorkloadIdentityIssuanceServiceClient)
+                .issue_workload_identities(timed(request)),
+        )
+        .await?
+        .credentials)
     }
 
     /// Opens the stream of signed certificate revocation lists. It has no deadline.
     pub async fn signed_crl(&self) -> Result<Streaming<StreamSignedCrlResponse>, ClusterError> {
-        let answer = over!(self, WorkloadIdentityRevocationServiceClient)
-            .stream_signed_crl(StreamSignedCrlRequest {})
-            .await;
-        unary("StreamSignedCRL", answer)
+        opened(
+            "StreamSignedCRL",
+            over!(self, WorkloadIdentityRevocationServiceClient)
+                .stream_signed_crl(StreamSignedCrlRequest {}),
+        )
+        .await
     }
 
     /// Tells the cluster that this bot instance is alive.
@@ -287,10 +312,12 @@ impl Client {
         &self,
         request: SubmitHeartbeatRequest,
     ) -> Result<(), ClusterError> {
-        let answer = over!(self, BotInstanceServiceClient)
-            .submit_heartbeat(timed(request))
-            .await;
-        unary("SubmitHeartbeat", answer).map(drop)
+        unary(
+            "SubmitHeartbeat",
+            over!(self, BotInstanceServiceClient).submit_heartbeat(timed(request)),
+        )
+        .await
+        .map(drop)
     }
 
     /// This authenticated channel itself, for a bot that joins again.
@@ -306,11 +333,30 @@ pub(crate) fn timed<T>(message: T) -> Request<T> {
     request
 }
 
-fn unary<T>(
+/// The answer of a unary call within [`CALL`]. tonic's own deadline ends where the answer's headers
+/// arrive; a peer that sends those and then nothing is not waited for either.
+pub(crate) async fn unary<T>(
     method: &'static str,
-    answer: Result<tonic::Response<T>, Status>,
+    call: impl Future<Output = Result<tonic::Response<T>, Status>>,
 ) -> Result<T, ClusterError> {
+    let late = |_elapsed| {
+        let problem = format!("no complete answer within {} s", CALL.as_secs());
+        Err(Status::deadline_exceeded(problem))
+    };
+    // The call's state is some kilobytes: boxed, so that its callers' futures stay small.
+    let answer = tokio::time::timeout(CALL, Box::pin(call)).await;
+    let answer = answer.unwrap_or_else(late);
     answer
+        .map(tonic::Response::into_inner)
+        .map_err(ClusterError::call(method))
+}
+
+/// A stream, once its headers are there. How long that may take is the caller's to say.
+async fn opened<T>(
+    method: &'static str,
+    call: impl Future<Output = Result<tonic::Response<T>, Status>>,
+) -> Result<T, ClusterError> {
+    call.await
         .map(tonic::Response::into_inner)
         .map_err(ClusterError::call(method))
 }
@@ -319,5 +365,49 @@ fn endless(call: &'static str) -> ClusterError {
     ClusterError::Answer {
         call,
         problem: format!("the list does not end after {MAX_PAGES} pages"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use bytes::Bytes;
+    use futures_util::stream;
+    use http_body_util::StreamBody;
+    use hyper::body::Frame;
+    use hyper_util::rt::{TokioExecutor, TokioIo};
+    use tonic::Code;
+    use tonic::transport::Endpoint;
+
+    use super::*;
+
+    /// A peer that begins an answer and never ends it.
+    async fn half_an_answer() -> tonic::transport::Channel {
+        let connector = tower::service_fn(|_: http::Uri| async {
+            let (ours, theirs) = tokio::io::duplex(64 * 1024);
+            let service = hyper::service::service_fn(|_request| async {
+                let body = StreamBody::new(stream::pending::<Result<Frame<Bytes>, Infallible>>());
+                let response = http::Response::builder()
+                    .header("content-type", "application/grpc")
+                    .body(body);
+                Ok::<_, Infallible>(response.unwrap())
+            });
+            let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                .serve_connection(TokioIo::new(theirs), service);
+            tokio::spawn(server);
+            Ok::<_, Infallible>(TokioIo::new(ours))
+        });
+        let endpoint = Endpoint::from_static("http://localhost");
+        endpoint.connect_with_connector(connector).await.unwrap()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_stops_after_its_headers_is_not_waited_for() {
+        let mut client = AuthServiceClient::new(half_an_answer().await);
+        let began = tokio::time::Instant::now();
+        let answer = unary("Ping", client.ping(timed(PingRequest {}))).await;
+        assert_eq!(answer.unwrap_err().code(), Some(Code::DeadlineExceeded));
+        assert!(began.elapsed() <= 2 * CALL);
     }
 }
