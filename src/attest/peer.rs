@@ -5,7 +5,7 @@
 //! ID are about the process that connected.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
 
 use nix::errno::Errno;
@@ -63,7 +63,19 @@ impl Peer {
             // Linux before 6.5 has no such option.
             Err(Errno::ENOPROTOOPT) => {
                 tell_fallback();
-                open_checked(pid)?
+                let accepted = uptime();
+                let pidfd = open_checked(pid)?;
+                let facts = Facts {
+                    started: start_time(pid),
+                    accepted,
+                    owners: owners(pid),
+                    hung_up: has_hung_up(stream),
+                    alive: !has_exited(&pidfd),
+                };
+                if !facts.name_the_caller(credentials.uid(), credentials.gid()) {
+                    return Err(PeerError::Gone { pid });
+                }
+                pidfd
             }
             // The process is reaped (kernels before 6.16), so nothing can be told about it.
             Err(Errno::ESRCH | Errno::EINVAL | Errno::ENODATA) => {
@@ -143,18 +155,91 @@ impl Peer {
 
 /// A pidfd becomes readable when its process ends. A failing poll counts as ended.
 fn has_exited(pidfd: &OwnedFd) -> bool {
-    let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
+    now_ready(pidfd.as_fd(), PollFlags::IN, PollFlags::all())
+}
+
+/// Whether a poll that asks for `events` finds any of `wanted`. A failing poll counts as a yes.
+fn now_ready(fd: BorrowedFd<'_>, events: PollFlags, wanted: PollFlags) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(fd, events)];
     let now = Timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
     loop {
         match poll(&mut fds, Some(&now)) {
-            Ok(ready) => return ready > 0,
+            Ok(_) => return fds.iter().any(|fd| fd.revents().intersects(wanted)),
             Err(rustix::io::Errno::INTR) => {}
             Err(_) => return true,
         }
     }
+}
+
+/// What tells whether a process that has the ID of a caller is that caller, where the kernel gives
+/// no handle on the caller itself.
+///
+/// The ID of a caller that ended is free for others. Its end closes its connection, unless it left
+/// that to a child; the one who got its ID began later, and as whoever it is.
+#[derive(Debug, Clone, Copy)]
+struct Facts {
+    /// When the process began, in clock ticks since boot.
+    started: Option<u64>,
+    /// When the connection was accepted, the same way.
+    accepted: Option<u64>,
+    /// The effective user and group that the process has.
+    owners: Option<(u32, u32)>,
+    /// Whether the other end of the connection was closed.
+    hung_up: bool,
+    /// Whether the process still runs. Looked at last, so that the rest is about it.
+    alive: bool,
+}
+
+impl Facts {
+    /// Whether all of it fits a caller that connected with these IDs. What cannot be known does not
+    /// fit.
+    fn name_the_caller(&self, uid: u32, gid: u32) -> bool {
+        let began_before = matches!(
+            (self.started, self.accepted),
+            (Some(started), Some(accepted)) if started <= accepted
+        );
+        began_before && self.owners == Some((uid, gid)) && !self.hung_up && self.alive
+    }
+}
+
+/// Clock ticks since boot. Both this and a process's start are hundredths of a second to user space
+/// (`USER_HZ`), whatever the kernel's own clock.
+fn uptime() -> Option<u64> {
+    parse_uptime(&std::fs::read_to_string("/proc/uptime").ok()?)
+}
+
+fn parse_uptime(text: &str) -> Option<u64> {
+    let (seconds, hundredths) = text.split_ascii_whitespace().next()?.split_once('.')?;
+    let rest: u64 = hundredths.parse().ok().filter(|_| hundredths.len() == 2)?;
+    seconds
+        .parse::<u64>()
+        .ok()?
+        .checked_mul(100)?
+        .checked_add(rest)
+}
+
+/// The effective user and group of a process.
+fn owners(pid: i32) -> Option<(u32, u32)> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    parse_owners(&status)
+}
+
+fn parse_owners(status: &str) -> Option<(u32, u32)> {
+    // Real, effective, saved and file system IDs.
+    let effective = |name: &str| {
+        let mut lines = status.lines();
+        let ids = lines.find_map(|line| line.strip_prefix(name))?;
+        ids.split_ascii_whitespace().nth(1)?.parse().ok()
+    };
+    Some((effective("Uid:")?, effective("Gid:")?))
+}
+
+/// Whether nobody holds the other end of a connection any more.
+fn has_hung_up(stream: &UnixStream) -> bool {
+    now_ready(stream.as_fd(), PollFlags::HUP, PollFlags::HUP)
 }
 
 /// Opens a pidfd by ID and checks by the start time that the ID named one process all the while.
@@ -191,8 +276,8 @@ fn tell_fallback() {
     static TOLD: OnceLock<()> = OnceLock::new();
     TOLD.get_or_init(|| {
         tracing::warn!(
-            "This kernel has no SO_PEERPIDFD (Linux 6.5): callers are pinned by pidfd_open and \
-             their start time instead"
+            "This kernel has no SO_PEERPIDFD (Linux 6.5): callers are pinned by pidfd_open, their \
+             start time and their user instead"
         );
     });
 }
@@ -205,7 +290,7 @@ fn unknown(action: &'static str) -> impl Fn(Errno) -> PeerError {
 }
 
 impl AsFd for Peer {
-    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
         self.pidfd.get_ref().as_fd()
     }
 }
@@ -229,6 +314,112 @@ mod tests {
         ] {
             assert_eq!(parse_start_time(bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn whoever_got_the_id_of_a_caller_that_ended_is_not_the_caller() {
+        let caller = Facts {
+            started: Some(100),
+            accepted: Some(200),
+            owners: Some((1000, 1001)),
+            hung_up: false,
+            alive: true,
+        };
+        assert!(caller.name_the_caller(1000, 1001));
+        for (why, other) in [
+            (
+                "began later",
+                Facts {
+                    started: Some(201),
+                    ..caller
+                },
+            ),
+            (
+                "no start time",
+                Facts {
+                    started: None,
+                    ..caller
+                },
+            ),
+            (
+                "no uptime",
+                Facts {
+                    accepted: None,
+                    ..caller
+                },
+            ),
+            (
+                "another user",
+                Facts {
+                    owners: Some((0, 1001)),
+                    ..caller
+                },
+            ),
+            (
+                "another group",
+                Facts {
+                    owners: Some((1000, 0)),
+                    ..caller
+                },
+            ),
+            (
+                "unknown user",
+                Facts {
+                    owners: None,
+                    ..caller
+                },
+            ),
+            (
+                "the caller's end is closed",
+                Facts {
+                    hung_up: true,
+                    ..caller
+                },
+            ),
+            (
+                "it ended too",
+                Facts {
+                    alive: false,
+                    ..caller
+                },
+            ),
+        ] {
+            assert!(!other.name_the_caller(1000, 1001), "{why}");
+        }
+    }
+
+    #[test]
+    fn facts_are_read_from_proc() {
+        assert_eq!(parse_uptime("351735.47 234388.90\n"), Some(35_173_547));
+        for bad in [
+            "",
+            "351735",
+            "351735.4",
+            "x.47",
+            "1.xx",
+            "99999999999999999999.00",
+        ] {
+            assert_eq!(parse_uptime(bad), None, "{bad}");
+        }
+        let status = "Name:\tcat\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\n";
+        assert_eq!(parse_owners(status), Some((2, 6)));
+        assert_eq!(parse_owners("Uid:\t1\t2\t3\t4\n"), None);
+        let pid = i32::try_from(std::process::id()).unwrap();
+        assert!(start_time(pid).unwrap() <= uptime().unwrap());
+        let own = (
+            nix::unistd::geteuid().as_raw(),
+            nix::unistd::getegid().as_raw(),
+        );
+        assert_eq!(owners(pid), Some(own));
+    }
+
+    #[tokio::test]
+    async fn a_closed_end_is_seen_before_anything_is_read() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        theirs.try_write(b"x").unwrap();
+        assert!(!has_hung_up(&ours));
+        drop(theirs);
+        assert!(has_hung_up(&ours));
     }
 
     #[tokio::test]
