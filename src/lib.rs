@@ -21,6 +21,7 @@ pub mod identity;
 pub mod install;
 pub mod join;
 pub mod pb;
+pub mod renewal;
 pub mod secret;
 pub mod services;
 pub mod spiffe;

@@ -20,6 +20,7 @@ use crate::crypto::{KeyError, PrivateKey, Purpose, jitter};
 use crate::health::Reporter;
 use crate::join::{Hello, JoinError, JoinMethod, Older, Renewal, Session, TokenSource, token_hash};
 use crate::pb::proto::UserCertsRequest;
+use crate::renewal;
 
 /// The first wait after a failure.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
@@ -397,7 +398,7 @@ impl Bot {
             not_before: identity.not_before(),
             not_after: identity.not_after(),
             renewable: identity.is_renewable(),
-            renew_at: state::renew_at(
+            renew_at: renewal::due(
                 issued.unwrap_or(identity.not_before()),
                 identity.not_after(),
                 self.settings.interval,
@@ -414,8 +415,10 @@ impl Bot {
             if fresh { "The bot has a fresh identity" } else { "Using the stored identity" }
         );
         self.health.healthy();
-        self.health
-            .fresh_until(freshness(issued.unwrap_or(held.not_before), held.not_after));
+        self.health.fresh_until(renewal::fresh_until(
+            issued.unwrap_or(held.not_before),
+            held.not_after,
+        ));
         self.held = Some(held);
         self.ever_held = true;
         self.credential.send_replace(Some(Arc::new(credential)));
@@ -429,11 +432,6 @@ impl Bot {
         self.credential.send_replace(None);
         self.identity.send_replace(None);
     }
-}
-
-/// The moment after which an identity should have been replaced: two thirds of its life.
-fn freshness(issued: SystemTime, not_after: SystemTime) -> SystemTime {
-    issued + not_after.duration_since(issued).unwrap_or_default() * 2 / 3
 }
 
 fn tell(loudness: Loudness, error: &BotError, wait: Duration) {

@@ -57,20 +57,6 @@ pub fn decide(now: SystemTime, held: Option<&Held>) -> Step {
     }
 }
 
-/// When an identity issued at `issued` is to be renewed: after `interval`, at two thirds of its life
-/// at the latest, and up to a tenth earlier, so that agents started together drift apart.
-/// `random` is uniform in `[0, 1)`.
-pub fn renew_at(
-    issued: SystemTime,
-    not_after: SystemTime,
-    interval: Duration,
-    random: f64,
-) -> SystemTime {
-    let life = not_after.duration_since(issued).unwrap_or_default();
-    let due = interval.min(life * 2 / 3);
-    issued + due.mul_f64(1.0 - 0.1 * random.clamp(0.0, 1.0))
-}
-
 /// The cap of the backoff after a failure.
 pub fn cap(disposition: Disposition) -> Duration {
     match disposition {
@@ -115,25 +101,5 @@ mod tests {
         ] {
             assert_eq!(decide(now, identity.as_ref()), step, "at {now:?}");
         }
-    }
-
-    #[test]
-    fn renewal_comes_at_the_interval_or_two_thirds_of_life() {
-        let hour = Duration::from_hours(1);
-        let interval = Duration::from_mins(20);
-        for random in [0.0, 0.5, 0.999] {
-            let due = renew_at(START, START + hour, interval, random);
-            assert!(due <= at(1200) && due >= at(1080), "{due:?}");
-            let due = renew_at(START, at(600), interval, random);
-            assert!(due <= at(400) && due >= at(360), "{due:?}");
-        }
-    }
-
-    #[test]
-    fn an_identity_that_is_already_over_is_due_at_once() {
-        assert_eq!(
-            renew_at(at(10), at(5), Duration::from_mins(20), 0.5),
-            at(10)
-        );
     }
 }

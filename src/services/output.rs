@@ -15,6 +15,7 @@ use crate::backoff::{Backoff, Loudness, Repeated};
 use crate::clock::Clock;
 use crate::crypto::jitter;
 use crate::health::Reporter;
+use crate::renewal::{self, fresh_until};
 use crate::telemetry::metrics::{Metrics, Outcome};
 use crate::telemetry::one_line;
 
@@ -132,8 +133,7 @@ impl Schedule {
     /// the interval, or at two thirds of the life if that is sooner, a little earlier by `random`
     /// so that not everyone comes at once.
     fn succeeded(&mut self, started: SystemTime, not_after: SystemTime, random: f64) {
-        let wait = self.interval.min(two_thirds(started, not_after));
-        self.due = started + wait.mul_f64(0.95 - 0.1 * random);
+        self.due = renewal::due(started, not_after, self.interval, random);
         self.attempts.reset();
         self.rounds.reset();
     }
@@ -156,15 +156,6 @@ impl Schedule {
         self.due = now;
         self.attempts.reset();
     }
-}
-
-fn two_thirds(from: SystemTime, not_after: SystemTime) -> Duration {
-    not_after.duration_since(from).unwrap_or_default() / 3 * 2
-}
-
-/// When what was issued at `issued` becomes older than it should.
-fn fresh_until(issued: SystemTime, not_after: SystemTime) -> SystemTime {
-    issued + two_thirds(issued, not_after)
 }
 
 /// Follows the schedule.

@@ -13,11 +13,13 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
 use super::issue::{IssueError, Issuer, Svid};
+use super::outcome::Failures;
 use super::selector::Selector;
-use crate::backoff::{Backoff, Loudness, Repeated};
+use crate::backoff::Backoff;
 use crate::clock::Clock;
 use crate::crypto::{jitter, sha256};
 use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
+use crate::renewal;
 
 /// Requests in flight at a time. A cluster answers one in some milliseconds; more would only queue
 /// there.
@@ -30,8 +32,6 @@ const REFUSAL_KEPT: Duration = Duration::from_secs(1);
 const SPREAD: Duration = Duration::from_secs(10);
 /// First and longest wait after a failure.
 const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
-/// The part of the wait for a renewal that jitter takes off at most.
-const JITTER: f64 = 0.1;
 
 /// What an entry's subscribers see.
 #[derive(Debug, Clone, Default)]
@@ -54,6 +54,29 @@ impl State {
             Self::Pending => false,
             Self::Ready(svids) => not_after(svids) > now,
             Self::Refused(_) | Self::Unavailable(_) => true,
+        }
+    }
+}
+
+/// How fresh the SVIDs of all callers together are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Freshness {
+    /// Nobody uses any.
+    Idle,
+    /// The first of them should have been renewed by then.
+    Until(SystemTime),
+    /// Somebody has none because of this trouble, a refusal aside.
+    Missing(Arc<str>),
+}
+
+impl Freshness {
+    /// The worse of the two.
+    fn and(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Missing(why), _) | (_, Self::Missing(why)) => Self::Missing(why),
+            (Self::Until(one), Self::Until(other)) => Self::Until(one.min(other)),
+            (Self::Until(one), Self::Idle) | (Self::Idle, Self::Until(one)) => Self::Until(one),
+            (Self::Idle, Self::Idle) => Self::Idle,
         }
     }
 }
@@ -87,6 +110,7 @@ struct Table {
     /// When each entry that is not in flight wants attention.
     queue: BTreeSet<(SystemTime, u64)>,
     next_id: u64,
+    failures: Failures,
 }
 
 #[derive(Debug)]
@@ -99,8 +123,9 @@ struct Entry {
     attempted: Option<SystemTime>,
     due: SystemTime,
     in_flight: bool,
+    /// Why nothing is held, until the cluster answers.
+    trouble: Option<Arc<str>>,
     backoff: Backoff,
-    failures: Repeated,
 }
 
 impl Table {
@@ -184,22 +209,22 @@ impl Inner {
 type Outcome = Result<Vec<Svid>, IssueError>;
 
 impl Cache {
-    /// When the first SVID that somebody uses should have been renewed: two thirds of its life.
-    /// `None` while nothing is held.
-    pub fn fresh_until(&self) -> Option<SystemTime> {
+    /// How fresh is what somebody uses or lately wanted to use.
+    pub fn freshness(&self) -> Freshness {
         let table = self.0.table();
-        let used = table.entries.values().filter(|entry| entry.subscribers > 0);
-        used.filter_map(|entry| match &*entry.state.borrow() {
-            State::Ready(svids) => svids
-                .iter()
-                .map(|svid| {
-                    let life = svid.not_after.duration_since(svid.not_before);
-                    svid.not_before + life.unwrap_or_default() * 2 / 3
-                })
-                .min(),
-            State::Pending | State::Refused(_) | State::Unavailable(_) => None,
-        })
-        .min()
+        let mut worst = Freshness::Idle;
+        for entry in table.entries.values() {
+            // A caller whose stream ended with an outage comes back; it is not forgotten meanwhile.
+            let fresh = match (&entry.trouble, &*entry.state.borrow()) {
+                (Some(why), _) => Freshness::Missing(Arc::clone(why)),
+                (None, State::Ready(svids)) if entry.subscribers > 0 => {
+                    Freshness::Until(renewal::fresh_until(issued_at(svids), not_after(svids)))
+                }
+                _ => Freshness::Idle,
+            };
+            worst = worst.and(fresh);
+        }
+        worst
     }
 
     /// A cache that renews what `issuer` issues after `interval` at the latest. Nothing happens
@@ -338,13 +363,20 @@ impl Cache {
         let now = self.0.clock.now();
         let interval = self.0.interval;
         let mut table = self.0.table();
+        if let Some(entry) = table.entries.get(&id) {
+            let attributes = Arc::clone(&entry.attributes);
+            table.failures.tell(&attributes, &outcome);
+        }
         table.update(id, |entry| {
             entry.in_flight = false;
-            entry.tell(&outcome);
             let held = entry.state.borrow().clone();
             let next = after(now, &held, outcome, interval, &mut entry.backoff, jitter());
             entry.due = next.due;
             if let Some(state) = next.publish {
+                entry.trouble = match &state {
+                    State::Unavailable(why) => Some(Arc::clone(why)),
+                    State::Ready(_) | State::Refused(_) | State::Pending => None,
+                };
                 entry.state.send_replace(state);
             }
         });
@@ -380,8 +412,8 @@ impl Entry {
             attempted: None,
             due: now,
             in_flight: false,
+            trouble: None,
             backoff: Backoff::new(BACKOFF.0, BACKOFF.1),
-            failures: Repeated::default(),
         }
     }
 
@@ -397,41 +429,6 @@ impl Entry {
         if stale && !self.in_flight {
             self.due = now;
             self.state.send_replace(State::Pending);
-        }
-    }
-
-    fn tell(&mut self, outcome: &Outcome) {
-        let unix = self.attributes.unix.as_ref();
-        let pid = unix.map(|unix| unix.pid);
-        let uid = unix.map(|unix| unix.uid);
-        let service = self.attributes.systemd.as_ref().map(|s| s.service.as_str());
-        match outcome {
-            Ok(svids) => {
-                self.failures.recovered();
-                for svid in svids {
-                    tracing::info!(
-                        r#type = "x509-svid",
-                        spiffe_id = %svid.id,
-                        serial_number = svid.serial,
-                        hint = svid.hint,
-                        expires_at = %crate::clock::rfc3339(svid.not_after),
-                        workload_identity_name = svid.name,
-                        workload_identity_revision = svid.revision,
-                        pid,
-                        uid,
-                        systemd_service = service,
-                        "Issued Workload Identity Credential"
-                    );
-                }
-            }
-            Err(error) => match self.failures.failed() {
-                Loudness::Warn => {
-                    tracing::warn!(pid, uid, systemd_service = service, %error, "No SVID was issued");
-                }
-                Loudness::Debug => {
-                    tracing::debug!(pid, uid, systemd_service = service, %error, "No SVID was issued");
-                }
-            },
         }
     }
 }
@@ -458,7 +455,8 @@ fn after(
         Ok(svids) => {
             backoff.reset();
             let svids: Arc<[Svid]> = svids.into();
-            let due = renew_at(now, not_after(&svids), interval, random);
+            let due = renewal::due(issued_at(&svids), not_after(&svids), interval, random)
+                .max(now + BACKOFF.0);
             Next {
                 publish: Some(State::Ready(svids)),
                 due,
@@ -485,12 +483,10 @@ fn after(
     }
 }
 
-/// The deadline of a renewal, fixed when something was issued: after `interval`, before two thirds
-/// of the life are over, and up to a tenth earlier so that agents do not march in step.
-fn renew_at(now: SystemTime, not_after: SystemTime, interval: Duration, random: f64) -> SystemTime {
-    let life = not_after.duration_since(now).unwrap_or_default();
-    let wait = interval.min(life * 2 / 3).max(Duration::from_secs(1));
-    now + wait.mul_f64(1.0 - JITTER * random)
+/// When they came; all of an answer come together.
+fn issued_at(svids: &[Svid]) -> SystemTime {
+    let issued = svids.iter().map(|svid| svid.issued_at);
+    issued.min().unwrap_or(SystemTime::UNIX_EPOCH)
 }
 
 /// When the first of them expires.

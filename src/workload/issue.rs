@@ -19,8 +19,8 @@ use crate::pb::teleport::workloadidentity::v1::credential::Credential as Kind;
 use crate::pb::teleport::workloadidentity::v1::issue_workload_identities_request::Credential as ManyParams;
 use crate::pb::teleport::workloadidentity::v1::issue_workload_identity_request::Credential as OneParams;
 use crate::pb::teleport::workloadidentity::v1::{
-    Credential, IssueWorkloadIdentitiesRequest, IssueWorkloadIdentityRequest, WorkloadAttrs,
-    X509svidParams,
+    Credential, IssueWorkloadIdentitiesRequest, IssueWorkloadIdentityRequest, JwtsvidParams,
+    WorkloadAttrs, X509svidParams,
 };
 use crate::spiffe::{SpiffeId, TrustDomain};
 
@@ -48,8 +48,8 @@ pub struct Svid {
     pub key: Bytes,
     /// What tells this identity from others of the same workload; may be empty.
     pub hint: String,
-    /// Start of validity.
-    pub not_before: SystemTime,
+    /// When it came, by this machine's clock. The certificate itself is backdated.
+    pub issued_at: SystemTime,
     /// End of validity.
     pub not_after: SystemTime,
     /// The leaf's serial number, hex pairs joined by `:`.
@@ -153,14 +153,69 @@ impl ClusterIssuer {
             Some((suite, now + SUITE_KEPT));
         Ok(suite)
     }
+}
 
-    async fn bundles(&self) -> Result<Arc<Bundles>, IssueError> {
-        let mut bundles = self.bundles.clone();
-        let known = bundles.wait_for(Option::is_some).await;
-        known
-            .ok()
-            .and_then(|bundles| bundles.clone())
-            .ok_or_else(|| IssueError::Unavailable("the agent is stopping".into()))
+/// The bundles, once there are some.
+pub(super) async fn current(
+    bundles: &watch::Receiver<Option<Arc<Bundles>>>,
+) -> Result<Arc<Bundles>, IssueError> {
+    let mut bundles = bundles.clone();
+    let known = bundles.wait_for(Option::is_some).await;
+    known
+        .ok()
+        .and_then(|bundles| bundles.clone())
+        .ok_or_else(|| IssueError::Unavailable("the agent is stopping".into()))
+}
+
+/// What is asked for, whatever its form.
+pub(super) struct Wanted<'a> {
+    pub(super) selector: &'a Selector,
+    pub(super) ttl: Duration,
+    pub(super) attributes: &'a WorkloadAttrs,
+}
+
+/// The form of what is asked for.
+pub(super) enum Params {
+    X509(X509svidParams),
+    Jwt(JwtsvidParams),
+}
+
+impl Wanted<'_> {
+    /// Asks for one identity by its name, or for all that the labels select.
+    pub(super) async fn ask(
+        &self,
+        client: &Client,
+        params: Params,
+    ) -> Result<Vec<Credential>, ClusterError> {
+        let requested_ttl = prost_types::Duration::try_from(self.ttl).ok();
+        let workload_attrs = Some(self.attributes.clone());
+        match self.selector {
+            Selector::Name(name) => {
+                let request = IssueWorkloadIdentityRequest {
+                    name: name.clone(),
+                    credential: Some(match params {
+                        Params::X509(params) => OneParams::X509SvidParams(params),
+                        Params::Jwt(params) => OneParams::JwtSvidParams(params),
+                    }),
+                    workload_attrs,
+                    requested_ttl,
+                    ..IssueWorkloadIdentityRequest::default()
+                };
+                Ok(vec![client.issue_workload_identity(request).await?])
+            }
+            Selector::Labels(labels) => {
+                let request = IssueWorkloadIdentitiesRequest {
+                    label_selectors: Selector::label_selectors(labels),
+                    credential: Some(match params {
+                        Params::X509(params) => ManyParams::X509SvidParams(params),
+                        Params::Jwt(params) => ManyParams::JwtSvidParams(params),
+                    }),
+                    workload_attrs,
+                    requested_ttl,
+                };
+                client.issue_workload_identities(request).await
+            }
+        }
     }
 }
 
@@ -183,30 +238,13 @@ impl Issuer for ClusterIssuer {
             // Only a cluster that has an override for its issuer takes notice.
             use_issuer_overrides: true,
         };
-        let requested_ttl = prost_types::Duration::try_from(ttl).ok();
-        let workload_attrs = Some(attributes.clone());
-        let credentials = match selector {
-            Selector::Name(name) => {
-                let request = IssueWorkloadIdentityRequest {
-                    name: name.clone(),
-                    credential: Some(OneParams::X509SvidParams(params)),
-                    workload_attrs,
-                    requested_ttl,
-                    ..IssueWorkloadIdentityRequest::default()
-                };
-                vec![client.issue_workload_identity(request).await?]
-            }
-            Selector::Labels(labels) => {
-                let request = IssueWorkloadIdentitiesRequest {
-                    label_selectors: Selector::label_selectors(labels),
-                    credential: Some(ManyParams::X509SvidParams(params)),
-                    workload_attrs,
-                    requested_ttl,
-                };
-                client.issue_workload_identities(request).await?
-            }
+        let wanted = Wanted {
+            selector,
+            ttl,
+            attributes,
         };
-        let bundles = self.bundles().await?;
+        let credentials = wanted.ask(&client, Params::X509(params)).await?;
+        let bundles = current(&self.bundles).await?;
         accept(credentials, &key, &bundles, self.clock.now())
     }
 }
@@ -298,7 +336,7 @@ fn checked(
         chain: ders.flatten().copied().collect(),
         key: secret.clone(),
         hint: credential.hint,
-        not_before: leaf.not_before(),
+        issued_at: now,
         not_after: leaf.not_after(),
         serial: leaf.serial(),
         name: credential.workload_identity_name,

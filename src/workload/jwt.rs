@@ -5,16 +5,11 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::issue::{Access, IssueError};
+use super::issue::{Access, IssueError, Params, Wanted, current};
 use super::{Bundles, Selector};
 use crate::clock::Clock;
 use crate::pb::teleport::workloadidentity::v1::credential::Credential as Kind;
-use crate::pb::teleport::workloadidentity::v1::issue_workload_identities_request::Credential as ManyParams;
-use crate::pb::teleport::workloadidentity::v1::issue_workload_identity_request::Credential as OneParams;
-use crate::pb::teleport::workloadidentity::v1::{
-    Credential, IssueWorkloadIdentitiesRequest, IssueWorkloadIdentityRequest, JwtsvidParams,
-    WorkloadAttrs,
-};
+use crate::pb::teleport::workloadidentity::v1::{Credential, JwtsvidParams, WorkloadAttrs};
 use crate::spiffe::{SpiffeId, jwt};
 
 /// A JWT-SVID as the cluster issued it, verified.
@@ -68,36 +63,13 @@ impl JwtIssuer {
         let params = JwtsvidParams {
             audiences: audiences.to_vec(),
         };
-        let requested_ttl = prost_types::Duration::try_from(ttl).ok();
-        let workload_attrs = Some(attributes.clone());
-        let credentials = match selector {
-            Selector::Name(name) => {
-                let request = IssueWorkloadIdentityRequest {
-                    name: name.clone(),
-                    credential: Some(OneParams::JwtSvidParams(params)),
-                    workload_attrs,
-                    requested_ttl,
-                    ..IssueWorkloadIdentityRequest::default()
-                };
-                vec![client.issue_workload_identity(request).await?]
-            }
-            Selector::Labels(labels) => {
-                let request = IssueWorkloadIdentitiesRequest {
-                    label_selectors: Selector::label_selectors(labels),
-                    credential: Some(ManyParams::JwtSvidParams(params)),
-                    workload_attrs,
-                    requested_ttl,
-                };
-                client.issue_workload_identities(request).await?
-            }
+        let wanted = Wanted {
+            selector,
+            ttl,
+            attributes,
         };
-        let mut bundles = self.bundles.clone();
-        let bundles = bundles
-            .wait_for(Option::is_some)
-            .await
-            .ok()
-            .and_then(|bundles| bundles.clone())
-            .ok_or_else(|| IssueError::Unavailable("the agent is stopping".into()))?;
+        let credentials = wanted.ask(&client, Params::Jwt(params)).await?;
+        let bundles = current(&self.bundles).await?;
         credentials
             .into_iter()
             .map(|credential| self.checked(credential, &bundles, audiences))

@@ -11,11 +11,13 @@ pub mod issue;
 pub mod jwt;
 pub mod selector;
 
+mod outcome;
+
 #[cfg(test)]
 pub(crate) mod tests;
 
 pub use bundle::{BundleFeed, Bundles};
-pub use cache::{Cache, State, Subscription};
+pub use cache::{Cache, Freshness, State, Subscription};
 pub use crl::{Crl, CrlFeed};
 pub use issue::{Access, ClusterIssuer, IssueError, Issuer, Svid};
 pub use jwt::JwtIssuer;

@@ -16,6 +16,7 @@ const RINGS: &[&[&str]] = &[
         "fsx",
         "health",
         "pb",
+        "renewal",
         "secret",
         "spiffe",
         "telemetry",

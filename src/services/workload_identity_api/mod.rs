@@ -31,7 +31,8 @@ use crate::destination::DestinationPlan;
 use crate::identity::{Handle, IdentityError, Request};
 use crate::pb::workload_api::spiffe_workload_api_server::SpiffeWorkloadApiServer;
 use crate::workload::{
-    Access, Bundles, Cache, ClusterIssuer, Crl, IssueError, JwtIssuer, Selector, bundle, crl,
+    Access, Bundles, Cache, ClusterIssuer, Crl, Freshness, IssueError, JwtIssuer, Selector, bundle,
+    crl,
 };
 use crate::yaml::{Fields, Tree};
 
@@ -260,11 +261,29 @@ async fn report(context: &Context, cache: &Cache, bundles: &watch::Receiver<Opti
     if bundles.wait_for(Option::is_some).await.is_err() {
         return std::future::pending().await;
     }
-    context.health.healthy();
+    let mut told = None;
     loop {
         let now = context.clock.now();
-        let deadline = cache.fresh_until().unwrap_or(now + context.lifetime.ttl);
-        context.health.fresh_until(deadline);
+        let trouble = match cache.freshness() {
+            Freshness::Missing(why) => Some(why),
+            Freshness::Until(deadline) => {
+                context.health.fresh_until(deadline);
+                None
+            }
+            Freshness::Idle => {
+                context.health.fresh_until(now + context.lifetime.ttl);
+                None
+            }
+        };
+        if told.as_ref() != Some(&trouble) {
+            match &trouble {
+                Some(why) => context
+                    .health
+                    .unhealthy(format!("a caller has no SVID: {why}")),
+                None => context.health.healthy(),
+            }
+            told = Some(trouble);
+        }
         context.clock.sleep(LOOK).await;
     }
 }

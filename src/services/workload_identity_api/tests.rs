@@ -91,7 +91,7 @@ impl Issuer for Fake {
             chain: bytes::Bytes::from_static(b"chain"),
             key: bytes::Bytes::from_static(b"key"),
             hint: "hint".into(),
-            not_before: start(),
+            issued_at: start(),
             not_after: start() + HOUR,
             serial: "01".into(),
             name: "foo".into(),
@@ -256,6 +256,29 @@ async fn every_message_is_the_whole_state() {
             assert_eq!(&message.bundles["spiffe://example.org"][..], both);
             assert_eq!(message.crl, ["crl"]);
             assert_eq!(world.issuer.pids.lock().unwrap().len(), 1, "issued once");
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn jwt_bundles_have_nothing_to_do_with_revocations() {
+    let world = World::new();
+    world.publish(&[&world.authority]);
+    world.revoked.send_replace(Crl::Pending);
+    world
+        .run(async {
+            let mut client = world.client().await;
+            let bundles = client.fetch_jwt_bundles(call(JwtBundlesRequest {}));
+            let mut stream = tokio::time::timeout(Duration::from_secs(5), bundles)
+                .await
+                .expect("waits for the revocation list")
+                .unwrap()
+                .into_inner();
+            stream.message().await.unwrap().unwrap();
+            // A new list is no news to it, a new authority is.
+            world.revoked.send_replace(Crl::None);
+            let next = tokio::time::timeout(Duration::from_millis(200), stream.message()).await;
+            assert!(next.is_err(), "{next:?}");
         })
         .await;
 }

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use super::*;
 use crate::clock::Clock;
 use crate::pb::teleport::workloadidentity::v1::{WorkloadAttrs, WorkloadAttrsUnix};
-use crate::workload::{Cache, IssueError, Issuer, Selector, State, Subscription, Svid};
+use crate::workload::{Cache, Freshness, IssueError, Issuer, Selector, State, Subscription, Svid};
 
 const MINUTE: Duration = Duration::from_mins(1);
 
@@ -49,7 +49,7 @@ impl Issuer for Fake {
             chain: Bytes::new(),
             key: Bytes::new(),
             hint: String::new(),
-            not_before: now,
+            issued_at: now,
             not_after: now + HOUR,
             serial,
             name: "a".into(),
@@ -244,6 +244,42 @@ async fn the_last_good_one_stays_through_an_outage_until_it_expires() {
             world.fail_with(None);
             subscription.state().changed().await.unwrap();
             assert!(told(&subscription.state().borrow()).is_ok());
+        })
+        .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_outage_that_outlives_an_svid_is_no_good_health() {
+    let world = world();
+    assert_eq!(world.cache.freshness(), Freshness::Idle);
+    let mut subscription = world.subscribe(1);
+    let down = Freshness::Missing("down".into());
+    world
+        .run(async {
+            serial(&mut subscription, &world.clock).await.unwrap();
+            let fresh = world.cache.freshness();
+            assert!(
+                matches!(fresh, Freshness::Until(until) if until <= start() + 41 * MINUTE),
+                "{fresh:?}"
+            );
+            world.fail_with(Some(outage()));
+            world.clock.sleep_until(start() + 70 * MINUTE).await;
+            assert_eq!(world.cache.freshness(), down);
+            // The caller's stream ended with that. It is away for a moment, and asks again.
+            drop(subscription);
+            assert_eq!(world.cache.freshness(), down);
+            let mut again = world.subscribe(1);
+            assert_eq!(world.cache.freshness(), down, "while it is asked for again");
+            assert!(serial(&mut again, &world.clock).await.is_err());
+
+            world.fail_with(None);
+            again.state().changed().await.unwrap();
+            serial(&mut again, &world.clock).await.unwrap();
+            assert!(matches!(world.cache.freshness(), Freshness::Until(_)));
+            // A refusal is the cluster's decision, not this agent's trouble.
+            world.fail_with(Some(refusal()));
+            again.state().changed().await.unwrap();
+            assert_eq!(world.cache.freshness(), Freshness::Idle);
         })
         .await;
 }

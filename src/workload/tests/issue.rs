@@ -48,6 +48,16 @@ fn a_sound_answer_is_taken() {
 }
 
 #[test]
+fn the_age_of_an_svid_is_counted_from_when_it_came() {
+    let world = world();
+    let backdated = start() - Duration::from_mins(1);
+    let leaf = world.authority.leaf_at(&world.key, &[ID], backdated);
+    let answer = vec![credential(ID, "", leaf, Vec::new())];
+    let svids = accept(answer, &world.key, &world.bundles, start()).unwrap();
+    assert_eq!(svids[0].issued_at, start());
+}
+
+#[test]
 fn an_unsound_answer_is_rejected_whole() {
     let world = world();
     let other_key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();

@@ -1,0 +1,123 @@
+//! What the log says of each attempt to issue: every SVID, and of failures the first few of a row.
+
+use std::collections::HashMap;
+
+use super::issue::{IssueError, Svid};
+use crate::backoff::{Loudness, Repeated};
+use crate::clock::rfc3339;
+use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
+
+/// Kinds of callers whose failures are remembered.
+const REMEMBERED: usize = 256;
+
+/// A kind of caller. Many processes of one unit that get nothing are one piece of news.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Who {
+    uid: Option<u32>,
+    service: Option<String>,
+}
+
+impl Who {
+    fn of(attributes: &WorkloadAttrs) -> Self {
+        Self {
+            uid: attributes.unix.as_ref().map(|unix| unix.uid),
+            service: attributes.systemd.as_ref().map(|s| s.service.clone()),
+        }
+    }
+}
+
+/// Failures in a row, by who wanted an SVID.
+#[derive(Debug, Default)]
+pub(super) struct Failures(HashMap<Who, Repeated>);
+
+impl Failures {
+    fn failed(&mut self, who: Who) -> Loudness {
+        if self.0.len() >= REMEMBERED {
+            self.0.retain(|known, _| *known == who);
+        }
+        self.0.entry(who).or_default().failed()
+    }
+
+    /// Logs an outcome.
+    pub(super) fn tell(
+        &mut self,
+        attributes: &WorkloadAttrs,
+        outcome: &Result<Vec<Svid>, IssueError>,
+    ) {
+        let pid = attributes.unix.as_ref().map(|unix| unix.pid);
+        let who = Who::of(attributes);
+        let (uid, service) = (who.uid, who.service.clone());
+        match outcome {
+            Ok(svids) => {
+                self.0.remove(&who);
+                for svid in svids {
+                    tracing::info!(
+                        r#type = "x509-svid",
+                        spiffe_id = %svid.id,
+                        serial_number = svid.serial,
+                        hint = svid.hint,
+                        expires_at = %rfc3339(svid.not_after),
+                        workload_identity_name = svid.name,
+                        workload_identity_revision = svid.revision,
+                        pid,
+                        uid,
+                        systemd_service = service,
+                        "Issued Workload Identity Credential"
+                    );
+                }
+            }
+            Err(error) => match self.failed(who) {
+                Loudness::Warn => {
+                    tracing::warn!(pid, uid, systemd_service = service, %error, "No SVID was issued");
+                }
+                Loudness::Debug => {
+                    tracing::debug!(pid, uid, systemd_service = service, %error, "No SVID was issued");
+                }
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pb::teleport::workloadidentity::v1::{WorkloadAttrsSystemd, WorkloadAttrsUnix};
+
+    fn process(pid: i32, service: &str) -> WorkloadAttrs {
+        WorkloadAttrs {
+            unix: Some(WorkloadAttrsUnix {
+                pid,
+                uid: 1000,
+                ..WorkloadAttrsUnix::default()
+            }),
+            systemd: Some(WorkloadAttrsSystemd {
+                service: service.to_owned(),
+                ..WorkloadAttrsSystemd::default()
+            }),
+            ..WorkloadAttrs::default()
+        }
+    }
+
+    #[test]
+    fn a_unit_that_starts_again_and_again_is_told_of_a_few_times() {
+        let mut failures = Failures::default();
+        let loud = (1..=100)
+            .filter(|pid| failures.failed(Who::of(&process(*pid, "foo"))) == Loudness::Warn)
+            .count();
+        assert_eq!(loud, 3);
+        let other = Who::of(&process(101, "bar"));
+        assert_eq!(failures.failed(other), Loudness::Warn, "another unit");
+        failures.tell(&process(102, "foo"), &Ok(Vec::new()));
+        let again = Who::of(&process(103, "foo"));
+        assert_eq!(failures.failed(again), Loudness::Warn, "after a success");
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded() {
+        let mut failures = Failures::default();
+        for n in 0..10_000 {
+            failures.failed(Who::of(&process(n, &n.to_string())));
+        }
+        assert!(failures.0.len() <= REMEMBERED);
+    }
+}
