@@ -64,21 +64,40 @@ impl CrlFeed for Client {
     }
 }
 
-/// The longest wait for a cluster's first list. A cluster that has revoked nothing yet may send
-/// none at all; readers are not held up for it.
-const FIRST: Duration = Duration::from_secs(5);
+/// The longest that readers wait for the first list. A cluster that has revoked nothing yet may send
+/// none at all, and one that is asked for it may not answer: nobody is held up for that.
+const FIRST: Duration = Duration::from_secs(2);
+/// The longest wait for the answer that opens the stream. Clusters answer with the first list, and
+/// sign one every ten minutes.
+const OPENING: Duration = Duration::from_mins(15);
 
 /// Keeps the list current until the future is dropped. Readers are woken when its meaning changes;
-/// a reader that comes later sees the newest bytes.
+/// a reader that comes later sees the newest bytes. Whatever the cluster does, it is not
+/// [`Crl::Pending`] for long.
 pub async fn follow(feed: &dyn CrlFeed, clock: &Clock, published: &watch::Sender<Crl>) {
+    let give_up = async {
+        clock.sleep(FIRST).await;
+        published.send_if_modified(|crl| {
+            let pending = *crl == Crl::Pending;
+            if pending {
+                *crl = Crl::None;
+            }
+            pending
+        });
+    };
+    tokio::join!(give_up, keep(feed, clock, published));
+}
+
+async fn keep(feed: &dyn CrlFeed, clock: &Clock, published: &watch::Sender<Crl>) {
     let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
     let mut failures = Repeated::default();
     loop {
-        let error = match session(feed, clock, published).await {
+        let error = match session(feed, published).await {
             Ended::Unsupported => {
                 publish(published, Crl::None);
                 return std::future::pending().await;
             }
+            Ended::Silent => continue,
             Ended::Closed => None,
             Ended::AfterList(error) => {
                 backoff.reset();
@@ -110,34 +129,24 @@ pub async fn follow(feed: &dyn CrlFeed, clock: &Clock, published: &watch::Sender
 
 enum Ended {
     Unsupported,
+    /// Neither a list nor an error came.
+    Silent,
     Closed,
     AfterList(Option<ClusterError>),
     Failed(ClusterError),
 }
 
-async fn session(feed: &dyn CrlFeed, clock: &Clock, published: &watch::Sender<Crl>) -> Ended {
+async fn session(feed: &dyn CrlFeed, published: &watch::Sender<Crl>) -> Ended {
     let failed = |error: ClusterError| match error.disposition() {
         Disposition::Unsupported => Ended::Unsupported,
         Disposition::Retry | Disposition::Refused => Ended::Failed(error),
     };
-    let mut lists = match feed.lists().await {
-        Ok(lists) => lists,
-        Err(error) => return failed(error),
+    let mut lists = match tokio::time::timeout(OPENING, feed.lists()).await {
+        Ok(Ok(lists)) => lists,
+        Ok(Err(error)) => return failed(error),
+        Err(_elapsed) => return Ended::Silent,
     };
-    let first = tokio::select! {
-        first = lists.next() => first,
-        () = clock.sleep(FIRST) => {
-            published.send_if_modified(|crl| {
-                let pending = *crl == Crl::Pending;
-                if pending {
-                    *crl = Crl::None;
-                }
-                pending
-            });
-            lists.next().await
-        }
-    };
-    let mut next = match first {
+    let mut next = match lists.next().await {
         Some(Ok(list)) => Some(Ok(list)),
         Some(Err(error)) => return failed(error),
         None => return Ended::Closed,

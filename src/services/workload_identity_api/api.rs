@@ -129,6 +129,9 @@ impl Api {
 /// What one kind of stream adds to bundles and revocations.
 trait Content: Send + 'static {
     type Message: Send;
+    /// Whether the message holds the revocation list: it is sent anew with the list, and the first
+    /// waits for the list a moment.
+    const REVOCATIONS: bool = true;
     /// Resolves when the content changed.
     fn changed(&mut self) -> impl Future<Output = ()> + Send;
     /// The message for the current state; `None` while there is none to send.
@@ -218,7 +221,7 @@ impl<C: Content> Feed<C> {
             return Ok(None);
         };
         let crl = match &*self.crl.borrow_and_update() {
-            Crl::Pending => return Ok(None),
+            Crl::Pending if C::REVOCATIONS => return Ok(None),
             crl => crl.der().cloned().into_iter().collect(),
         };
         self.content.message(&bundles, crl, &self.clock)
@@ -229,7 +232,7 @@ impl<C: Content> Feed<C> {
         let stopping = || Box::new(Status::unavailable("the agent is stopping"));
         tokio::select! {
             changed = self.bundles.changed() => changed.map_err(|_closed| stopping()),
-            changed = self.crl.changed() => changed.map_err(|_closed| stopping()),
+            changed = self.crl.changed(), if C::REVOCATIONS => changed.map_err(|_closed| stopping()),
             () = self.content.changed() => Ok(()),
             () = self.shutdown.cancelled() => Err(stopping()),
         }
@@ -330,6 +333,7 @@ struct JwtBundles;
 
 impl Content for JwtBundles {
     type Message = JwtBundlesResponse;
+    const REVOCATIONS: bool = false;
 
     async fn changed(&mut self) {
         std::future::pending::<()>().await;
@@ -348,7 +352,7 @@ impl Content for JwtBundles {
     }
 
     fn missing(&self) -> &'static str {
-        "the revocation list"
+        "the trust bundle"
     }
 }
 

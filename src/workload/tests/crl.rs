@@ -138,6 +138,54 @@ async fn a_cluster_without_lists_does_not_hold_readers_up() {
     assert_eq!(followed(vec![Ok(vec![Bytes::new()])]).await, (Crl::None, 1));
 }
 
+/// A cluster that never answers, and counts how often it was asked.
+#[derive(Debug, Default)]
+struct Mute(Mutex<u32>);
+
+#[async_trait]
+impl CrlFeed for Mute {
+    async fn lists(&self) -> Result<Lists, ClusterError> {
+        *self.0.lock().unwrap() += 1;
+        std::future::pending().await
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cluster_that_does_not_answer_or_refuses_does_not_hold_readers_up() {
+    let clock = Clock::simulated(start());
+    let refusing = Feed(Mutex::new(vec![
+        Err(Status::permission_denied("x")),
+        Err(Status::unavailable("x")),
+        Err(Status::unavailable("x")),
+        Err(Status::unavailable("x")),
+    ]));
+    let mute = Mute::default();
+    for feed in [&refusing as &dyn CrlFeed, &mute] {
+        let (sender, mut receiver) = watch::channel(Crl::Pending);
+        let known = async {
+            receiver.changed().await.unwrap();
+            receiver.borrow_and_update().clone()
+        };
+        tokio::select! {
+            () = follow(feed, &clock, &sender) => unreachable!(),
+            crl = known => assert_eq!(crl, Crl::None),
+            () = tokio::time::sleep(Duration::from_secs(3)) => panic!("readers still wait"),
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cluster_that_does_not_answer_is_asked_again() {
+    let mute = Mute::default();
+    let (sender, _receiver) = watch::channel(Crl::Pending);
+    let clock = Clock::simulated(start());
+    tokio::select! {
+        () = follow(&mute, &clock, &sender) => {}
+        () = tokio::time::sleep(HOUR) => {}
+    }
+    assert!((2..20).contains(&*mute.0.lock().unwrap()));
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_last_list_outlives_the_stream() {
     let first = list("ca", &[1], 1, false);
