@@ -11,7 +11,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{CONNECTION, CONTENT_TYPE, HeaderValue};
@@ -21,14 +21,13 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Map, Value, json};
-use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::either::Either;
 use tokio_util::sync::CancellationToken;
 
+use crate::clock::rfc3339;
 use crate::health::{Registry, Report, Snapshot, Status};
 use crate::telemetry::metrics::{self, Metrics};
 
@@ -234,14 +233,6 @@ fn service(report: &Report) -> Value {
     object.into()
 }
 
-fn rfc3339(time: SystemTime) -> String {
-    let time = OffsetDateTime::from(time);
-    time.replace_nanosecond(0)
-        .unwrap_or(time)
-        .format(&Rfc3339)
-        .unwrap_or_default()
-}
-
 fn status_json(healthy: bool, value: &Value) -> Response<Full<Bytes>> {
     let status = if healthy {
         StatusCode::OK
@@ -271,6 +262,7 @@ fn text(
 #[cfg(test)]
 mod tests {
     use std::net::SocketAddr;
+    use std::time::SystemTime;
 
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
