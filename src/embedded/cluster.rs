@@ -49,6 +49,9 @@ pub struct Config {
     pub resources: Vec<PathBuf>,
     /// Where the join method `iam` asks instead of AWS.
     pub sts_endpoint: Option<String>,
+    /// Whether there is the newer join service. Without it, bots join as at a cluster of version
+    /// 18.0.
+    pub join_v1: bool,
     /// The program's clock.
     pub clock: Clock,
 }
@@ -66,6 +69,7 @@ impl Config {
             tls: None,
             resources: Vec::new(),
             sts_endpoint: None,
+            join_v1: true,
             clock,
         }
     }
@@ -171,6 +175,7 @@ impl Cluster {
             (Some(auth), Some(address)) => Some(local(auth, address)?),
             _ => None,
         };
+        let join_v1 = config.join_v1;
         let opened = tokio::task::spawn_blocking(move || open(config, web_addr))
             .await
             .map_err(|_cancelled| ClusterError::Interrupted)??;
@@ -179,7 +184,7 @@ impl Cluster {
         let auth::AuthRoutes {
             auth: services,
             join,
-        } = auth::routes(&state)?;
+        } = auth::routes(&state, join_v1)?;
         let server = Arc::new(Server {
             cluster: state.name.clone(),
             tls: opened.tls,

@@ -1,5 +1,6 @@
 //! The bot's own identity over days of simulated time, against the embedded cluster over TLS in
-//! memory: every renewal is a real one, only the clock is not.
+//! memory: every renewal is a real one, only the clock is not. Joining again, by each of the two
+//! join protocols, takes real time: the cluster asks an STS.
 
 use std::io;
 use std::sync::Arc;
@@ -18,7 +19,9 @@ use tbot::health::Registry;
 use tbot::identity::Handle;
 use tbot::identity::bot::{Bot, Settings};
 use tbot::identity::store::Store;
-use tbot::join::{self, TokenSource};
+use tbot::join::{self, JoinError, JoinMethod, Proof, Renewal, TokenSource};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -37,6 +40,11 @@ kind: token
 version: v2
 metadata: {name: a-secret-of-the-test}
 spec: {roles: [Bot], bot_name: example, join_method: token}
+---
+kind: token
+version: v2
+metadata: {name: proof}
+spec: {roles: [Bot], bot_name: example, join_method: iam, allow: [{aws_account: '123456789012'}]}
 ";
 
 /// Connects to the cluster in memory, unless the network is out.
@@ -73,9 +81,14 @@ struct Setup {
 
 impl Setup {
     async fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
         let clock = Clock::simulated(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
+        Self::with(clock, |_config| ()).await
+    }
+
+    async fn with(clock: Clock, change: impl FnOnce(&mut Config)) -> Self {
+        let dir = tempfile::tempdir().unwrap();
         let mut config = Config::local(dir.path().join("cluster"), clock.clone());
+        change(&mut config);
         config.cluster_name = Some("sim.example.org".to_owned());
         let cluster = Cluster::open(config).await.unwrap();
         let files = [("resources.yaml".to_owned(), RESOURCES.to_owned())];
@@ -101,9 +114,18 @@ impl Setup {
 
     /// Starts a bot that keeps its identity in memory.
     async fn start(&self) -> (Handle, tokio::task::JoinHandle<()>) {
+        let method = join::method("token").unwrap();
+        self.start_with(method, "a-secret-of-the-test").await
+    }
+
+    async fn start_with(
+        &self,
+        method: &'static dyn JoinMethod,
+        token: &str,
+    ) -> (Handle, tokio::task::JoinHandle<()>) {
         let settings = Settings {
-            method: join::method("token").unwrap(),
-            token: Some(TokenSource::new("a-secret-of-the-test".to_owned())),
+            method,
+            token: Some(TokenSource::new(token.to_owned())),
             route: Route::Direct("memory:3025".to_owned()),
             trust: Trust {
                 ca_pins: vec![self.cluster.ca_pin()],
@@ -198,4 +220,97 @@ async fn a_reload_renews_at_once() {
     assert_eq!(generation(&handle), 2);
     setup.shutdown.cancel();
     running.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cluster_with_the_older_join_service_only_is_joined_and_renewed_just_so() {
+    let clock = Clock::simulated(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
+    let setup = Setup::with(clock, |config| config.join_v1 = false).await;
+    let (handle, running) = setup.start().await;
+    handle.ready().await.unwrap();
+    tokio::time::sleep(Duration::from_mins(21)).await;
+    assert_eq!(generation(&handle), 2);
+    setup.shutdown.cancel();
+    running.await.unwrap();
+}
+
+/// Method `iam` with a signature that nobody looks at.
+#[derive(Debug)]
+struct Unsigned;
+
+#[async_trait]
+impl JoinMethod for Unsigned {
+    fn name(&self) -> &'static str {
+        "iam"
+    }
+
+    fn renewal(&self) -> Renewal {
+        Renewal::Rejoin
+    }
+
+    async fn prepare(&self) -> Result<Proof, JoinError> {
+        Ok(Proof::Iam(Box::new(|challenge, now| {
+            let now = time::OffsetDateTime::from(now);
+            let date =
+                time::macros::format_description!("[year][month][day]T[hour][minute][second]Z");
+            let request = format!(
+                "POST / HTTP/1.1\r\nHost: sts.us-east-1.amazonaws.com\r\n\
+                 Accept: application/json\r\nAuthorization: AWS4-HMAC-SHA256 \
+                 Credential=a/b/c/d/e, SignedHeaders=host;x-teleport-challenge, Signature=ab\r\n\
+                 Content-Length: 43\r\nX-Amz-Date: {}\r\nX-Teleport-Challenge: {challenge}\r\n\r\n\
+                 Action=GetCallerIdentity&Version=2011-06-15",
+                now.format(date).unwrap(),
+            );
+            Ok(request.into_bytes())
+        })))
+    }
+}
+
+/// An STS that knows everybody as one role of one account.
+async fn sts() -> String {
+    const ANSWER: &str = "<GetCallerIdentityResponse><GetCallerIdentityResult>\
+        <Arn>arn:aws:sts::123456789012:assumed-role/r/i</Arn><Account>123456789012</Account>\
+        </GetCallerIdentityResult></GetCallerIdentityResponse>";
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut asked = Vec::new();
+            while !asked.ends_with(b"Version=2011-06-15") {
+                if stream.read_buf(&mut asked).await.unwrap() == 0 {
+                    break;
+                }
+            }
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n", ANSWER.len());
+            let answer = format!("{head}Connection: close\r\n\r\n{ANSWER}");
+            stream.write_all(answer.as_bytes()).await.unwrap();
+        }
+    });
+    endpoint
+}
+
+#[tokio::test]
+async fn joining_again_keeps_the_instance_by_either_protocol() {
+    for join_v1 in [true, false] {
+        let sts = sts().await;
+        let setup = Setup::with(Clock::system(), |config| {
+            config.join_v1 = join_v1;
+            config.sts_endpoint = Some(sts);
+        })
+        .await;
+        let (handle, running) = setup.start_with(&Unsigned, "proof").await;
+        let first = handle.ready().await.unwrap();
+        let mut identity = handle.identity();
+        for generation in 2..5 {
+            identity.mark_unchanged();
+            setup.reload.send_modify(|count| *count += 1);
+            identity.changed().await.unwrap();
+            let again = identity.borrow_and_update().clone().unwrap();
+            assert_eq!(again.generation(), generation, "newer service: {join_v1}");
+            assert_eq!(again.instance_id(), first.instance_id());
+            assert_ne!(again.tls().spki(), first.tls().spki(), "the key was kept");
+        }
+        setup.shutdown.cancel();
+        running.await.unwrap();
+    }
 }

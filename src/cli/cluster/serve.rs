@@ -55,6 +55,7 @@ pub(super) async fn run(args: ServeArgs, data_dir: PathBuf) -> anyhow::Result<()
         tls: args.tls_cert.zip(args.tls_key),
         resources: args.resources,
         sts_endpoint: args.sts_endpoint,
+        join_v1: true,
         clock: Clock::system(),
     })
     .await?;

@@ -10,6 +10,7 @@ mod certificate;
 mod iam;
 mod instance;
 mod join;
+mod join_v1;
 mod locks;
 mod refusal;
 mod roles;
@@ -33,6 +34,7 @@ use super::caller::Caller;
 use crate::pb::proto::auth_service_server::AuthServiceServer;
 use crate::pb::proto::join_service_server::JoinServiceServer;
 use crate::pb::teleport::clusterconfig::v1::cluster_config_service_server::ClusterConfigServiceServer;
+use crate::pb::teleport::join::v1::join_service_server::JoinServiceServer as JoinV1Server;
 use crate::pb::teleport::machineid::v1::bot_instance_service_server::BotInstanceServiceServer;
 use crate::pb::teleport::machineid::v1::spiffe_federation_service_server::SpiffeFederationServiceServer;
 use crate::pb::teleport::presence::v1::presence_service_server::PresenceServiceServer;
@@ -80,20 +82,22 @@ pub struct AuthRoutes {
     pub join: Routes,
 }
 
-/// The services of one cluster.
+/// The services of one cluster, with or without the newer join service, which came after version
+/// 18.0.
 ///
 /// # Errors
 /// [`StsError::Endpoint`] if the configured STS endpoint is no URL.
-pub fn routes(state: &Arc<ClusterState>) -> Result<AuthRoutes, StsError> {
+pub fn routes(state: &Arc<ClusterState>, join_v1: bool) -> Result<AuthRoutes, StsError> {
     let auth = Auth::new(state)?;
     let join = JoinServiceServer::new(auth.clone()).max_decoding_message_size(MAX_JOIN);
+    let stream = JoinV1Server::new(auth.clone()).max_decoding_message_size(MAX_JOIN);
     let heartbeats = BotInstanceServiceServer::new(auth.clone());
     let presence = PresenceServiceServer::new(auth.clone());
     let config = ClusterConfigServiceServer::new(auth.clone());
     let federations = SpiffeFederationServiceServer::new(auth.clone());
     let trust = TrustServiceServer::new(auth.clone());
     let auth = AuthServiceServer::new(auth);
-    Ok(AuthRoutes {
+    let mut routes = AuthRoutes {
         auth: Routes::default()
             .add_service(checked(auth.max_decoding_message_size(MAX_CERTS)))
             .add_service(checked(join.clone()))
@@ -103,7 +107,12 @@ pub fn routes(state: &Arc<ClusterState>) -> Result<AuthRoutes, StsError> {
             .add_service(checked(presence.max_decoding_message_size(MAX_QUESTION)))
             .add_service(checked(trust.max_decoding_message_size(MAX_QUESTION))),
         join: Routes::default().add_service(join),
-    })
+    };
+    if join_v1 {
+        routes.auth = routes.auth.add_service(checked(stream.clone()));
+        routes.join = routes.join.add_service(stream);
+    }
+    Ok(routes)
 }
 
 /// The caller of a request.

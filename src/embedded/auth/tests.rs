@@ -1,3 +1,4 @@
+mod join_v1;
 mod joins;
 
 use std::net::SocketAddr;

@@ -167,7 +167,10 @@ fn an_aws_identity_that_no_rule_lets_in_is_told_what_to_compare() {
     let config = cluster.config("right", "bot") + "outputs:\n" + &output(&sandbox.path("out"));
     assert_refused(
         &once(&sandbox, &config),
-        &["only valid for the iam join method"],
+        &[
+            "client requested join method token, provision token only supports method iam",
+            "check onboarding.join_method",
+        ],
     );
     assert!(!sandbox.path("bot/tlscert").exists());
     assert!(!sandbox.path("out/tlscert").exists());
