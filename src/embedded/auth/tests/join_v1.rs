@@ -242,9 +242,10 @@ async fn the_allow_rules_and_locks_are_the_same() {
     );
 }
 
-#[tokio::test]
-async fn what_is_out_of_order_or_incomplete_is_refused_and_leaves_the_token() {
-    let lab = lab(None);
+/// What is said, and the code and a part of the text of the refusal that follows the last of it.
+type Case = (Vec<Option<Say>>, Code, &'static str);
+
+fn wrong_order_or_parts(lab: &Lab) -> Vec<Case> {
     let (bad, denied) = (Code::InvalidArgument, Code::PermissionDenied);
     let once = || hello(None, "once-and-never-again");
     let with = |change: &dyn Fn(&mut BotParams)| {
@@ -260,7 +261,7 @@ async fn what_is_out_of_order_or_incomplete_is_refused_and_leaves_the_token() {
     let keys = |change: fn(&mut PublicKeys)| {
         with(&move |params| change(params.public_keys.as_mut().unwrap()))
     };
-    let cases: Vec<(Vec<Option<Say>>, Code, &str)> = vec![
+    vec![
         (vec![of_token(None)], bad, "a join begins with ClientInit"),
         (vec![None], bad, "a join begins with ClientInit"),
         (vec![give_up("")], bad, "a join begins with ClientInit"),
@@ -360,7 +361,13 @@ async fn what_is_out_of_order_or_incomplete_is_refused_and_leaves_the_token() {
             bad,
             "Expires is required",
         ),
-    ];
+    ]
+}
+
+#[tokio::test]
+async fn what_is_out_of_order_or_incomplete_is_refused_and_leaves_the_token() {
+    let lab = lab(None);
+    let cases = wrong_order_or_parts(&lab);
     for (number, (messages, code, text)) in cases.into_iter().enumerate() {
         let mut client = lab.stream(None, Listener::ProxyJoin);
         let mut last = None;
