@@ -18,12 +18,13 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::resources::{self, Applied, ApplyError, Mode};
+use super::listener::refusals;
+use super::resources::{self, Applied, ApplyError, CreateError, Mode, safe_name};
 use super::store::StoreError;
 use super::{ClusterState, SERVER_VERSION};
 
@@ -210,7 +211,13 @@ async fn connection(stream: UnixStream, state: Arc<ClusterState>) {
     let uid = match stream.peer_cred() {
         Ok(peer) if may_command(peer.uid(), own) => peer.uid(),
         Ok(peer) => {
-            tracing::warn!(uid = peer.uid(), "refused a command of another user");
+            let by = user(&state, peer.uid());
+            refused(
+                &state,
+                "connect",
+                "only the server's user and root may",
+                &by,
+            );
             return;
         }
         Err(error) => {
@@ -259,28 +266,66 @@ async fn handle(state: Arc<ClusterState>, request: Request, uid: u32) -> Answer 
         })
 }
 
-fn answer(state: &ClusterState, request: Request, uid: u32) -> Answer {
-    let by = format!("uid-{uid}.{}", state.name);
+pub(super) fn answer(state: &ClusterState, request: Request, uid: u32) -> Answer {
+    let by = user(state, uid);
+    let refused = |method: &str, error: &str| refused(state, method, error, &by);
     let result = match request {
         Request::Create { files, force } => {
             let mode = if force { Mode::Force } else { Mode::Create };
-            let created = state.create(&files, mode, &by);
-            created
+            state
+                .create(&files, mode, &by)
                 .map(|applied| Answer::Created { applied })
-                .map_err(|error| error.to_string())
+                .map_err(|error| {
+                    // The lines about a file quote it, names of tokens included.
+                    match &error {
+                        CreateError::Rejected(_) => refused("create", "a file was rejected"),
+                        CreateError::Apply(error) => refused("create", &error.to_string()),
+                    }
+                    error.to_string()
+                })
         }
         Request::Get { kind, name } => known(&kind).and_then(|kind| get(state, kind, name)),
         Request::Remove { kind, name } => known(&kind).and_then(|kind| {
             resources::remove(&state.store, &state.audit, kind, &name, &by)
                 .map(|message| Answer::Removed { message })
-                .map_err(|error| match error {
-                    ApplyError::Store(StoreError::NotFound { .. }) => missing(kind, &name),
-                    other => other.to_string(),
+                .map_err(|error| {
+                    let shown = match kind {
+                        "token" => safe_name(&name, kind),
+                        _ => name.clone(),
+                    };
+                    match error {
+                        ApplyError::Store(StoreError::NotFound { .. }) => {
+                            refused("remove", &format!("{kind} {shown:?} is not found"));
+                            missing(kind, &name)
+                        }
+                        other => {
+                            refused("remove", &other.to_string());
+                            other.to_string()
+                        }
+                    }
                 })
         }),
         Request::Status => Ok(Answer::Status(status(state))),
     };
     result.unwrap_or_else(|error| Answer::Refused { error })
+}
+
+/// Writes a refused command into the audit log.
+fn refused(state: &ClusterState, method: &str, error: &str, by: &str) {
+    let (event, code) = refusals::EVENT;
+    state.audit.emit(json!({
+        "event": event,
+        "code": code,
+        "success": false,
+        "method": format!("admin/{method}"),
+        "error": error,
+        "user": by,
+    }));
+}
+
+/// How audit events name a peer of the socket.
+fn user(state: &ClusterState, uid: u32) -> String {
+    format!("uid-{uid}.{}", state.name)
 }
 
 fn known(kind: &str) -> Result<&'static str, String> {

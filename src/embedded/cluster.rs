@@ -191,6 +191,8 @@ impl Cluster {
             auth: workload_identity::add_services(services, &state),
             web: Arc::new(Web::new(Arc::clone(&state), join.clone(), web_addr)),
             join,
+            clock: state.clock.clone(),
+            audit: state.audit.clone(),
         });
         Ok(Self {
             state,

@@ -9,12 +9,19 @@
 //!
 //! A second listener may serve the auth service without looking at ALPN, for agents that are
 //! configured with `auth_server`.
+//!
+//! Nobody holds a connection for nothing: whoever has no certificate has to call something now and
+//! then, whoever has one has to answer pings, and one peer has a share of all connections only.
+
+mod activity;
+mod peers;
+pub(super) mod refusals;
 
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use http::{Request, Response};
 use hyper::body::Incoming;
@@ -23,7 +30,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use rustls::pki_types::CertificateDer;
 use rustls::server::Acceptor;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -35,24 +42,41 @@ use tonic::body::Body;
 use tonic::service::Routes;
 use tower::Service as _;
 
+use activity::{Activity, Answer};
+use peers::Peers;
+
+use super::audit::Audit;
 use super::caller::{Caller, Listener, TlsIdentity};
 use super::tls::Tls;
 use super::web::Web;
+use crate::clock::Clock;
 
 /// From the first byte to the end of the TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// For the head of a request over HTTP/1, and between two of them.
+/// For the head of a request over HTTP/1, and between two of them; for the preface of HTTP/2.
 const HEAD: Duration = Duration::from_secs(30);
+/// How long somebody without a certificate may call nothing.
+const IDLE: Duration = Duration::from_secs(60);
 /// Between two pings over HTTP/2, as Teleport's auth service sends them.
 const PING: Duration = Duration::from_secs(60);
 /// For the answer to a ping.
 const PONG: Duration = Duration::from_secs(20);
-/// For calls in flight after the shutdown was asked for.
+/// For calls in flight after the end of the connection was announced.
 const DRAIN: Duration = Duration::from_secs(5);
 /// Connections at a time: about 50 KiB each when idle.
 const MAX_CONNECTIONS: usize = 8192;
+/// Connections of one peer at a time; a fleet behind one address is one peer.
+const MAX_OF_PEER: usize = 1024;
 /// Calls at a time on one connection.
 const MAX_STREAMS: u32 = 256;
+/// The same for whoever has no certificate.
+const MAX_STREAMS_OF_STRANGERS: u32 = 16;
+/// Bytes of one call that are on their way before it is read.
+const STREAM_WINDOW: u32 = 64 * 1024;
+/// Bytes of all calls of a connection that are on their way.
+const CONNECTION_WINDOW: u32 = 256 * 1024;
+/// The first bytes of HTTP/2 (RFC 9113 section 3.4).
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// All headers of one request.
 const MAX_HEADERS: u32 = 32 * 1024;
 /// After the system had no more file descriptors.
@@ -109,6 +133,8 @@ pub(super) struct Server {
     pub(super) auth: Routes,
     pub(super) join: Routes,
     pub(super) web: Arc<Web>,
+    pub(super) clock: Clock,
+    pub(super) audit: Audit,
 }
 
 /// Which socket accepted.
@@ -132,6 +158,7 @@ impl Server {
         shutdown: CancellationToken,
     ) {
         let limit = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let peers = Peers::new(MAX_OF_PEER);
         let mut connections = JoinSet::new();
         loop {
             let (accepted, port) = tokio::select! {
@@ -152,6 +179,10 @@ impl Server {
                 tracing::warn!(%peer, limit = MAX_CONNECTIONS, "too many connections, refused one");
                 continue;
             };
+            let Some(admission) = peers.admit(peer.ip()) else {
+                tracing::warn!(%peer, limit = MAX_OF_PEER, "too many connections of one peer");
+                continue;
+            };
             let server = Arc::clone(&self);
             let shutdown = shutdown.clone();
             connections.spawn(async move {
@@ -160,7 +191,7 @@ impl Server {
                 if let Err(error) = server.connection(stream, peer, port, shutdown).await {
                     tracing::debug!(%peer, %error, "connection ended");
                 }
-                drop(permit);
+                drop((permit, admission));
             });
         }
         drop((shared, auth));
@@ -197,16 +228,21 @@ impl Server {
                     let (web, caller) = (Arc::clone(&web), caller.clone());
                     async move { Ok::<_, Infallible>(web.answer(request, caller).await) }
                 });
-                run(stream, service, &shutdown).await
+                let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+                self.run(stream, http2, service, None, &shutdown).await
             }
             Listener::ProxyJoin => {
-                let service = grpc(self.join.clone(), Ok(caller(None)));
-                run(stream, service, &shutdown).await
+                let service = grpc(self.join.clone(), Ok(caller(None)), self.audit.clone());
+                self.run(stream, true, service, None, &shutdown).await
             }
             Listener::Auth => {
                 let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
-                let caller = self.identity(chain).map(caller);
-                run(stream, grpc(self.auth.clone(), caller), &shutdown).await
+                let identity = self.identity(chain);
+                let known = identity.as_ref().ok().and_then(Option::as_ref);
+                let known_until = known.map(|identity| identity.expires);
+                let service = grpc(self.auth.clone(), identity.map(caller), self.audit.clone());
+                self.run(stream, true, service, known_until, &shutdown)
+                    .await
             }
         }
     }
@@ -241,11 +277,73 @@ impl Server {
         let stream = start.into_stream(config).await?;
         let Some(listener) = listener else {
             let mut stream = stream;
-            return tokio::io::AsyncWriteExt::shutdown(&mut stream)
-                .await
-                .map(|()| None);
+            return stream.shutdown().await.map(|()| None);
         };
         Ok(Some((listener, stream)))
+    }
+
+    /// Serves HTTP until the peer ends it, does nothing for too long, or `shutdown`. The caller is
+    /// known by a certificate until `known_until`.
+    async fn run<S, B>(
+        &self,
+        mut stream: TlsStream<impl Transport>,
+        http2: bool,
+        service: S,
+        known_until: Option<SystemTime>,
+        shutdown: &CancellationToken,
+    ) -> io::Result<()>
+    where
+        S: hyper::service::Service<
+                Request<Incoming>,
+                Response = Response<B>,
+                Error = Infallible,
+                Future: Send + 'static,
+            > + Send
+            + 'static,
+        B: hyper::body::Body<Data: Send, Error: std::error::Error + Send + Sync>
+            + Send
+            + Unpin
+            + 'static,
+    {
+        let activity = Activity::new();
+        let calls = activity.clone();
+        let service = service_fn(move |request| {
+            let (call, answer) = (calls.begin(), service.call(request));
+            async move {
+                let Ok(answer) = answer.await;
+                Ok::<_, Infallible>(answer.map(|body| Answer { body, _call: call }))
+            }
+        });
+        // The HTTP library waits for the preface as long as it takes.
+        let mut first = Vec::new();
+        if http2 {
+            let mut preface = PREFACE.to_owned();
+            tokio::time::timeout(HEAD, stream.read_exact(&mut preface)).await??;
+            first.extend(preface);
+        }
+        let (reader, writer) = tokio::io::split(stream);
+        let stream = tokio::io::join(io::Cursor::new(first).chain(reader), writer);
+        let builder = builder(http2, known_until.is_some());
+        let connection = builder.serve_connection(TokioIo::new(stream), service);
+        let mut connection = std::pin::pin!(connection);
+        let idle = async {
+            if let Some(until) = known_until {
+                self.clock.sleep_until(until).await;
+            }
+            activity.idle(IDLE).await;
+        };
+        let ended = tokio::select! {
+            ended = connection.as_mut() => ended,
+            () = shutdown.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+            () = idle => {
+                connection.as_mut().graceful_shutdown();
+                tokio::time::timeout(DRAIN, connection).await?
+            }
+        };
+        ended.map_err(io::Error::other)
     }
 }
 
@@ -256,47 +354,8 @@ async fn accept(listener: Option<&TcpListener>) -> io::Result<(TcpStream, Socket
     }
 }
 
-/// gRPC calls with their caller; without one, every call is refused for the reason given.
-fn grpc(
-    routes: Routes,
-    caller: Result<Caller, Status>,
-) -> impl hyper::service::Service<
-    Request<Incoming>,
-    Response = Response<Body>,
-    Error = Infallible,
-    Future: Send,
-> {
-    service_fn(move |mut request: Request<Incoming>| {
-        let mut routes = routes.clone();
-        let caller = caller.clone();
-        async move {
-            match caller {
-                Ok(caller) => {
-                    request.extensions_mut().insert(caller);
-                    let Ok(response) = routes.call(request).await;
-                    Ok(response)
-                }
-                Err(status) => Ok(status.into_http()),
-            }
-        }
-    })
-}
-
-async fn run<S, B>(
-    stream: TlsStream<impl Transport>,
-    service: S,
-    shutdown: &CancellationToken,
-) -> io::Result<()>
-where
-    S: hyper::service::Service<
-            Request<Incoming>,
-            Response = Response<B>,
-            Error = Infallible,
-            Future: Send + 'static,
-        > + Send
-        + 'static,
-    B: hyper::body::Body<Data: Send, Error: std::error::Error + Send + Sync> + Send + 'static,
-{
+/// How HTTP is spoken with somebody who is `known` by a certificate, or is not.
+fn builder(http2: bool, known: bool) -> auto::Builder<TokioExecutor> {
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder
         .http1()
@@ -308,18 +367,52 @@ where
         .timer(TokioTimer::new())
         .keep_alive_interval(PING)
         .keep_alive_timeout(PONG)
-        .max_concurrent_streams(MAX_STREAMS)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_concurrent_streams(if known {
+            MAX_STREAMS
+        } else {
+            MAX_STREAMS_OF_STRANGERS
+        })
         .max_header_list_size(MAX_HEADERS);
-    let connection = builder.serve_connection(TokioIo::new(stream), service);
-    let mut connection = std::pin::pin!(connection);
-    let result = tokio::select! {
-        result = connection.as_mut() => result,
-        () = shutdown.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+    if http2 {
+        builder.http2_only()
+    } else {
+        builder.http1_only()
+    }
+}
+
+/// gRPC calls with their caller; without one, every call is refused for the reason given.
+fn grpc(
+    routes: Routes,
+    caller: Result<Caller, Status>,
+    audit: Audit,
+) -> impl hyper::service::Service<
+    Request<Incoming>,
+    Response = Response<Body>,
+    Error = Infallible,
+    Future: Send,
+> {
+    service_fn(move |mut request: Request<Incoming>| {
+        let mut routes = routes.clone();
+        let (caller, audit) = (caller.clone(), audit.clone());
+        async move {
+            let path = request.uri().path().to_owned();
+            let (caller, response) = match caller {
+                Ok(caller) => {
+                    request.extensions_mut().insert(caller.clone());
+                    let Ok(response) = routes.call(request).await;
+                    (Some(caller), response)
+                }
+                Err(status) => (None, status.into_http()),
+            };
+            // Refusals have no body, so that their status is among the headers.
+            if let Some(status) = Status::from_header_map(response.headers()) {
+                refusals::note(&audit, &path, caller.as_ref(), &status);
+            }
+            Ok(response)
         }
-    };
-    result.map_err(io::Error::other)
+    })
 }
 
 #[cfg(test)]

@@ -1,3 +1,7 @@
+mod lab;
+mod patience;
+mod refusals;
+
 use super::*;
 
 #[test]
