@@ -207,6 +207,16 @@ impl TlsIdentity {
     }
 }
 
+impl TlsIdentity {
+    /// The name of the token that the identity comes from; empty for the join method `token`,
+    /// where the name is a secret.
+    #[must_use]
+    pub fn join_token(&self) -> &str {
+        let name = self.join_attributes.pointer("/meta/join_token_name");
+        name.and_then(Value::as_str).unwrap_or_default()
+    }
+}
+
 fn flag(text: &str) -> bool {
     text == "true"
 }

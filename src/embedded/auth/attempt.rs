@@ -194,7 +194,7 @@ impl Attempt {
                 expires,
                 ..by.clone()
             },
-            |tx| self.spend(tx, &method),
+            |tx, instance| self.spend(tx, &method, instance),
         )
     }
 
@@ -214,8 +214,8 @@ impl Attempt {
         text + "}"
     }
 
-    /// Uses up a `token` token: only one of two that come at once finds it.
-    fn spend(&self, tx: &Tx<'_>, method: &str) -> Result<(), Refusal> {
+    /// Uses up a `token` token for `instance`: only one of two that come at once finds it.
+    fn spend(&self, tx: &Tx<'_>, method: &str, instance: &str) -> Result<(), Refusal> {
         let name = &self.request.token;
         // The very token that was verified: one that was replaced meanwhile has other rules.
         let verified = self.token.as_ref().map(|token| &token.revision);
@@ -225,7 +225,9 @@ impl Attempt {
         }
         if method == "token" {
             tx.delete("token", name)?;
-            tx.put(spent(name), &Put::Upsert)?;
+            let mut used = spent(name);
+            used.spec = json!({"bot_instance_id": instance});
+            tx.put(used, &Put::Upsert)?;
         }
         Ok(())
     }

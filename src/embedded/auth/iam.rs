@@ -74,7 +74,7 @@ impl Auth {
                     "this token does not support the IAM join method",
                 )),
             });
-            Ok((attempt, found))
+            Ok::<_, Refusal>((attempt, found))
         })
         .await?;
         let confirmed = match found {

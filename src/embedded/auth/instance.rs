@@ -171,10 +171,22 @@ pub(super) fn record(
         ..Resource::default()
     });
     push(&mut record.status, "latest_authentications", entry);
-    let until = by.expires + GRACE;
-    record.expires = Some(record.expires.map_or(until, |known| known.max(until)));
+    outlive(&mut record, by.expires);
     tx.put(record, &Put::Upsert)?;
     Ok(())
+}
+
+/// Keeps an instance's record for the life of a certificate that repeats the last answer: it may
+/// end later than the one that was lost.
+pub(super) fn prolong(tx: &Tx<'_>, mut record: Resource, end: SystemTime) -> Result<(), Refusal> {
+    outlive(&mut record, end);
+    tx.put(record, &Put::Upsert)?;
+    Ok(())
+}
+
+fn outlive(record: &mut Resource, certificate: SystemTime) {
+    let until = certificate + GRACE;
+    record.expires = Some(record.expires.map_or(until, |known| known.max(until)));
 }
 
 /// Keeps a heartbeat: the first, and the last few.

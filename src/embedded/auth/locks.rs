@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use super::refusal::Refusal;
 use crate::embedded::instant::rfc3339;
+use crate::embedded::resources::{SPENT_BY, spent};
 use crate::embedded::store::{Put, Resource, Tx};
 use std::time::SystemTime;
 use uuid::Uuid;
@@ -17,7 +18,8 @@ pub(super) struct Targets<'a> {
     pub(super) roles: &'a [String],
     /// The bot instance; empty if there is none.
     pub(super) bot_instance: &'a str,
-    /// The join token; empty if none is used.
+    /// The token that is used, or was used for the identity; empty if its name is not known any
+    /// more. Then its record tells which instance it let in.
     pub(super) join_token: &'a str,
 }
 
@@ -35,7 +37,6 @@ pub(super) fn check(tx: &Tx<'_>, targets: &Targets<'_>) -> Result<(), Refusal> {
                 "/target/bot_instance_id",
                 &[targets.bot_instance],
             ),
-            ("JoinToken", "/target/join_token", &[targets.join_token]),
         ]
         .into_iter()
         .find_map(|(kind, path, values)| {
@@ -48,6 +49,10 @@ pub(super) fn check(tx: &Tx<'_>, targets: &Targets<'_>) -> Result<(), Refusal> {
                 .filter(|role| targets.roles.iter().any(|held| held == role))
                 .map(|role| ("Role", role))
         });
+        let hit = match (hit, text("/target/join_token")) {
+            (None, Some(token)) if came_through(tx, token, targets)? => Some(("JoinToken", token)),
+            (hit, _) => hit,
+        };
         if let Some((kind, value)) = hit {
             let message = text("/message")
                 .map(|message| format!(": {message}"))
@@ -57,6 +62,17 @@ pub(super) fn check(tx: &Tx<'_>, targets: &Targets<'_>) -> Result<(), Refusal> {
         }
     }
     Ok(())
+}
+
+/// Whether `token` is the one that is used now, or the one that let this instance in.
+fn came_through(tx: &Tx<'_>, token: &str, targets: &Targets<'_>) -> Result<bool, Refusal> {
+    if token == targets.join_token {
+        return Ok(true);
+    }
+    let used = spent(token);
+    let used = tx.get(&used.kind, &used.name)?;
+    Ok(!targets.bot_instance.is_empty()
+        && used.is_some_and(|used| used.spec_text(SPENT_BY) == targets.bot_instance))
 }
 
 /// Locks a bot's user because two parties hold one of its certificates.

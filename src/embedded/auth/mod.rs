@@ -7,6 +7,7 @@
 mod attempt;
 mod authorize;
 mod certificate;
+mod heartbeat;
 mod iam;
 mod instance;
 mod join;
@@ -24,7 +25,7 @@ use std::sync::Arc;
 use tonic::service::Routes;
 use tonic::{Request, Status};
 
-pub use authorize::authorize;
+pub use authorize::{WhileAllowed, authorize};
 pub use refusal::Refusal;
 pub use sts::StsError;
 pub(super) use version::checked;
@@ -116,7 +117,7 @@ pub fn routes(state: &Arc<ClusterState>, join_v1: bool) -> Result<AuthRoutes, St
 }
 
 /// The caller of a request.
-fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
+pub(super) fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
     request
         .extensions()
         .get::<Caller>()
@@ -137,9 +138,13 @@ fn user_agent<T>(request: &Request<T>) -> String {
 }
 
 /// Runs work that waits for the disk or signs off the async threads.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, Refusal> + Send + 'static,
-) -> Result<T, Refusal> {
+pub(super) async fn blocking<T, E>(
+    work: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T, E>
+where
+    T: Send + 'static,
+    E: From<Refusal> + Send + 'static,
+{
     tokio::task::spawn_blocking(work)
         .await
         .map_err(|_cancelled| Refusal::unavailable("the cluster is shutting down"))?

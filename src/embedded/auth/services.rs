@@ -1,17 +1,15 @@
-//! The small services: ping, authorities, roles, preferences, watches, heartbeats.
+//! The small services: ping, authorities, roles, preferences, watches.
 
 use std::collections::BTreeSet;
 
-use serde_json::{Value, json};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::{Auth, Refusal, authorize, blocking, caller, instance, user_agent};
+use super::{Auth, Refusal, WhileAllowed, authorize, blocking, caller, user_agent};
 use crate::crypto::pem;
 use crate::embedded::SERVER_VERSION;
 use crate::embedded::ca::AuthorityType;
 use crate::embedded::caller::{Caller, TlsIdentity};
-use crate::embedded::instant::{from_wire, rfc3339};
 use crate::pb::proto::auth_service_server::AuthService;
 use crate::pb::proto::{
     Certs, Event, GetClusterCaCertResponse, GetRoleRequest, Operation, PingRequest, PingResponse,
@@ -20,7 +18,6 @@ use crate::pb::proto::{
 use crate::pb::teleport::clusterconfig::v1::GetAuthPreferenceRequest;
 use crate::pb::teleport::clusterconfig::v1::cluster_config_service_server::ClusterConfigService;
 use crate::pb::teleport::machineid::v1 as machineid;
-use crate::pb::teleport::machineid::v1::bot_instance_service_server::BotInstanceService;
 use crate::pb::teleport::machineid::v1::spiffe_federation_service_server::SpiffeFederationService;
 use crate::pb::teleport::presence::v1 as presence;
 use crate::pb::teleport::presence::v1::presence_service_server::PresenceService;
@@ -41,7 +38,7 @@ const ABSENT: &[&str] = &[
 const WATCH_BUFFER: usize = 16;
 
 impl Auth {
-    async fn authorized(&self, caller: Caller) -> Result<TlsIdentity, Refusal> {
+    pub(super) async fn authorized(&self, caller: Caller) -> Result<TlsIdentity, Refusal> {
         let state = std::sync::Arc::clone(&self.state);
         blocking(move || authorize(&state, &caller)).await
     }
@@ -158,13 +155,14 @@ impl AuthService for Auth {
         Ok(Response::new(certs))
     }
 
-    type WatchEventsStream = ReceiverStream<Result<Event, Status>>;
+    type WatchEventsStream = WhileAllowed<Event>;
 
     async fn watch_events(
         &self,
         request: Request<Watch>,
     ) -> Result<Response<Self::WatchEventsStream>, Status> {
-        self.authorized(caller(&request)?).await?;
+        let caller = caller(&request)?;
+        self.authorized(caller.clone()).await?;
         let kinds = watched(&request.into_inner(), &self.state.name)?;
         let authorities = self.state.authorities.clone();
         let mut changes = authorities.subscribe();
@@ -206,7 +204,12 @@ impl AuthService for Auth {
                 known = current;
             }
         });
-        Ok(Response::new(ReceiverStream::new(stream)))
+        let events = ReceiverStream::new(stream);
+        Ok(Response::new(WhileAllowed::new(
+            &self.state,
+            caller,
+            events,
+        )))
     }
 }
 
@@ -331,119 +334,9 @@ impl SpiffeFederationService for Auth {
     }
 }
 
-#[tonic::async_trait]
-impl BotInstanceService for Auth {
-    async fn submit_heartbeat(
-        &self,
-        request: Request<machineid::SubmitHeartbeatRequest>,
-    ) -> Result<Response<machineid::SubmitHeartbeatResponse>, Status> {
-        let identity = self.authorized(caller(&request)?).await?;
-        let request = request.into_inner();
-        let lacks = |what| Refusal::denied(format!("identity did not contain {what}"));
-        if identity.bot_name.is_empty() {
-            return Err(lacks("bot name").into());
-        }
-        if identity.bot_instance_id.is_empty() {
-            return Err(lacks("bot instance ID").into());
-        }
-        let heartbeat = request
-            .heartbeat
-            .ok_or_else(|| Refusal::bad_parameter("heartbeat: must be non-nil"))?;
-        let (heartbeat, health) = (
-            heartbeat_json(&heartbeat),
-            health_json(&request.service_health),
-        );
-        let store = self.state.store.clone();
-        blocking(move || {
-            store.transaction(|tx| {
-                let (bot, id) = (&identity.bot_name, &identity.bot_instance_id);
-                instance::heartbeat(tx, bot, id, heartbeat, health)
-            })
-        })
-        .await?;
-        Ok(Response::new(machineid::SubmitHeartbeatResponse {}))
-    }
-}
-
-fn timestamp(time: Option<&prost_types::Timestamp>) -> String {
-    time.and_then(|time| from_wire(*time))
-        .map(rfc3339)
-        .unwrap_or_default()
-}
-
-/// A heartbeat as a bot instance shows it: the protocol's field names, empty fields left out.
-fn heartbeat_json(heartbeat: &machineid::BotInstanceStatusHeartbeat) -> Value {
-    let uptime = heartbeat.uptime.map(|uptime| {
-        let fraction = format!("{:09}", uptime.nanos.unsigned_abs());
-        let fraction = fraction.trim_end_matches('0');
-        let dot = if fraction.is_empty() { "" } else { "." };
-        format!("{}{dot}{fraction}s", uptime.seconds)
-    });
-    let mut value = json!({
-        "recorded_at": timestamp(heartbeat.recorded_at.as_ref()),
-        "is_startup": heartbeat.is_startup,
-        "version": heartbeat.version,
-        "hostname": heartbeat.hostname,
-        "uptime": uptime,
-        "join_method": heartbeat.join_method,
-        "one_shot": heartbeat.one_shot,
-        "architecture": heartbeat.architecture,
-        "os": heartbeat.os,
-        "external_updater": heartbeat.external_updater,
-        "external_updater_version": heartbeat.external_updater_version,
-    });
-    if let Some(members) = value.as_object_mut() {
-        members.retain(|_, member| {
-            !matches!(member, Value::Null | Value::Bool(false)) && member != ""
-        });
-    }
-    value
-}
-
-fn health_json(services: &[machineid::BotInstanceServiceHealth]) -> Value {
-    services
-        .iter()
-        .map(|health| {
-            let service = health.service.clone().unwrap_or_default();
-            json!({
-                "service": {"type": service.r#type, "name": service.name},
-                "status": health.status().as_str_name(),
-                "reason": health.reason,
-                "updated_at": timestamp(health.updated_at.as_ref()),
-            })
-        })
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn heartbeats_read_as_a_cluster_shows_them() {
-        let heartbeat = machineid::BotInstanceStatusHeartbeat {
-            recorded_at: Some(prost_types::Timestamp {
-                seconds: 1_800_000_000,
-                nanos: 0,
-            }),
-            is_startup: true,
-            version: "18.0.0".to_owned(),
-            uptime: Some(prost_types::Duration {
-                seconds: 0,
-                nanos: 103_123_556,
-            }),
-            ..machineid::BotInstanceStatusHeartbeat::default()
-        };
-        assert_eq!(
-            heartbeat_json(&heartbeat),
-            json!({
-                "recorded_at": "2027-01-15T08:00:00Z",
-                "is_startup": true,
-                "version": "18.0.0",
-                "uptime": "0.103123556s",
-            })
-        );
-    }
 
     #[test]
     fn authorities_are_told_apart_from_unknown_ones() {

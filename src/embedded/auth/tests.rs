@@ -1,5 +1,6 @@
 mod join_v1;
 mod joins;
+mod locks;
 
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

@@ -94,7 +94,8 @@ pub(super) struct Issue<'a> {
     pub(super) join_attributes: &'a str,
     /// The address that asks.
     pub(super) client_ip: String,
-    /// The token that is used; empty for renewals.
+    /// The token that is used, or was used for the certificate that is renewed; empty if its name
+    /// is not known any more.
     pub(super) join_token: &'a str,
     /// The client's program.
     pub(super) user_agent: &'a str,
@@ -110,16 +111,16 @@ enum Outcome {
 
 impl Issue<'_> {
     /// Issues in one transaction. `authentication` makes the record's entry from the record so
-    /// far and the end of validity, `spend` uses up what the caller joins with.
+    /// far and the end of validity, `spend` uses up for an instance what it joins with.
     pub(super) fn run(
         &self,
         authentication: impl FnOnce(Option<&Resource>, SystemTime) -> Authentication,
-        spend: impl FnOnce(&Tx<'_>) -> Result<(), Refusal>,
+        spend: impl FnOnce(&Tx<'_>, &str) -> Result<(), Refusal>,
     ) -> Result<Certs, Refusal> {
-        let outcome = self.state.store.transaction(|tx| {
-            spend(tx)?;
-            self.in_transaction(tx, authentication)
-        })?;
+        let outcome = self
+            .state
+            .store
+            .transaction(|tx| self.in_transaction(tx, authentication, spend))?;
         match outcome {
             Outcome::Issued { certs, event } => {
                 self.state.audit.emit(event);
@@ -136,6 +137,7 @@ impl Issue<'_> {
         &self,
         tx: &Tx<'_>,
         authentication: impl FnOnce(Option<&Resource>, SystemTime) -> Authentication,
+        spend: impl FnOnce(&Tx<'_>, &str) -> Result<(), Refusal>,
     ) -> Result<Outcome, Refusal> {
         let name = bot_user_name(self.bot);
         let user = tx
@@ -187,6 +189,7 @@ impl Issue<'_> {
             }
             Decision::Stolen { stored, known } => return self.stolen(tx, &name, stored, known),
         };
+        spend(tx, &id)?;
         if let (Decision::Next(_), Some(presented), Some((stored, _)), false) =
             (&decision, &self.presented, stored, self.renewable)
             && presented.generation != stored
@@ -217,8 +220,9 @@ impl Issue<'_> {
             expires,
         };
         let certs = identity.sign(&self.state.authorities, self.keys, true, self.now)?;
-        if !matches!(decision, Decision::Again(_)) {
-            instance::record(tx, self.bot, &id, generation, &by, self.now)?;
+        match (decision, existing) {
+            (Decision::Again(_), Some(record)) => instance::prolong(tx, record, expires)?,
+            _ => instance::record(tx, self.bot, &id, generation, &by, self.now)?,
         }
         if self.renewable {
             instance::raise_label(tx, user, generation)?;
@@ -297,7 +301,7 @@ impl Auth {
                 keys: &keys,
                 join_attributes: &identity.join_attributes_text,
                 client_ip,
-                join_token: "",
+                join_token: identity.join_token(),
                 user_agent,
                 now,
             };
@@ -308,7 +312,7 @@ impl Auth {
             let nobody = Resource::default();
             return issue.run(
                 |record, expires| instance::inherited(record.unwrap_or(&nobody), key, expires),
-                |_tx| Ok(()),
+                |_tx, _instance| Ok(()),
             );
         }
         let (certs, event) = state.store.transaction(|tx| {
@@ -430,7 +434,7 @@ fn derived(
         user: &caller.user,
         roles: &roles.names,
         bot_instance: &caller.bot_instance_id,
-        join_token: "",
+        join_token: caller.join_token(),
     };
     locks::check(tx, &targets)?;
     let mut expires = requested

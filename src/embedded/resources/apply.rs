@@ -150,6 +150,9 @@ pub fn remove(
     })
 }
 
+/// Where what stays of a used token says which bot instance it let in.
+pub const SPENT_BY: &str = "/bot_instance_id";
+
 /// What stays of a token that its bot has used up, so that a file with it does not bring it back.
 /// Only a digest: the name was a secret.
 pub fn spent(token: &str) -> Resource {

@@ -22,7 +22,7 @@ use super::instant::{parse_rfc3339, rfc3339};
 use super::store::Resource;
 use crate::yaml::{self, Fields, Node, Problem, Problems, Severity};
 
-pub use apply::{Applied, ApplyError, Mode, apply, remove, seed, spent};
+pub use apply::{Applied, ApplyError, Mode, SPENT_BY, apply, remove, seed, spent};
 pub use bot::user_name as bot_user_name;
 pub use token::{METHODS, safe_name};
 

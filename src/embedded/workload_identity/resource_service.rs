@@ -7,9 +7,9 @@ use serde_json::{Map, json};
 use tonic::{Request, Response, Status};
 
 use super::resource::{KIND, ResourceError, from_message, to_message};
-use super::service::{admit, blocking, caller, who};
+use super::service::{admit, who};
 use crate::embedded::ClusterState;
-use crate::embedded::auth::Refusal;
+use crate::embedded::auth::{Refusal, blocking, caller};
 use crate::embedded::caller::{Caller, TlsIdentity};
 use crate::embedded::instant::rfc3339;
 use crate::embedded::resources::view;
@@ -36,7 +36,9 @@ impl WorkloadIdentityResourceService for Resources {
     ) -> Answer<wire::WorkloadIdentity> {
         let (caller, state) = (caller(&request)?, Arc::clone(&self.state));
         let message = request.into_inner().workload_identity;
-        blocking(move || write(&state, &caller, &["create"], message, |_| Put::Create)).await
+        blocking(move || write(&state, &caller, &["create"], message, |_| Put::Create))
+            .await
+            .map(Response::new)
     }
 
     async fn update_workload_identity(
@@ -48,7 +50,9 @@ impl WorkloadIdentityResourceService for Resources {
         let put = |resource: &Resource| Put::Update {
             revision: resource.revision.clone(),
         };
-        blocking(move || write(&state, &caller, &["update"], message, put)).await
+        blocking(move || write(&state, &caller, &["update"], message, put))
+            .await
+            .map(Response::new)
     }
 
     async fn upsert_workload_identity(
@@ -58,7 +62,9 @@ impl WorkloadIdentityResourceService for Resources {
         let (caller, state) = (caller(&request)?, Arc::clone(&self.state));
         let message = request.into_inner().workload_identity;
         let verbs = &["create", "update"];
-        blocking(move || write(&state, &caller, verbs, message, |_| Put::Upsert)).await
+        blocking(move || write(&state, &caller, verbs, message, |_| Put::Upsert))
+            .await
+            .map(Response::new)
     }
 
     async fn get_workload_identity(
@@ -74,6 +80,7 @@ impl WorkloadIdentityResourceService for Resources {
             to_message(&resource).map_err(|error| damaged(&resource, &error))
         })
         .await
+        .map(Response::new)
     }
 
     async fn list_workload_identities(
@@ -101,6 +108,7 @@ impl WorkloadIdentityResourceService for Resources {
             })
         })
         .await
+        .map(Response::new)
     }
 
     async fn delete_workload_identity(
@@ -124,6 +132,7 @@ impl WorkloadIdentityResourceService for Resources {
             Ok(())
         })
         .await
+        .map(Response::new)
     }
 }
 

@@ -10,8 +10,8 @@ use async_trait::async_trait;
 use der::Encode as _;
 use der::asn1::{BitString, OctetString, Uint};
 use tokio::sync::{broadcast, watch};
+use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::WatchStream;
-use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Request, Response, Status};
 use x509_cert::Version;
@@ -20,15 +20,13 @@ use x509_cert::ext::pkix::{AuthorityKeyIdentifier, CrlNumber};
 use x509_cert::serial_number::SerialNumber;
 
 use crate::embedded::ClusterState;
-use crate::embedded::auth::authorize;
+use crate::embedded::auth::{WhileAllowed, authorize, blocking, caller};
 use crate::embedded::ca::mint::{self, Issuer, MintError};
 use crate::embedded::ca::{AuthorityError, AuthorityType};
 use crate::embedded::instant::parse_rfc3339;
 use crate::embedded::store::{Change, Resource, StoreError};
 use crate::pb::teleport::workloadidentity::v1 as wire;
 use wire::workload_identity_revocation_service_server::WorkloadIdentityRevocationService;
-
-use super::service::{blocking, caller};
 
 /// The kind of a revocation.
 const KIND: &str = "workload_identity_x509_revocation";
@@ -78,21 +76,24 @@ impl Revocation {
 
 #[async_trait]
 impl WorkloadIdentityRevocationService for Revocation {
-    type StreamSignedCRLStream =
-        std::pin::Pin<Box<dyn Stream<Item = Result<wire::StreamSignedCrlResponse, Status>> + Send>>;
+    type StreamSignedCRLStream = WhileAllowed<wire::StreamSignedCrlResponse>;
 
     async fn stream_signed_crl(
         &self,
         request: Request<wire::StreamSignedCrlRequest>,
     ) -> Result<Response<Self::StreamSignedCRLStream>, Status> {
         let caller = caller(&request)?;
-        let state = Arc::clone(&self.state);
-        blocking(move || Ok(authorize(&state, &caller).map(drop)?)).await?;
+        let (state, who) = (Arc::clone(&self.state), caller.clone());
+        blocking(move || authorize(&state, &who)).await?;
         let lists = WatchStream::new(self.current.clone());
         let messages = lists.filter_map(|list| {
             list.map(|list| Ok(wire::StreamSignedCrlResponse { crl: list.to_vec() }))
         });
-        Ok(Response::new(Box::pin(messages)))
+        Ok(Response::new(WhileAllowed::new(
+            &self.state,
+            caller,
+            messages,
+        )))
     }
 }
 

@@ -16,7 +16,7 @@ use super::decision::{Contents, decide};
 use super::issue::{self, IssueError};
 use super::resource::{KIND, spec_from_json};
 use crate::embedded::ClusterState;
-use crate::embedded::auth::{Refusal, authorize};
+use crate::embedded::auth::{Refusal, authorize, blocking, caller};
 use crate::embedded::ca::AuthorityType;
 use crate::embedded::caller::{Caller, TlsIdentity};
 use crate::embedded::store::Resource;
@@ -40,6 +40,24 @@ enum Wish {
     Jwt { audiences: Vec<String> },
 }
 
+impl Wish {
+    fn x509(params: wire::X509svidParams) -> Self {
+        Self::X509 {
+            spki: params.public_key,
+        }
+    }
+
+    fn jwt(params: wire::JwtsvidParams) -> Self {
+        Self::Jwt {
+            audiences: params.audiences,
+        }
+    }
+
+    fn missing() -> Refusal {
+        Refusal::bad_parameter("credential: is required")
+    }
+}
+
 /// A resource that the caller may have, and what its SVID holds.
 struct Decided {
     resource: Resource,
@@ -56,21 +74,6 @@ struct Run<'a> {
     attrs: Attrs,
     requested: Duration,
     now: SystemTime,
-}
-
-/// Runs work that reads the store and signs off the async threads.
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, Status> + Send + 'static,
-) -> Result<Response<T>, Status> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|_cancelled| Status::unavailable("the cluster is shutting down"))?
-        .map(Response::new)
-}
-
-pub(super) fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
-    let caller = request.extensions().get::<Caller>().cloned();
-    caller.ok_or_else(|| Status::internal("the listener did not say who calls"))
 }
 
 /// The caller's identity and rights; a caller without all of `verbs` is refused.
@@ -98,7 +101,8 @@ impl WorkloadIdentityIssuanceService for Issuance {
         let caller = caller(&request)?;
         let state = Arc::clone(&self.state);
         let request = request.into_inner();
-        blocking(move || by_name(&state, &caller, request)).await
+        let issue = blocking(move || by_name(&state, &caller, request));
+        issue.await.map(Response::new)
     }
 
     async fn issue_workload_identities(
@@ -108,7 +112,8 @@ impl WorkloadIdentityIssuanceService for Issuance {
         let caller = caller(&request)?;
         let state = Arc::clone(&self.state);
         let request = request.into_inner();
-        blocking(move || by_labels(&state, &caller, request)).await
+        let issue = blocking(move || by_labels(&state, &caller, request));
+        issue.await.map(Response::new)
     }
 }
 
@@ -122,13 +127,9 @@ fn by_name(
         return Err(Refusal::bad_parameter("name: is required").into());
     }
     let wish = match request.credential {
-        Some(Credential::X509SvidParams(params)) => Wish::X509 {
-            spki: params.public_key,
-        },
-        Some(Credential::JwtSvidParams(params)) => Wish::Jwt {
-            audiences: params.audiences,
-        },
-        None => return Err(Refusal::bad_parameter("credential: is required").into()),
+        Some(Credential::X509SvidParams(params)) => Wish::x509(params),
+        Some(Credential::JwtSvidParams(params)) => Wish::jwt(params),
+        None => return Err(Wish::missing().into()),
     };
     if !request.scope.is_empty() {
         return Err(Refusal::bad_parameter("scope: this cluster has no scopes").into());
@@ -164,13 +165,9 @@ fn by_labels(
         return Err(Refusal::bad_parameter("label_selectors: at least one is required").into());
     }
     let wish = match request.credential {
-        Some(Credential::X509SvidParams(params)) => Wish::X509 {
-            spki: params.public_key,
-        },
-        Some(Credential::JwtSvidParams(params)) => Wish::Jwt {
-            audiences: params.audiences,
-        },
-        None => return Err(Refusal::bad_parameter("credential: is required").into()),
+        Some(Credential::X509SvidParams(params)) => Wish::x509(params),
+        Some(Credential::JwtSvidParams(params)) => Wish::jwt(params),
+        None => return Err(Wish::missing().into()),
     };
     let attrs = request.workload_attrs.as_ref();
     let run = Run::new(
