@@ -5,6 +5,7 @@ use crate::yaml::Fields;
 
 use super::onboarding;
 use super::plan::{Onboarding, Server};
+use crate::destination::unescape;
 use crate::join::TokenSource;
 
 /// How to write one, for hints.
@@ -89,7 +90,7 @@ fn split(uri: &str) -> Result<Parts, String> {
         Some((token, parameter)) => (token, Some(parameter)),
         None => (user, None),
     };
-    let token = decode(token).ok_or("its token is not URL-encoded text")?;
+    let token = unescape(token).ok_or("its token is not URL-encoded text")?;
     if token.is_empty() {
         return Err("it has no token before `@`".to_owned());
     }
@@ -116,21 +117,6 @@ fn method_name(scheme: &str) -> String {
         other => other,
     }
     .to_owned()
-}
-
-fn decode(text: &str) -> Option<String> {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.bytes();
-    while let Some(byte) = rest.next() {
-        if byte != b'%' {
-            bytes.push(byte);
-            continue;
-        }
-        let high = char::from(rest.next()?).to_digit(16)?;
-        let low = char::from(rest.next()?).to_digit(16)?;
-        bytes.push(u8::try_from(high * 16 + low).ok()?);
-    }
-    String::from_utf8(bytes).ok()
 }
 
 #[cfg(test)]

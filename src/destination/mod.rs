@@ -13,6 +13,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
+pub(crate) use directory::unescape;
+
 use crate::secret::Secret;
 use crate::yaml::{Fields, Tree};
 

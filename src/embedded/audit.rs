@@ -4,9 +4,8 @@
 //! this one. Callers must not put secrets into events; names of `token` tokens are secrets.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{self, Write as _},
-    os::unix::fs::{OpenOptionsExt as _, PermissionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -14,8 +13,12 @@ use std::{
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
+use super::files;
 use super::instant::rfc3339;
 use crate::clock::Clock;
+
+/// The size at which a log is put aside, in bytes: about a hundred thousand events.
+pub const MAX_SIZE: u64 = 64 * 1024 * 1024;
 
 /// An audit log that cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -41,28 +44,72 @@ struct Inner {
 
 #[derive(Debug)]
 enum Sink {
-    File { path: PathBuf, file: File },
+    File(Log),
     Memory(Vec<Value>),
+}
+
+/// A file that begins anew when it is full.
+#[derive(Debug)]
+struct Log {
+    path: PathBuf,
+    file: File,
+    size: u64,
+    most: u64,
+}
+
+impl Log {
+    fn open(path: PathBuf, most: u64) -> io::Result<Self> {
+        let file = files::open(&path, OpenOptions::new().append(true).create(true))?;
+        let size = file.metadata()?.len();
+        Ok(Self {
+            path,
+            file,
+            size,
+            most,
+        })
+    }
+
+    fn write(&mut self, line: &[u8]) -> io::Result<()> {
+        let length = line.len() as u64;
+        if self.size > 0 && self.size + length > self.most {
+            let mut old = self.path.clone().into_os_string();
+            old.push(".1");
+            let begun =
+                fs::rename(&self.path, old).and_then(|()| Self::open(self.path.clone(), self.most));
+            match begun {
+                Ok(new) => *self = new,
+                // Rather too long a log than a gap in it.
+                Err(error) => tracing::error!(
+                    path = %self.path.display(), %error,
+                    "the full audit log could not be put aside"
+                ),
+            }
+        }
+        self.file.write_all(line)?;
+        self.size += length;
+        Ok(())
+    }
 }
 
 impl Audit {
     /// Opens the log at `path` for appending; the file has mode 0600 afterwards.
+    ///
+    /// At [`MAX_SIZE`] it becomes `<path>.1`, in the place of the one before, and a new one begins.
     pub fn open(path: &Path, clock: Clock, cluster_name: &str) -> Result<Self, AuditError> {
-        let file = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(path)
-            .and_then(|file| {
-                file.set_permissions(PermissionsExt::from_mode(0o600))?;
-                Ok(file)
-            })
-            .map_err(|source| AuditError {
-                path: path.to_owned(),
-                source,
-            })?;
-        let path = path.to_owned();
-        Ok(Self::new(clock, cluster_name, Sink::File { path, file }))
+        Self::with_size(path, clock, cluster_name, MAX_SIZE)
+    }
+
+    fn with_size(
+        path: &Path,
+        clock: Clock,
+        cluster_name: &str,
+        most: u64,
+    ) -> Result<Self, AuditError> {
+        let log = Log::open(path.to_owned(), most).map_err(|source| AuditError {
+            path: path.to_owned(),
+            source,
+        })?;
+        Ok(Self::new(clock, cluster_name, Sink::File(log)))
     }
 
     /// A log that keeps its events in memory, for tests and throw-away clusters.
@@ -104,11 +151,11 @@ impl Audit {
         let mut sink = self.0.sink.lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *sink {
             Sink::Memory(events) => events.push(event),
-            Sink::File { path, file } => {
+            Sink::File(log) => {
                 line.push('\n');
-                if let Err(error) = file.write_all(line.as_bytes()) {
+                if let Err(error) = log.write(line.as_bytes()) {
                     tracing::error!(
-                        path = %path.display(), event = name, %error,
+                        path = %log.path.display(), event = name, %error,
                         "an audit event could not be written; free space or fix the file's owner"
                     );
                 }
@@ -121,13 +168,14 @@ impl Audit {
     pub fn events(&self) -> Vec<Value> {
         match &*self.0.sink.lock().unwrap_or_else(PoisonError::into_inner) {
             Sink::Memory(events) => events.clone(),
-            Sink::File { .. } => Vec::new(),
+            Sink::File(_) => Vec::new(),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
     use std::time::{Duration, SystemTime};
 
     use serde_json::json;
@@ -160,6 +208,41 @@ mod tests {
         assert_eq!(lines[0]["time"], "2027-01-15T08:00:00Z");
         assert_eq!(lines[0]["ei"], 0);
         assert_ne!(lines[0]["uid"], lines[1]["uid"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_full_log_is_put_aside_and_no_line_is_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, old) = (
+            dir.path().join("audit.jsonl"),
+            dir.path().join("audit.jsonl.1"),
+        );
+        let numbers = |path: &Path| -> Vec<u64> {
+            let text = std::fs::read_to_string(path).unwrap();
+            let events = text
+                .lines()
+                .map(|line| serde_json::from_str::<Value>(line).unwrap());
+            events
+                .map(|event| event["number"].as_u64().unwrap())
+                .collect()
+        };
+        let mut number = 0_u64;
+        // Also over a restart.
+        for _ in 0..2 {
+            let audit = Audit::with_size(&path, clock(), "c", 2000).unwrap();
+            for _ in 0..13 {
+                number += 1;
+                audit.emit(json!({"event": "e", "code": "c", "number": number}));
+            }
+        }
+        for path in [&path, &old] {
+            let metadata = std::fs::metadata(path).unwrap();
+            assert!(metadata.len() <= 2000);
+            assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
+        }
+        let kept = [numbers(&old), numbers(&path)].concat();
+        let first = kept[0];
+        assert_eq!(kept, (first..=number).collect::<Vec<_>>());
     }
 
     #[tokio::test(start_paused = true)]

@@ -3,7 +3,7 @@
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ use super::resources::{self, Applied, CreateError, Mode};
 use super::store::{Put, Resource, Store, StoreError};
 use super::tls::{Tls, TlsError, WebCertificate};
 use super::web::Web;
-use super::{ClusterState, SWEEP, workload_identity};
+use super::{ClusterState, SWEEP, files, workload_identity};
 use crate::clock::Clock;
 use crate::crypto::Suite;
 use crate::spiffe::TrustDomain;
@@ -391,19 +391,16 @@ fn lock(dir: &Path) -> Result<File, ClusterError> {
             .create(dir)
             .map_err(failed(dir))?;
     }
-    let mode = fs::metadata(dir).map_err(failed(dir))?.permissions().mode();
-    if mode & 0o077 != 0 {
+    let metadata = fs::metadata(dir).map_err(failed(dir))?;
+    files::owned(&metadata).map_err(failed(dir))?;
+    if metadata.permissions().mode() & 0o077 != 0 {
         tracing::warn!(dir = %dir.display(), "the data directory was open to others, closing it");
         fs::set_permissions(dir, PermissionsExt::from_mode(0o700)).map_err(failed(dir))?;
     }
     let path = dir.join("lock");
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .map_err(failed(&path))?;
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(false);
+    let file = files::open(&path, &mut options).map_err(failed(&path))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(ClusterError::Running(dir.to_owned())),

@@ -21,8 +21,10 @@ pub mod auth;
 pub mod ca;
 pub mod caller;
 mod cluster;
+mod files;
 pub mod instant;
 mod listener;
+mod pattern;
 pub mod resources;
 pub mod store;
 mod tls;
@@ -78,7 +80,10 @@ impl ClusterState {
         by: &str,
     ) -> Result<Vec<resources::Applied>, resources::CreateError> {
         let now = self.clock.now();
-        let parsed = resources::parse_files(files, now)?;
+        // A file that is read at every start gets old; whoever creates something just now would
+        // be surprised.
+        let judged = (mode != resources::Mode::Ensure).then_some(now);
+        let parsed = resources::parse_files(files, judged)?;
         Ok(resources::apply(
             &self.store,
             &self.audit,

@@ -11,7 +11,6 @@ use std::{
     fmt,
     fs::OpenOptions,
     io,
-    os::unix::fs::{OpenOptionsExt as _, PermissionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -22,6 +21,7 @@ use serde_json::Value;
 use tokio::sync::broadcast;
 use uuid::Uuid;
 
+use super::files;
 use crate::clock::Clock;
 
 /// The layout of the database this program writes (`PRAGMA user_version`).
@@ -202,17 +202,12 @@ impl Store {
     /// `clock` decides what has expired.
     pub fn open(path: &Path, clock: Clock) -> Result<Self, StoreError> {
         // SQLite gives its side files the mode of the database, so this covers all three.
-        OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)
-            .and_then(|file| file.set_permissions(PermissionsExt::from_mode(0o600)))
-            .map_err(|source| StoreError::Open {
-                path: path.to_owned(),
-                source,
-            })?;
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(false);
+        files::open(path, &mut options).map_err(|source| StoreError::Open {
+            path: path.to_owned(),
+            source,
+        })?;
         let connection = Connection::open(path).map_err(|e| sqlite(path, e))?;
         Self::with(connection, path, clock)
     }

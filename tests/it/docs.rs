@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
 
 use tbot::config::{self, Overlay, Source};
 use tbot::embedded::resources;
@@ -38,7 +37,7 @@ fn fences<'a>(markdown: &'a str, language: &str) -> Vec<(usize, &'a str)> {
 /// Why the text is neither a configuration without problems nor a file of resources.
 fn problem(name: &str, text: &str) -> Option<String> {
     if text.lines().any(|line| line.starts_with("kind:")) {
-        return resources::parse(name, text, SystemTime::UNIX_EPOCH)
+        return resources::parse(name, text, None)
             .err()
             .map(|rejected| rejected.to_string());
     }

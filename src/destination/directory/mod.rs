@@ -165,8 +165,8 @@ fn path_of(rest: &str) -> Result<PathBuf, String> {
     Ok(PathBuf::from(path))
 }
 
-/// Resolves `%xx`; `None` if an escape is malformed or the result is no text.
-fn unescape(text: &str) -> Option<String> {
+/// Resolves the `%xx` of URLs; `None` if an escape is malformed or the result is no text.
+pub(crate) fn unescape(text: &str) -> Option<String> {
     let mut out = Vec::with_capacity(text.len());
     let mut bytes = text.bytes();
     while let Some(byte) = bytes.next() {

@@ -54,6 +54,11 @@ impl BotInstanceService for Auth {
     }
 }
 
+/// The beginning of a word.
+fn short(text: &str) -> &str {
+    cut(text, MAX_WORD)
+}
+
 /// The beginning of `text` that has at most `most` bytes.
 fn cut(text: &str, most: usize) -> &str {
     text.get(..text.floor_char_boundary(most))
@@ -74,9 +79,6 @@ fn heartbeat_json(heartbeat: &machineid::BotInstanceStatusHeartbeat) -> Value {
         let dot = if fraction.is_empty() { "" } else { "." };
         format!("{}{dot}{fraction}s", uptime.seconds)
     });
-    fn short(text: &str) -> &str {
-        cut(text, MAX_WORD)
-    }
     let mut value = json!({
         "recorded_at": timestamp(heartbeat.recorded_at.as_ref()),
         "is_startup": heartbeat.is_startup,

@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::refusal::Refusal;
+use crate::embedded::pattern::fits;
 use crate::embedded::store::{Resource, Tx};
 use crate::yaml;
 
@@ -64,15 +65,16 @@ impl RoleSet {
 
     fn of(names: Vec<String>, roles: &[Resource], traits: &BTreeMap<String, Vec<String>>) -> Self {
         let gather = |key: &str| {
-            let side = |side: &str| -> Vec<String> {
+            let side = |side: &str, otherwise: &[String]| -> Vec<String> {
                 roles
                     .iter()
                     .flat_map(|role| role.spec_texts(&format!("/{side}/{key}")))
-                    .flat_map(|value| expand(&value, traits))
+                    .flat_map(|value| expand(&value, traits).unwrap_or(otherwise.to_vec()))
                     .collect()
             };
-            let denied = side("deny");
-            let mut allowed = side("allow");
+            // What is not understood among denials denies everything, among allowances nothing.
+            let denied = side("deny", &["*".to_owned()]);
+            let mut allowed = side("allow", &[]);
             allowed.retain(|value| !denied.contains(value) && !denied.iter().any(|d| d == "*"));
             allowed.sort();
             allowed.dedup();
@@ -108,11 +110,11 @@ fn max_session_ttl(role: &Resource) -> Duration {
     yaml::duration::parse(role.spec_text("/options/max_session_ttl")).unwrap_or(DEFAULT_TTL)
 }
 
-/// The text itself, or the trait's values for `{{internal.name}}` and `{{external.name}}`. Other
-/// templates give nothing: a certificate says rather less than something made up.
-fn expand(value: &str, traits: &BTreeMap<String, Vec<String>>) -> Vec<String> {
+/// The text itself, or the trait's values for `{{internal.name}}` and `{{external.name}}`. `None`
+/// for other templates.
+fn expand(value: &str, traits: &BTreeMap<String, Vec<String>>) -> Option<Vec<String>> {
     if !value.contains("{{") {
-        return vec![value.to_owned()];
+        return Some(vec![value.to_owned()]);
     }
     let name = value
         .trim()
@@ -123,22 +125,23 @@ fn expand(value: &str, traits: &BTreeMap<String, Vec<String>>) -> Vec<String> {
             inner
                 .strip_prefix("internal.")
                 .or(inner.strip_prefix("external."))
-        });
-    name.and_then(|name| traits.get(name))
-        .cloned()
-        .unwrap_or_default()
+        })?;
+    let plain = |c: char| c.is_alphanumeric() || "-_.".contains(c);
+    name.chars()
+        .all(plain)
+        .then(|| traits.get(name).cloned().unwrap_or_default())
 }
 
 /// Whether who holds `own` roles may take on the role `wanted`: allowed by one, denied by none.
 pub(super) fn may_impersonate(own: &[Resource], wanted: &str) -> bool {
-    let listed = |side: &str| {
+    let listed = |side: &str, otherwise: bool| {
         own.iter().any(|role| {
             role.spec_texts(&format!("/{side}/impersonate/roles"))
                 .iter()
-                .any(|name| name == wanted || name == "*")
+                .any(|name| fits(name, wanted).unwrap_or(otherwise))
         })
     };
-    listed("allow") && !listed("deny")
+    listed("allow", false) && !listed("deny", true)
 }
 
 #[cfg(test)]
@@ -176,6 +179,13 @@ mod tests {
         assert_eq!(set.database_names, ["*"]);
         assert_eq!(set.max_session_ttl, Duration::from_mins(30));
         assert!(set.forward_agent && set.forward_ports && !set.forward_x11);
+        let odd = role(json!({
+            "allow": {"logins": ["root"], "db_names": ["x"]},
+            "deny": {"logins": ["{{regexp.replace(x)}}"], "db_names": ["{{internal.nothing}}"]},
+        }));
+        let odd = RoleSet::of(Vec::new(), &[odd], &traits);
+        assert!(odd.logins.is_empty(), "a denial that nobody understands");
+        assert_eq!(odd.database_names, ["x"]);
         let none = RoleSet::of(Vec::new(), &[role(json!({}))], &traits);
         assert_eq!(none.max_session_ttl, DEFAULT_TTL);
         assert!(none.logins.is_empty());
@@ -192,5 +202,15 @@ mod tests {
             "allow": {"impersonate": {"roles": ["*"]}},
             "deny": {"impersonate": {"roles": ["x"]}}
         })));
+        assert!(own(json!({"allow": {"impersonate": {"roles": ["^[x]$"]}}})));
+        for odd in ["x*", "^(x$", "{{regexp.match(\"y\")}}"] {
+            assert!(
+                !own(json!({
+                    "allow": {"impersonate": {"roles": ["*"]}},
+                    "deny": {"impersonate": {"roles": [odd]}}
+                })),
+                "{odd}"
+            );
+        }
     }
 }

@@ -21,8 +21,8 @@ pub enum Mode {
     Create,
     /// Replace them (`create -f`).
     Force,
-    /// Replace those that differ and leave the others alone, revision included; for files that
-    /// are loaded at every start.
+    /// Replace those that differ and leave the others alone, revision included; pass over those
+    /// that have expired. For files that are loaded at every start.
     Ensure,
 }
 
@@ -84,19 +84,25 @@ pub fn apply(
     let mut run = Run {
         mode,
         by,
+        at: now,
         now: rfc3339(now),
         events: Vec::new(),
     };
-    let mut applied = store.transaction(|tx| {
-        resources
+    let applied = store.transaction(|tx| {
+        let mut applied = resources
             .into_iter()
             .map(|resource| run.one(tx, resource))
-            .collect::<Result<Vec<_>, ApplyError>>()
+            .collect::<Result<Vec<_>, ApplyError>>()?;
+        // Only now: a note about something that a later document of the same file makes is no
+        // news.
+        for (applied, resource) in &mut applied {
+            if let Some(resource) = resource {
+                applied.notes.extend(notes(tx, resource)?);
+            }
+        }
+        Ok::<_, ApplyError>(applied)
     })?;
-    // Only now: a note about something that a later document of the same file makes is no news.
-    for (applied, resource) in &mut applied {
-        applied.notes = notes(store, resource)?;
-    }
+    // Right after the commit and before anything else that may fail.
     for event in run.events {
         audit.emit(event);
     }
@@ -167,17 +173,26 @@ pub fn spent(token: &str) -> Resource {
 struct Run<'a> {
     mode: Mode,
     by: &'a str,
+    at: SystemTime,
     now: String,
     events: Vec<Value>,
 }
 
 impl Run<'_> {
-    fn one(&mut self, tx: &Tx<'_>, resource: Resource) -> Result<(Applied, Resource), ApplyError> {
+    /// What was done, with the resource if it is there now.
+    fn one(
+        &mut self,
+        tx: &Tx<'_>,
+        mut resource: Resource,
+    ) -> Result<(Applied, Option<Resource>), ApplyError> {
         let existing = tx.get(&resource.kind, &resource.name)?;
         if let Some(existing) = &existing {
             owned(tx, existing)?;
         }
         let known = existing.is_some();
+        if resource.kind == "lock" {
+            self.sign(&mut resource, existing.as_ref());
+        }
         // Messages of the files loaded at start go into the log; the name of a secret does not.
         let mut shown = resource.clone();
         if self.mode == Mode::Ensure && resource.kind == "token" {
@@ -186,8 +201,19 @@ impl Run<'_> {
             if tx.get(&ended.kind, &ended.name)?.is_some() {
                 let message = format!("token {:?} has been used up by its bot", shown.name);
                 let notes = Vec::new();
-                return Ok((Applied { message, notes }, resource));
+                return Ok((Applied { message, notes }, None));
             }
+        }
+        if let Some(expires) = resource.expires.filter(|at| *at <= self.at) {
+            let (kind, expires) = (&resource.kind, rfc3339(expires));
+            let message = format!("{kind} {:?} is passed over", shown.name);
+            let note = format!(
+                "{kind} {:?} has expired ({expires}): remove it from the file, or write a later \
+                 time",
+                shown.name
+            );
+            let notes = vec![note];
+            return Ok((Applied { message, notes }, None));
         }
         if self.mode == Mode::Ensure && existing.is_some_and(|existing| same(&existing, &resource))
         {
@@ -197,7 +223,7 @@ impl Run<'_> {
                     message,
                     notes: Vec::new(),
                 },
-                resource,
+                Some(resource),
             ));
         }
         let put = match self.mode {
@@ -214,7 +240,18 @@ impl Run<'_> {
             message: message(&shown, known),
             notes: Vec::new(),
         };
-        Ok((applied, written))
+        Ok((applied, Some(written)))
+    }
+
+    /// Says when and by whom a lock was made, unless its file does; one that is there already
+    /// keeps what it says.
+    fn sign(&self, lock: &mut Resource, existing: Option<&Resource>) {
+        for (key, value) in [("created_at", self.now.as_str()), ("created_by", self.by)] {
+            if lock.spec.get(key).is_none() {
+                let known = existing.and_then(|known| known.spec.get(key));
+                set(&mut lock.spec, key, known.cloned().unwrap_or(value.into()));
+            }
+        }
     }
 
     fn put_bot_parts(&self, tx: &Tx<'_>, bot: &Resource) -> Result<(), ApplyError> {
@@ -280,7 +317,7 @@ fn message(resource: &Resource, known: bool) -> String {
     }
 }
 
-fn notes(store: &Store, resource: &Resource) -> Result<Vec<String>, StoreError> {
+fn notes(tx: &Tx<'_>, resource: &Resource) -> Result<Vec<String>, StoreError> {
     let mut notes = Vec::new();
     if resource.kind == "bot" {
         let roles = resource.spec_texts("/roles");
@@ -293,7 +330,7 @@ fn notes(store: &Store, resource: &Resource) -> Result<Vec<String>, StoreError> 
             ));
         }
         for role in roles {
-            if store.get("role", &role)?.is_none() {
+            if tx.get("role", &role)?.is_none() {
                 notes.push(format!(
                     "there is no role {role:?} yet: outputs of bot {:?} fail until it is created",
                     resource.name
@@ -303,7 +340,7 @@ fn notes(store: &Store, resource: &Resource) -> Result<Vec<String>, StoreError> 
     }
     if resource.kind == "token" {
         let bot = resource.spec_text("/bot_name");
-        if store.get("bot", bot)?.is_none() {
+        if tx.get("bot", bot)?.is_none() {
             notes.push(format!(
                 "there is no bot {bot:?} yet: joining is refused until then"
             ));

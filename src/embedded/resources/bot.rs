@@ -1,7 +1,7 @@
 //! `kind: bot`: a name, the roles and traits its outputs may have, and how long its sessions last.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -19,7 +19,7 @@ pub fn user_name(name: &str) -> String {
     format!("bot-{}", name.replace(' ', "-"))
 }
 
-pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource, _now: SystemTime) {
+pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource) {
     let roles = fields.strings("roles").unwrap_or_default();
     if roles.iter().any(|role| role.trim().is_empty()) {
         fields.error(

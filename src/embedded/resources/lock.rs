@@ -1,9 +1,5 @@
 //! `kind: lock`: whoever it targets is refused until it is removed or expires.
 
-use std::time::SystemTime;
-
-use serde_json::json;
-
 use super::{Resource, set, time, whole};
 use crate::embedded::instant::rfc3339;
 use crate::yaml::Fields;
@@ -11,7 +7,7 @@ use crate::yaml::Fields;
 /// Targets that this cluster enforces; the names are those of Teleport's `LockTarget`.
 pub(super) const TARGETS: &[&str] = &["user", "role", "bot_instance_id", "join_token"];
 
-pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource, now: SystemTime) {
+pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource) {
     match fields.section("target") {
         Some(mut target) => {
             let given = TARGETS
@@ -50,18 +46,8 @@ pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource, now: Syste
     fields.ignore("created_at");
     fields.ignore("created_by");
     if let Some(expires) = time(fields, "expires") {
-        if expires <= now {
-            fields.error(
-                "expires",
-                "is in the past",
-                Some("the lock would do nothing"),
-            );
-        }
         // The store forgets it then; a lock that is there is in force.
         resource.expires = Some(resource.expires.map_or(expires, |other| other.min(expires)));
         set(&mut resource.spec, "expires", rfc3339(expires));
-    }
-    if resource.spec.get("created_at").is_none() {
-        set(&mut resource.spec, "created_at", json!(rfc3339(now)));
     }
 }

@@ -53,7 +53,7 @@ struct Kind {
     versions: &'static [&'static str],
     /// Checks the spec and writes defaults and normal forms into `resource.spec`, which holds the
     /// spec of the file.
-    check: fn(&mut Fields<'_>, &mut Resource, now: SystemTime),
+    check: fn(&mut Fields<'_>, &mut Resource),
 }
 
 /// The kinds that files may hold, by name.
@@ -130,8 +130,8 @@ pub fn readable_kinds() -> impl Iterator<Item = &'static str> {
 
 /// Reads all documents of `text`, which came from `file` (any name, for messages).
 ///
-/// `now` decides which expiries are past.
-pub fn parse(file: &str, text: &str, now: SystemTime) -> Result<Vec<Resource>, Rejected> {
+/// Expiries that are past by `now` are refused; none are if it is `None`.
+pub fn parse(file: &str, text: &str, now: Option<SystemTime>) -> Result<Vec<Resource>, Rejected> {
     let documents = yaml::parse_all(text).map_err(|problem| Rejected {
         lines: problem.render(file),
     })?;
@@ -173,7 +173,10 @@ pub fn parse(file: &str, text: &str, now: SystemTime) -> Result<Vec<Resource>, R
 }
 
 /// Reads several files, given as name and text; reports what is wrong with any of them.
-pub fn parse_files(files: &[(String, String)], now: SystemTime) -> Result<Vec<Resource>, Rejected> {
+pub fn parse_files(
+    files: &[(String, String)],
+    now: Option<SystemTime>,
+) -> Result<Vec<Resource>, Rejected> {
     let mut resources = Vec::new();
     let mut lines = Vec::new();
     for (file, text) in files {
@@ -238,7 +241,7 @@ fn title(node: &Node) -> String {
     }
 }
 
-fn document(node: &Node, problems: &Problems, now: SystemTime) -> Option<Resource> {
+fn document(node: &Node, problems: &Problems, now: Option<SystemTime>) -> Option<Resource> {
     let mut top = Fields::new(node, "", problems)?;
     let kind = kind(&mut top)?;
     let version = top.one_of("version", kind.versions);
@@ -259,7 +262,7 @@ fn document(node: &Node, problems: &Problems, now: SystemTime) -> Option<Resourc
         ..Resource::default()
     };
     match top.section("metadata") {
-        Some(fields) => metadata(fields, &mut resource, now),
+        Some(fields) => metadata(fields, &mut resource),
         None if top.has("metadata") => {}
         None => top.error(
             "metadata",
@@ -270,8 +273,17 @@ fn document(node: &Node, problems: &Problems, now: SystemTime) -> Option<Resourc
     match top.section("spec") {
         Some(mut fields) => {
             resource.spec = top.node("spec").map_or(Value::Null, yaml::to_json);
-            (kind.check)(&mut fields, &mut resource, now);
+            (kind.check)(&mut fields, &mut resource);
             fields.finish();
+            if let (Some(expires), Some(now)) = (resource.expires, now)
+                && expires <= now
+            {
+                whole(
+                    &top,
+                    format!("the expiry {} is in the past", rfc3339(expires)),
+                    "it would be gone at once; write a later time or leave it out",
+                );
+            }
         }
         None if top.has("spec") => {}
         None => top.error("spec", "`spec` is required", None),
@@ -307,7 +319,7 @@ fn kind(top: &mut Fields<'_>) -> Option<&'static Kind> {
     None
 }
 
-fn metadata(mut fields: Fields<'_>, resource: &mut Resource, now: SystemTime) {
+fn metadata(mut fields: Fields<'_>, resource: &mut Resource) {
     if let Some(name) = fields.required("name") {
         if let Some(problem) = bad_name(&name) {
             fields.error(
@@ -324,16 +336,7 @@ fn metadata(mut fields: Fields<'_>, resource: &mut Resource, now: SystemTime) {
         .unwrap_or_default()
         .into_iter()
         .collect();
-    if let Some(expires) = time(&mut fields, "expires") {
-        if expires <= now {
-            fields.error(
-                "expires",
-                format!("{} is in the past", rfc3339(expires)),
-                Some("the resource would be gone at once; write a later time or leave it out"),
-            );
-        }
-        resource.expires = Some(expires);
-    }
+    resource.expires = time(&mut fields, "expires");
     fields.ignore("revision");
     fields.ignore("id");
     if let Some(namespace) = fields.string("namespace")

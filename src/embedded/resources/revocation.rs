@@ -1,12 +1,10 @@
 //! `kind: workload_identity_x509_revocation`: an X.509-SVID that must not be trusted any more.
 
-use std::time::SystemTime;
-
 use super::{Resource, set, time, whole};
 use crate::embedded::instant::rfc3339;
 use crate::yaml::Fields;
 
-pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource, _now: SystemTime) {
+pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource) {
     let serial = &resource.name;
     let hex = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
     if serial.is_empty() || !serial.len().is_multiple_of(2) || !serial.bytes().all(hex) {

@@ -1,18 +1,105 @@
 //! `kind: role`: options, and what is allowed and denied.
 //!
-//! The keys that this cluster decides by are checked; others (logins, node labels, …) mean
-//! nothing here and are kept as they are, so that role files of a bigger cluster can be used.
+//! The keys that this cluster decides by are checked; others that a Teleport cluster knows (node
+//! labels, …) mean nothing here and are kept as they are, so that role files of a bigger cluster
+//! can be used.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::{Resource, set, whole};
+use crate::embedded::pattern::is_clear;
 use crate::yaml::{self, Fields};
 
+/// What patterns may look like.
+const PATTERNS: &str = "write a text, a text with `*`, or a `^regular expression$`";
 /// Sessions of a role that says nothing else, as a cluster fills it in.
 const DEFAULT_TTL: &str = "30h0m0s";
+
+/// What `allow` and `deny` may hold beside what this cluster decides by (upstream
+/// `api/types/role.go` and its JSON names). Kept as it is; anything else is a misspelling, and a
+/// misspelt denial would deny nothing.
+const KEPT: &[&str] = &[
+    "account_assignments",
+    "app_labels",
+    "app_labels_expression",
+    "aws_role_arns",
+    "azure_identities",
+    "beam_labels",
+    "beam_labels_expression",
+    "cluster_labels",
+    "cluster_labels_expression",
+    "db_labels",
+    "db_labels_expression",
+    "db_names",
+    "db_permissions",
+    "db_roles",
+    "db_service_labels",
+    "db_service_labels_expression",
+    "db_users",
+    "desktop_groups",
+    "gcp_service_accounts",
+    "github_permissions",
+    "group_labels",
+    "group_labels_expression",
+    "host_groups",
+    "host_sudoers",
+    "join_sessions",
+    "kubernetes_groups",
+    "kubernetes_labels",
+    "kubernetes_labels_expression",
+    "kubernetes_resources",
+    "kubernetes_users",
+    "logins",
+    "mcp",
+    "namespaces",
+    "node_labels",
+    "node_labels_expression",
+    "request",
+    "require_session_join",
+    "review_requests",
+    "spiffe",
+    "windows_desktop_labels",
+    "windows_desktop_labels_expression",
+    "windows_desktop_logins",
+];
+
+/// Options that are kept as they are, for the same reason.
+const KEPT_OPTIONS: &[&str] = &[
+    "cert_extensions",
+    "cert_format",
+    "client_idle_timeout",
+    "create_db_user",
+    "create_db_user_mode",
+    "create_desktop_user",
+    "create_host_user",
+    "create_host_user_default_shell",
+    "create_host_user_mode",
+    "desktop_clipboard",
+    "desktop_directory_sharing",
+    "device_trust_mode",
+    "disconnect_expired_cert",
+    "enhanced_recording",
+    "forward_agent",
+    "idp",
+    "lock",
+    "max_connections",
+    "max_kubernetes_connections",
+    "max_sessions",
+    "mfa_verification_interval",
+    "permit_x11_forwarding",
+    "pin_source_ip",
+    "port_forwarding",
+    "record_session",
+    "request_access",
+    "request_prompt",
+    "require_session_mfa",
+    "ssh_file_copy",
+    "ssh_port_forwarding",
+    "web_terminal_clipboard_mode",
+];
 
 /// The options of a role as a Teleport 18.0.0 cluster fills them in.
 pub(super) fn options(max_session_ttl: &str) -> Value {
@@ -31,7 +118,7 @@ pub(super) fn options(max_session_ttl: &str) -> Value {
     })
 }
 
-pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource, _now: SystemTime) {
+pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource) {
     let mut ttl = None;
     if let Some(mut options) = fields.section("options") {
         ttl = options.duration("max_session_ttl");
@@ -42,6 +129,10 @@ pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource, _now: Syst
                 Some("leave it out for 30h"),
             );
         }
+        for key in KEPT_OPTIONS {
+            options.ignore(key);
+        }
+        options.finish();
     }
     let mut all = options(&ttl.map_or_else(|| DEFAULT_TTL.to_owned(), yaml::duration::format));
     if let (Value::Object(all), Some(Value::Object(given))) =
@@ -99,7 +190,11 @@ fn check_conditions(mut fields: Fields<'_>, deny: bool, conditions: &mut Value) 
     }
     if let Some(mut impersonate) = fields.section("impersonate") {
         let _users = impersonate.strings("users");
-        let _roles = impersonate.strings("roles");
+        let roles = impersonate.strings("roles").unwrap_or_default();
+        if let Some(odd) = roles.iter().find(|role| !is_clear(role)) {
+            let what = format!("{odd:?} is no pattern that this cluster understands");
+            impersonate.error("roles", what, Some(PATTERNS));
+        }
         if impersonate.string("where").is_some() {
             impersonate.error(
                 "where",
@@ -112,6 +207,10 @@ fn check_conditions(mut fields: Fields<'_>, deny: bool, conditions: &mut Value) 
         }
         impersonate.finish();
     }
+    for key in KEPT {
+        fields.ignore(key);
+    }
+    fields.finish();
 }
 
 /// Labels with one value or a list of values each; a list in any case afterwards.
@@ -136,6 +235,10 @@ fn labels(fields: &mut Fields<'_>, key: &str) -> Option<BTreeMap<String, Vec<Str
                 "the key `*` goes with the value `*` only",
                 Some("write `'*': '*'` for everything"),
             );
+        }
+        if let Some(odd) = values.iter().find(|value| !is_clear(value)) {
+            let what = format!("{odd:?} is no pattern that this cluster understands");
+            section.error(name, what, Some(PATTERNS));
         }
         labels.insert(name.to_owned(), values);
     }

@@ -59,7 +59,7 @@ fn put(store: &Store, audit: &Audit, text: &str, mode: Mode) -> Result<Vec<Appli
     apply(
         store,
         audit,
-        parse("f", text, now()).unwrap(),
+        parse("f", text, None).unwrap(),
         mode,
         "admin",
         now(),
@@ -207,6 +207,91 @@ async fn what_is_the_same_is_left_alone_at_the_next_start() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_has_expired_is_passed_over_at_the_next_start() {
+    let (store, audit) = cluster();
+    let token = TOKEN.replace(
+        "name: example-bot",
+        "name: example-bot\n  expires: 2020-01-01T00:00:00Z",
+    );
+    let lock = "kind: lock\nversion: v2\nmetadata: {name: l}\n\
+        spec: {target: {user: x}, expires: '2020-01-01T00:00:00Z'}\n";
+    let text = format!("{token}---\n{lock}---\n{BOT}");
+    let applied = put(&store, &audit, &text, Mode::Ensure).unwrap();
+    assert_eq!(applied[0].message, "token \"example-bot\" is passed over");
+    assert!(applied[0].notes[0].contains("has expired (2020-01-01T00:00:00Z)"));
+    assert_eq!(applied[1].message, "lock \"l\" is passed over");
+    assert!(store.get("token", "example-bot").unwrap().is_none());
+    assert!(store.get("bot", "example").unwrap().is_some());
+    for old in [&token, lock] {
+        let error = parse("f", old, Some(now())).unwrap_err().to_string();
+        assert!(
+            error.contains("2020-01-01T00:00:00Z is in the past"),
+            "{error}"
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lock_keeps_its_birthday_over_starts() {
+    let (store, audit) = cluster();
+    let lock = "kind: lock\nversion: v2\nmetadata: {name: l}\nspec: {target: {user: x}}\n";
+    let mut seen = Vec::new();
+    for hours in 0..2 {
+        let later = now() + Duration::from_hours(hours);
+        let parsed = parse("f", lock, None).unwrap();
+        apply(&store, &audit, parsed, Mode::Ensure, "system", later).unwrap();
+        seen.push(store.get("lock", "l").unwrap().unwrap());
+    }
+    assert_eq!(seen[0], seen[1]);
+    assert_eq!(seen[0].spec["created_at"], "2027-01-15T08:00:00Z");
+    assert_eq!(seen[0].spec["created_by"], "system");
+    assert_eq!(audit.events().len(), 1);
+}
+
+#[test]
+fn what_a_role_denies_is_spelt_right() {
+    let role = |spec: &str| {
+        let text = format!("kind: role\nversion: v7\nmetadata: {{name: r}}\nspec: {spec}\n");
+        parse("f", &text, Some(now())).map(drop)
+    };
+    for (spec, part) in [
+        (
+            "{deny: {workload_identity_label: {env: prod}}}",
+            "did you mean `workload_identity_labels`?",
+        ),
+        (
+            "{deny: {impersonat: {roles: [x]}}}",
+            "did you mean `impersonate`?",
+        ),
+        ("{deny: {rule: []}}", "unknown key"),
+        ("{denny: {}}", "unknown key"),
+        (
+            "{options: {max_sesion_ttl: 1h}}",
+            "did you mean `max_session_ttl`?",
+        ),
+        (
+            "{deny: {workload_identity_labels: {env: '^(x$'}}}",
+            "is no pattern",
+        ),
+        (
+            "{deny: {workload_identity_labels: {env: ['{{external.env}}']}}}",
+            "is no pattern",
+        ),
+        ("{deny: {impersonate: {roles: ['^(x$']}}}", "is no pattern"),
+        (
+            "{deny: {rules: [{resources: [a], verbs: [b], were: c}]}}",
+            "unknown key",
+        ),
+    ] {
+        let error = role(spec).unwrap_err().to_string();
+        assert!(error.contains(part), "{spec}: {error}");
+    }
+    let whole = "{options: {lock: strict}, allow: {logins: [a], node_labels: {'*': '*'}},
+      deny: {logins: [b], workload_identity_labels: {env: ['^p.*$', 'x-*']}}}";
+    role(whole).unwrap();
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_bot_takes_its_parts_along() {
     let (store, audit) = cluster();
     put(&store, &audit, BOT, Mode::Create).unwrap();
@@ -299,17 +384,17 @@ kind: role
 version: v7
 metadata: {name: r}
 spec:
-  options: {max_session_ttl: 8h, forward_agent: true, odd: 1}
+  options: {max_session_ttl: 8h, forward_agent: true, max_sessions: 1}
   allow:
     logins: [root]
     workload_identity_labels: {'*': '*', env: [a, b]}
     rules: [{resources: [workload_identity], verbs: [read]}]
     impersonate: {roles: [x]}
 ";
-    let role = parse("f", text, now()).unwrap().remove(0);
+    let role = parse("f", text, Some(now())).unwrap().remove(0);
     assert_eq!(role.spec["options"]["max_session_ttl"], "8h0m0s");
     assert_eq!(role.spec["options"]["forward_agent"], true);
-    assert_eq!(role.spec["options"]["odd"], 1);
+    assert_eq!(role.spec["options"]["max_sessions"], 1);
     assert_eq!(role.spec["allow"]["logins"], json!(["root"]));
     assert_eq!(
         role.spec["allow"]["workload_identity_labels"],
@@ -317,7 +402,7 @@ spec:
     );
     assert_eq!(role.spec["deny"], json!({}));
     let bare = "kind: role\nversion: v7\nmetadata: {name: r}\nspec: {}\n";
-    let role = parse("f", bare, now()).unwrap().remove(0);
+    let role = parse("f", bare, Some(now())).unwrap().remove(0);
     assert_eq!(role.spec["options"]["max_session_ttl"], "30h0m0s");
 }
 
@@ -446,7 +531,7 @@ fn bad_input_is_told_with_its_place() {
         ),
     ];
     for (text, expected) in cases {
-        let error = parse("f", &text, now()).expect_err(&text).to_string();
+        let error = parse("f", &text, Some(now())).expect_err(&text).to_string();
         assert!(
             error.contains(expected),
             "{text}\n-> {error}\nwants {expected}"
@@ -457,7 +542,9 @@ fn bad_input_is_told_with_its_place() {
 #[test]
 fn every_problem_of_every_document_is_told_at_once() {
     let text = "kind: bot\nversion: v1\nmetadata: {name: a}\nspec: {x: 1}\n---\nkind: odd\n";
-    let error = parse("some.yaml", text, now()).unwrap_err().to_string();
+    let error = parse("some.yaml", text, Some(now()))
+        .unwrap_err()
+        .to_string();
     let lines: Vec<&str> = error.lines().collect();
     assert_eq!(lines.len(), 2, "{error}");
     assert!(
@@ -473,7 +560,7 @@ fn every_problem_of_every_document_is_told_at_once() {
 #[test]
 fn an_unquoted_account_keeps_its_digits() {
     let text = TOKEN.replace("\"111111111111\"", "011111111111");
-    let token = parse("f", &text, now()).unwrap().remove(0);
+    let token = parse("f", &text, Some(now())).unwrap().remove(0);
     assert_eq!(token.spec["allow"][0]["aws_account"], "011111111111");
 }
 

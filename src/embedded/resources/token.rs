@@ -1,7 +1,5 @@
 //! `kind: token`: who may join as which bot, and how it has to prove itself.
 
-use std::time::SystemTime;
-
 use serde_json::{Value, json};
 
 use super::{Resource, set, whole};
@@ -33,28 +31,15 @@ const KNOWN: &[&str] = &[
     "tpm",
 ];
 
-/// Keys that are kept as they are: labels and the rules of methods that are not verified yet.
+/// Keys that are kept as they are, beside the rules of methods that are not verified.
 const KEPT: &[&str] = &[
     "aws_iid_ttl",
     "suggested_labels",
     "suggested_agent_matcher_labels",
     "integration",
-    "azure",
-    "azure_devops",
-    "bitbucket",
-    "bound_keypair",
-    "circleci",
-    "env0",
-    "gcp",
-    "generic_oidc",
-    "github",
-    "gitlab",
-    "kubernetes",
-    "oracle",
-    "spacelift",
-    "terraform_cloud",
-    "tpm",
 ];
+/// Methods whose rules, if any, are under `allow`; others have a key of their name for them.
+const UNDER_ALLOW: &[&str] = &["token", "iam", "ec2"];
 
 /// The form of a token's name that may be logged: names of `token` tokens are secrets.
 ///
@@ -75,8 +60,9 @@ pub fn safe_name(name: &str, join_method: &str) -> String {
     "*".repeat(hidden) + &shown
 }
 
-pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource, _now: SystemTime) {
-    for key in KEPT {
+pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource) {
+    let methods = KNOWN.iter().filter(|name| !UNDER_ALLOW.contains(name));
+    for key in KEPT.iter().chain(methods) {
         fields.ignore(key);
     }
     let roles = fields.strings("roles").unwrap_or_default();
@@ -198,4 +184,17 @@ fn check_rule(rule: &mut Fields<'_>, method: &str) -> Value {
         );
     }
     stored
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_method_of_agents_is_known() {
+        let agents = crate::join::METHODS.iter().map(|method| method.name());
+        for name in agents.chain(crate::join::UPSTREAM.iter().copied()) {
+            assert!(KNOWN.contains(&name), "{name}");
+        }
+    }
 }

@@ -1,12 +1,10 @@
 //! `kind: workload_identity`: a SPIFFE ID and who may have it.
 
-use std::time::SystemTime;
-
 use super::{Resource, whole};
 use crate::embedded::workload_identity::resource::{spec_from_json, spec_to_json};
 use crate::yaml::Fields;
 
-pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource, _now: SystemTime) {
+pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource) {
     for key in fields.keys() {
         fields.ignore(key);
     }

@@ -1,3 +1,5 @@
+use std::os::unix::fs::PermissionsExt as _;
+
 use serde_json::json;
 use tokio::sync::broadcast::error::TryRecvError;
 

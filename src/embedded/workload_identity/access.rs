@@ -2,15 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use regex::RegexBuilder;
 use serde_json::Value;
 
 use super::resource::KIND;
 use crate::embedded::caller::TlsIdentity;
+use crate::embedded::pattern::fits;
 use crate::embedded::store::{Resource, Store, StoreError};
-
-/// The largest compiled label pattern, in bytes.
-const MAX_PATTERN: usize = 64 * 1024;
 
 /// The roles of a caller, as they are now; a role that no longer exists grants nothing.
 #[derive(Debug)]
@@ -41,9 +38,10 @@ impl Access {
         has("allow") && !has("deny")
     }
 
-    /// Whether a role allows a workload identity with these labels, and none denies it.
+    /// Whether a role allows a workload identity with these labels, and none denies it or may deny
+    /// it: what is not understood among denials denies.
     pub(super) fn sees(&self, labels: &BTreeMap<String, String>) -> bool {
-        let has = |side: &str| {
+        let has = |side: &str, fits: fn(&str, &str) -> bool| {
             self.roles.iter().any(|role| {
                 let selector = role
                     .spec
@@ -52,11 +50,12 @@ impl Access {
                 selector.is_some_and(|selector| {
                     let selector = selector.iter();
                     let selector = selector.map(|(key, values)| (key.clone(), texts(values)));
-                    matches(&selector.collect(), labels)
+                    select(&selector.collect(), labels, fits)
                 })
             })
         };
-        has("allow") && !has("deny")
+        let may_fit = |value: &str, label: &str| fits(value, label) != Some(false);
+        has("allow", surely_fits) && !has("deny", may_fit)
     }
 }
 
@@ -84,6 +83,14 @@ pub(super) fn matches(
     selector: &BTreeMap<String, Vec<String>>,
     labels: &BTreeMap<String, String>,
 ) -> bool {
+    select(selector, labels, surely_fits)
+}
+
+fn select(
+    selector: &BTreeMap<String, Vec<String>>,
+    labels: &BTreeMap<String, String>,
+    fits: impl Fn(&str, &str) -> bool,
+) -> bool {
     let everything = selector.get("*").is_some_and(|values| *values == ["*"]);
     everything
         || !selector.is_empty()
@@ -94,24 +101,8 @@ pub(super) fn matches(
             })
 }
 
-/// Whether a label's value is the given one, fits its `*`, or its `^regular expression$`.
-fn fits(value: &str, label: &str) -> bool {
-    if value == "*" || value == label {
-        return true;
-    }
-    let pattern = if value.starts_with('^') && value.ends_with('$') {
-        value.to_owned()
-    } else if value.contains('*') {
-        let parts: Vec<_> = value.split('*').map(regex::escape).collect();
-        format!("^{}$", parts.join("(?s:.*)"))
-    } else {
-        return false;
-    };
-    // A pattern that is none matches nothing.
-    RegexBuilder::new(&pattern)
-        .size_limit(MAX_PATTERN)
-        .build()
-        .is_ok_and(|pattern| pattern.is_match(label))
+fn surely_fits(value: &str, label: &str) -> bool {
+    fits(value, label) == Some(true)
 }
 
 #[cfg(test)]
@@ -180,5 +171,19 @@ mod tests {
         assert!(narrowed.may("read") && narrowed.may("create") && !narrowed.may("list"));
         assert!(narrowed.sees(&labels(&[("env", "dev")])));
         assert!(!narrowed.sees(&labels(&[("env", "prod")])));
+        // Nobody can tell what these deny, so they deny; the same among allowances allows nothing.
+        for odd in ["^(prod$", "{{internal.env}}"] {
+            let side =
+                |side: &str| role(json!({ side: {"workload_identity_labels": {"env": odd}}}));
+            let denied = Access {
+                roles: vec![narrowed.roles[0].clone(), side("deny")],
+            };
+            assert!(!denied.sees(&labels(&[("env", "prod")])), "{odd}");
+            assert!(denied.sees(&labels(&[("team", "a")])), "{odd}");
+            let allowed = Access {
+                roles: vec![side("allow")],
+            };
+            assert!(!allowed.sees(&labels(&[("env", "prod")])), "{odd}");
+        }
     }
 }
