@@ -16,6 +16,7 @@ use crate::crypto::pem;
 use crate::crypto::{KeyAlgorithm, PrivateKey};
 use crate::embedded::ca::AuthorityType;
 use crate::pb::proto::Certs;
+use crate::pb::types::RegisterUsingTokenRequest;
 use crate::pb::proto::join_service_client::JoinServiceClient;
 
 pub(super) const AUTH: &str = "teleport-auth@726f6f74.teleport.cluster.local";
@@ -106,7 +107,13 @@ impl Lab {
     pub(super) async fn joined(&self) -> (Certs, PrivateKey) {
         let key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();
         let expires = self.clock.now() + Duration::from_hours(1);
-        let request = crate::join::request("a-token-of-a-bot", &key, expires).unwrap();
+        let request = RegisterUsingTokenRequest {
+            role: "Bot".to_owned(),
+            token: "a-token-of-a-bot".to_owned(),
+            public_tls_key: key.public_pem().into_bytes(),
+            expires: Some(expires.into()),
+            ..RegisterUsingTokenRequest::default()
+        };
         let line = self.connect(&["teleport-proxy-grpc", "h2"], None).await;
         let mut client = JoinServiceClient::new(channel(line.stream).await);
         let certs = client.register_using_token(request).await.unwrap();
