@@ -7,10 +7,11 @@ mod heartbeat;
 mod notify;
 mod pid_file;
 mod supervisor;
+mod unit;
 
 use std::sync::Arc;
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, bail};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -25,12 +26,13 @@ use crate::diag;
 use crate::health::Registry;
 use crate::identity::bot::{Bot, Settings};
 use crate::identity::store::Store;
-use crate::services::{Context, Output, Server, Service, output};
+use crate::services::Context;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::one_line;
 
 use pid_file::PidFile;
 use supervisor::Supervisor;
+use unit::Unit;
 
 /// The name under which the bot's own identity reports its health.
 const IDENTITY: &str = "identity";
@@ -38,10 +40,10 @@ const IDENTITY: &str = "identity";
 /// Runs what `plan` says: until a signal ends it, or once with `oneshot`.
 ///
 /// # Errors
-/// What keeps it from starting, a first join that the cluster refuses, a service that ends by
-/// itself, and with `oneshot` any output that failed.
+/// What keeps it from starting, a first join that the cluster refuses, and with `oneshot` any output
+/// that failed.
 pub async fn run(plan: Plan) -> anyhow::Result<()> {
-    run_until(plan, CancellationToken::new()).await
+    Box::pin(run_until(plan, CancellationToken::new())).await
 }
 
 /// As [`run`], and `shutdown` ends it too.
@@ -53,11 +55,10 @@ pub async fn run_until(plan: Plan, shutdown: CancellationToken) -> anyhow::Resul
 }
 
 /// A plan whose sockets are bound and whose destinations are ready, before the first network
-/// exchange: what fails early, fails here.
+/// exchange. A service that is not ready does not stop the others; it is tried again.
 struct Agent {
     bot: Bot,
-    outputs: Vec<(Box<dyn Output>, Context)>,
-    servers: Vec<(Box<dyn Server>, Context)>,
+    units: Vec<Unit>,
     diag: Vec<diag::Listener>,
     heartbeat: heartbeat::Facts,
     registry: Registry,
@@ -85,9 +86,10 @@ impl Agent {
         };
 
         let storage = plan.storage.build();
+        // First of all: what looks like a leftover may be another agent's work of this moment.
+        let lock = storage.lock().context("bot storage")?;
         storage.init().await.context("bot storage")?;
         storage.check_writable().await.context("bot storage")?;
-        let lock = storage.lock().context("bot storage")?;
         if !storage.is_persistent() {
             tracing::warn!("The bot's storage does not survive a restart: it joins anew each time");
         }
@@ -117,28 +119,17 @@ impl Agent {
             metrics: metrics.clone(),
             shutdown: shutdown.clone(),
         };
-        let mut outputs = Vec::new();
-        let mut servers = Vec::new();
+        let mut units = Vec::new();
         for service in plan.services {
             let name: Arc<str> = service.name.as_str().into();
-            match service.plan.build() {
-                Service::Server(_) if plan.oneshot => {
-                    tracing::info!(service = %name, "Skipping a service that cannot run once");
-                }
-                Service::Server(mut server) => {
-                    server.bind().await.with_context(|| name.to_string())?;
-                    servers.push((server, context(name, service.lifetime)));
-                }
-                Service::Output(output) => {
-                    output
-                        .destination()
-                        .init()
-                        .await
-                        .with_context(|| name.to_string())?;
-                    outputs.push((output, context(name, service.lifetime)));
-                }
+            let unit = Unit::new(service.plan, context(Arc::clone(&name), service.lifetime));
+            if plan.oneshot && !unit.is_output() {
+                tracing::info!(service = %name, "Skipping a service that cannot run once");
+            } else {
+                units.push(unit);
             }
         }
+        prepare(&mut units).await?;
         let mut diag = Vec::new();
         if let Some(address) = plan.diag_addr.filter(|_| !plan.oneshot) {
             let listener = diag::Listener::tcp(&address)
@@ -153,8 +144,7 @@ impl Agent {
         }
         Ok(Self {
             bot,
-            outputs,
-            servers,
+            units,
             diag,
             heartbeat: heartbeat::Facts {
                 join_method: method.name(),
@@ -175,24 +165,23 @@ impl Agent {
     async fn run(mut self) -> anyhow::Result<()> {
         self.bot.load().await?;
         if self.oneshot {
-            self.once().await
+            Box::pin(self.once()).await
         } else {
-            self.serve().await
+            Box::pin(self.serve()).await
         }
     }
 
     /// Every output once, each on its own; any failure is the run's.
     async fn once(mut self) -> anyhow::Result<()> {
-        self.bot.run_once().await?;
+        self.bot.run_once(&self.shutdown).await?;
         let handle = self.bot.handle();
         let mut running = JoinSet::new();
-        for (output, context) in self.outputs {
-            let name = Arc::clone(&context.name);
-            running.spawn(async move { (name, output::run_once(output, context).await) });
+        for unit in self.units {
+            running.spawn(async move { (unit.name(), unit.run_once().await) });
         }
         let mut failed = Vec::new();
         while let Some(ended) = running.join_next().await {
-            let (name, result) = ended.map_err(|panic| anyhow!("an output panicked: {panic}"))?;
+            let (name, result) = ended.context("an output was cut off")?;
             if let Err(error) = result {
                 tracing::error!(service = %name, error = one_line(&error), "The output failed");
                 failed.push(name.to_string());
@@ -222,14 +211,9 @@ impl Agent {
         let mut tasks = Supervisor::new(self.shutdown.clone());
         let shutdown = self.shutdown.clone();
         tasks.start(IDENTITY, async move { Ok(self.bot.run(shutdown).await?) });
-        for (server, context) in self.servers {
-            let name = Arc::clone(&context.name);
-            tasks.start(&name, server.run(context));
-        }
-        for (output, context) in self.outputs {
-            let name = Arc::clone(&context.name);
-            tasks.start(&name, async move {
-                output::run(output, context).await;
+        for unit in self.units {
+            tasks.start(&unit.name(), async move {
+                unit.run().await;
                 Ok(())
             });
         }
@@ -264,9 +248,86 @@ impl Agent {
     }
 }
 
+/// Prepares every unit. One that is not ready runs all the same and tries again; only if none is
+/// ready there is nothing to join for, and what is wrong is the run's error.
+async fn prepare(units: &mut [Unit]) -> anyhow::Result<()> {
+    let mut problems = Vec::new();
+    for unit in &mut *units {
+        if let Err(error) = unit.prepare().await {
+            problems.push(error.context(unit.name().to_string()));
+        }
+    }
+    if problems.len() == units.len() && !problems.is_empty() {
+        let all: Vec<String> = problems.iter().map(one_line).collect();
+        bail!("{}", all.join("; "));
+    }
+    for error in problems {
+        tracing::warn!(
+            error = one_line(&error),
+            "A service is not ready; the others start without it, and it is tried again"
+        );
+    }
+    Ok(())
+}
+
 fn route(server: &ClusterAddress) -> Route {
     match server {
         ClusterAddress::Proxy(address) => Route::Proxy(with_port(address, "443")),
         ClusterAddress::Auth(address) => Route::Direct(with_port(address, "3025")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::config::{Overlay, Source, load};
+    use crate::destination::from_uri;
+    use crate::env::Env;
+
+    fn plan(storage: &Path) -> Plan {
+        let text = format!(
+            "version: v2\nauth_server: localhost:1\nonboarding: {{join_method: token, token: x}}\n\
+             storage: {{type: directory, path: {}}}\n",
+            storage.display()
+        );
+        let source = Source {
+            name: "tbot.yaml".to_owned(),
+            text,
+        };
+        load(Some(&source), &Overlay::default(), &Env::default())
+            .unwrap()
+            .plan
+    }
+
+    #[tokio::test]
+    async fn nothing_is_tidied_in_a_storage_that_another_agent_works_in() {
+        let base = tempfile::tempdir().unwrap();
+        let storage = base.path().canonicalize().unwrap().join("bot");
+        let other = from_uri(storage.to_str().unwrap()).unwrap().build();
+        let lock = other.lock().unwrap();
+        // The other agent is in the middle of a write.
+        let work = [".tbot-draft-0123456789abcdef", ".tbot-set"];
+        for folder in work {
+            std::fs::create_dir(storage.join(folder)).unwrap();
+            std::fs::write(storage.join(folder).join("key"), "new").unwrap();
+        }
+        let refused = Box::pin(run(plan(&storage))).await.unwrap_err();
+        assert!(one_line(&refused).contains("in use"), "{refused:#}");
+        for folder in work {
+            assert!(storage.join(folder).join("key").exists(), "{folder}");
+        }
+        assert!(!storage.join(".write-test").exists());
+
+        // Left behind, it is tidied by the next.
+        drop(lock);
+        Agent::build(plan(&storage), CancellationToken::new())
+            .await
+            .unwrap();
+        for folder in work {
+            assert!(!storage.join(folder).exists(), "{folder}");
+        }
+        assert!(storage.join("key").exists());
     }
 }

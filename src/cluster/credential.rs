@@ -68,27 +68,48 @@ impl Credential {
     }
 }
 
-/// A root store of PEM certificates.
+/// A root store of PEM certificates. An authority that TLS cannot use is left out with a warning:
+/// the others still are to be believed.
+///
+/// # Errors
+/// Text that is no PEM, and a list without any usable authority.
 pub(crate) fn roots_of(authorities: &[String]) -> Result<RootCertStore, ClusterError> {
+    let unusable = |problem: &dyn std::fmt::Display| {
+        ClusterError::Trust(format!("certificate authority: {problem}"))
+    };
     let mut roots = RootCertStore::empty();
+    let mut refused = None;
     for text in authorities {
-        let ders = pem::certificates(text)
-            .map_err(|source| ClusterError::Trust(format!("certificate authority: {source}")))?;
-        for der in ders {
-            roots.add(CertificateDer::from(der)).map_err(|source| {
-                ClusterError::Trust(format!("certificate authority: {source}"))
-            })?;
+        for der in pem::certificates(text).map_err(|source| unusable(&source))? {
+            if let Err(error) = roots.add(CertificateDer::from(der)) {
+                tracing::warn!(%error, "Leaving out a certificate authority that TLS cannot use");
+                refused = Some(error);
+            }
         }
     }
-    Ok(roots)
+    match refused {
+        Some(error) if roots.is_empty() => Err(unusable(&error)),
+        _ => Ok(roots),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::identity::fixtures::Authority;
 
     #[test]
     fn cluster_names_are_hex_encoded() {
         assert_eq!(encoded_cluster("root"), "726f6f74.teleport.cluster.local");
+    }
+
+    #[test]
+    fn an_unusable_authority_does_not_take_the_others_away() {
+        let (good, bad) = (Authority::new("root").pem, Authority::unusable("root").pem);
+        let roots = roots_of(&[bad.clone(), good.clone(), bad.clone() + &good]).unwrap();
+        assert_eq!(roots.len(), 2);
+        assert!(roots_of(&[bad.clone(), bad]).is_err());
+        assert!(roots_of(&["-----BEGIN CERTIFICATE-----\n!".to_owned()]).is_err());
+        assert!(roots_of(&[]).unwrap().is_empty());
     }
 }

@@ -142,6 +142,7 @@ pub trait Destination: Send + Sync + fmt::Debug {
     /// Reads one file; `None` if it is not there.
     async fn read(&self, name: &str) -> Result<Option<Secret<Vec<u8>>>, DestinationError>;
     /// Takes the lock that keeps a second process off the destination; `None` where there is none.
+    /// Comes before [`Destination::init`], which tidies up, and makes what the lock needs itself.
     fn lock(&self) -> Result<Option<Box<dyn Lock>>, DestinationError>;
     /// Whether the content survives the process.
     fn is_persistent(&self) -> bool;

@@ -24,6 +24,9 @@ use crate::renewal;
 
 /// The first wait after a failure.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
+/// How long an answer that must not get lost is waited for when the agent is told to stop: the
+/// cluster has counted the renewal, or used up the token, as soon as it has the request.
+const GRACE: Duration = Duration::from_secs(2);
 /// Attempts of a one-shot run against a cluster that cannot be reached.
 const ONESHOT_ATTEMPTS: u32 = 3;
 
@@ -59,6 +62,9 @@ pub enum BotError {
     /// The cluster's certificates are not usable; nothing of them is kept.
     #[error("the cluster's certificates are not usable: {0}")]
     Material(#[from] MaterialError),
+    /// No connection can be made with the cluster's certificates; nothing of them is kept.
+    #[error("the cluster's certificates are not usable: {0}")]
+    Credential(#[source] ClusterError),
     /// No key could be made.
     #[error("cannot make a key: {0}")]
     Key(#[from] KeyError),
@@ -71,6 +77,9 @@ pub enum BotError {
     /// The certificates are not valid now: one of the two clocks is wrong.
     #[error("the cluster's certificates are not valid now: is the clock of this machine right?")]
     Clock,
+    /// The agent was told to stop before the answer came.
+    #[error("the agent is stopping")]
+    Stopping,
     /// The cluster answered a renewal with another bot's certificates.
     #[error("the cluster answered with an identity of {got} where {held} was held")]
     OtherUser {
@@ -89,9 +98,11 @@ impl BotError {
             Self::Cluster(error) => error.disposition(),
             Self::NoToken => Disposition::Refused,
             Self::Material(_)
+            | Self::Credential(_)
             | Self::Key(_)
             | Self::Store(_)
             | Self::Clock
+            | Self::Stopping
             | Self::OtherUser { .. } => Disposition::Retry,
         }
     }
@@ -172,9 +183,14 @@ impl Bot {
                 tracing::info!(problem, "Not using the stored identity");
                 continue;
             }
-            // Certificates are backdated by a minute; the difference does not matter here.
-            self.publish(stored.identity, None)?;
-            return Ok(());
+            match stored.identity.credential(&self.clock) {
+                Ok(credential) => {
+                    // Certificates are backdated by a minute; the difference does not matter here.
+                    self.publish(stored.identity, credential, None);
+                    return Ok(());
+                }
+                Err(error) => tracing::warn!(%error, "Not using the stored identity"),
+            }
         }
         Ok(())
     }
@@ -210,7 +226,7 @@ impl Bot {
             let now = self.clock.now();
             let wake = match state::decide(now, self.held.as_ref()) {
                 Step::Wait(until) => until,
-                step => match self.attempt(step).await {
+                step => match self.attempt(step, &shutdown).await {
                     Ok(()) => {
                         backoff.reset();
                         if let Some(failures) = row.recovered() {
@@ -218,6 +234,7 @@ impl Bot {
                         }
                         continue;
                     }
+                    Err(BotError::Stopping) => return Ok(()),
                     Err(error) => {
                         let disposition = error.disposition();
                         if step == Step::Join
@@ -254,15 +271,16 @@ impl Bot {
     }
 
     /// Makes the identity fresh once, for a one-shot run.
-    pub async fn run_once(&mut self) -> Result<(), BotError> {
+    pub async fn run_once(&mut self, shutdown: &CancellationToken) -> Result<(), BotError> {
         let mut backoff = Backoff::new(FIRST_WAIT, state::cap(Disposition::Retry));
         loop {
             let step = state::decide(self.clock.now(), self.held.as_ref());
             if let Step::Wait(_) = step {
                 return Ok(());
             }
-            match self.attempt(step).await {
+            match self.attempt(step, shutdown).await {
                 Ok(()) => return Ok(()),
+                Err(BotError::Stopping) => return Err(BotError::Stopping),
                 Err(error) if matches!(step, Step::Renew(_)) => {
                     tracing::warn!(%error, "Using the stored identity: it cannot be renewed now");
                     return Ok(());
@@ -282,26 +300,46 @@ impl Bot {
         }
     }
 
-    /// One attempt at a fresh identity: store the key, ask, check, store the answer, use it.
-    async fn attempt(&mut self, step: Step) -> Result<(), BotError> {
+    /// One attempt at a fresh identity: store the key, ask, check, store the answer, use it. Ends
+    /// early when `shutdown` comes, but never between an answer and its storage.
+    async fn attempt(&mut self, step: Step, shutdown: &CancellationToken) -> Result<(), BotError> {
         let started = self.clock.now();
         let (identity, hash) = match step {
             Step::Wait(_) => return Ok(()),
-            Step::Join => self.join(None).await?,
+            Step::Join => self.join(None, shutdown).await?,
             Step::Renew(Renewal::Rejoin) => {
                 let client = self.handle.client().clone();
-                self.join(Some(client)).await?
+                self.join(Some(client), shutdown).await?
             }
-            Step::Renew(Renewal::Certificate) => self.renew_certificate().await?,
+            Step::Renew(Renewal::Certificate) => self.renew_certificate(shutdown).await?,
         };
+        self.accept(identity, &hash, step, started).await
+    }
+
+    /// Stores and publishes an answer, unless it cannot be used: then what is stored stays.
+    async fn accept(
+        &mut self,
+        identity: Identity,
+        token_hash: &str,
+        step: Step,
+        started: SystemTime,
+    ) -> Result<(), BotError> {
         self.check(&identity, step)?;
-        self.store.commit(&identity, &hash).await?;
+        let credential = identity
+            .credential(&self.clock)
+            .map_err(BotError::Credential)?;
+        self.store.commit(&identity, token_hash).await?;
         self.pending = None;
-        self.publish(identity, Some(started))
+        self.publish(identity, credential, Some(started));
+        Ok(())
     }
 
     /// Joins: with the bot's own client again, without one for the first time.
-    async fn join(&mut self, again: Option<Client>) -> Result<(Identity, String), BotError> {
+    async fn join(
+        &mut self,
+        again: Option<Client>,
+        shutdown: &CancellationToken,
+    ) -> Result<(Identity, String), BotError> {
         let token = self
             .settings
             .token
@@ -309,35 +347,50 @@ impl Bot {
             .ok_or(BotError::NoToken)?
             .resolve()?;
         let method = self.settings.method;
-        let proof = method.prepare().await?;
-        let hello = Hello {
-            method: method.name(),
-            token: token.clone(),
-            older: self.older.clone(),
-        };
-        let session = match again {
-            Some(client) => Session::again(&client, hello).await,
-            None => {
-                Session::open(
-                    &self.clock,
-                    &self.dialer,
-                    &self.settings.route,
-                    &self.settings.trust,
-                    hello,
-                )
-                .await
+        let opening = async {
+            let proof = method.prepare().await?;
+            let hello = Hello {
+                method: method.name(),
+                token: token.clone(),
+                older: self.older.clone(),
+            };
+            let session = match again {
+                Some(client) => Session::again(&client, hello).await,
+                None => {
+                    Session::open(
+                        &self.clock,
+                        &self.dialer,
+                        &self.settings.route,
+                        &self.settings.trust,
+                        hello,
+                    )
+                    .await
+                }
             }
-        }
-        .map_err(JoinError::cluster(method.name()))?;
-        let key = new_key(session.suite(), Purpose::HostIdentity).await?;
+            .map_err(JoinError::cluster(method.name()))?;
+            let key = new_key(session.suite(), Purpose::HostIdentity).await?;
+            Ok((proof, session, key))
+        };
+        let (proof, session, key) =
+            unless_stopped(opening, &self.clock, shutdown, Duration::ZERO).await?;
         self.store.begin(&key).await?;
         let expires = self.clock.now() + self.settings.ttl;
-        let certs = session.join(&key, expires, &proof, &self.clock).await?;
+        let joining = async { Ok(session.join(&key, expires, &proof, &self.clock).await?) };
+        let grace = match method.renewal() {
+            // The token is used up by the request.
+            Renewal::Certificate => GRACE,
+            // It can prove itself again at any time.
+            Renewal::Rejoin => Duration::ZERO,
+        };
+        let certs = unless_stopped(joining, &self.clock, shutdown, grace).await?;
         let identity = Identity::from_certs(key, certs, Vec::new())?;
         Ok((identity, token_hash(&token)))
     }
 
-    async fn renew_certificate(&mut self) -> Result<(Identity, String), BotError> {
+    async fn renew_certificate(
+        &mut self,
+        shutdown: &CancellationToken,
+    ) -> Result<(Identity, String), BotError> {
         let client = self.handle.client();
         let held = self
             .identity
@@ -346,21 +399,24 @@ impl Bot {
             .ok_or(ClusterError::NotJoined)?;
         // A key whose answer never came is used again: a cluster that recognises it can answer once
         // more with the same counter.
-        let key = match self.pending.take() {
-            Some(key) => key,
-            None => new_key(client.suite().await?, Purpose::HostIdentity).await?,
+        let making = async {
+            match &self.pending {
+                Some(key) => Ok(key.clone()),
+                None => Ok(new_key(client.suite().await?, Purpose::HostIdentity).await?),
+            }
         };
+        let key = unless_stopped(making, &self.clock, shutdown, Duration::ZERO).await?;
         self.store.begin(&key).await?;
         self.pending = Some(key.clone());
-        let certs = client
-            .generate_user_certs(UserCertsRequest {
-                username: held.user(),
-                expires: Some((self.clock.now() + self.settings.ttl).into()),
-                ssh_public_key: key.public_ssh_line()?.into_bytes(),
-                tls_public_key: key.public_pem().into_bytes(),
-                ..UserCertsRequest::default()
-            })
-            .await?;
+        let request = UserCertsRequest {
+            username: held.user(),
+            expires: Some((self.clock.now() + self.settings.ttl).into()),
+            ssh_public_key: key.public_ssh_line()?.into_bytes(),
+            tls_public_key: key.public_pem().into_bytes(),
+            ..UserCertsRequest::default()
+        };
+        let asking = async { Ok(client.generate_user_certs(request).await?) };
+        let certs = unless_stopped(asking, &self.clock, shutdown, GRACE).await?;
         let identity = Identity::from_certs(key, certs, Vec::new())?;
         let hash = match &self.settings.token {
             Some(token) => token
@@ -391,8 +447,7 @@ impl Bot {
 
     /// Makes an identity the current one. `issued` is when it was asked for; a stored one is taken
     /// to be as old as it says.
-    fn publish(&mut self, identity: Identity, issued: Option<SystemTime>) -> Result<(), BotError> {
-        let credential = identity.credential(&self.clock)?;
+    fn publish(&mut self, identity: Identity, credential: Credential, issued: Option<SystemTime>) {
         let fresh = issued.is_some();
         let held = Held {
             not_before: identity.not_before(),
@@ -423,7 +478,6 @@ impl Bot {
         self.ever_held = true;
         self.credential.send_replace(Some(Arc::new(credential)));
         self.identity.send_replace(Some(Arc::new(identity)));
-        Ok(())
     }
 
     /// Stops offering an identity that is over.
@@ -431,6 +485,24 @@ impl Bot {
         self.held = None;
         self.credential.send_replace(None);
         self.identity.send_replace(None);
+    }
+}
+
+/// Does `work`, or gives up `grace` after `shutdown`.
+async fn unless_stopped<T>(
+    work: impl Future<Output = Result<T, BotError>>,
+    clock: &Clock,
+    shutdown: &CancellationToken,
+    grace: Duration,
+) -> Result<T, BotError> {
+    let stopped = async {
+        shutdown.cancelled().await;
+        clock.sleep(grace).await;
+    };
+    tokio::select! {
+        biased;
+        done = work => done,
+        () = stopped => Err(BotError::Stopping),
     }
 }
 
@@ -445,3 +517,7 @@ fn tell(loudness: Loudness, error: &BotError, wait: Duration) {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "bot_tests.rs"]
+mod tests;

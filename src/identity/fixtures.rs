@@ -2,8 +2,9 @@
 
 use std::time::{Duration, SystemTime};
 
-use der::asn1::BitString;
+use der::asn1::{BitString, ObjectIdentifier, OctetString};
 use der::{Decode as _, Encode as _};
+use x509_cert::ext::Extension;
 use x509_cert::serial_number::SerialNumber;
 use x509_cert::spki::SubjectPublicKeyInfoOwned;
 use x509_cert::time::Validity;
@@ -28,6 +29,20 @@ pub(crate) struct Authority {
 
 impl Authority {
     pub(crate) fn new(cluster: &str) -> Self {
+        Self::with(cluster, None)
+    }
+
+    /// One whose certificate is sound but for an extension, which TLS reads and nobody else.
+    pub(crate) fn unusable(cluster: &str) -> Self {
+        let extension = Extension {
+            extn_id: ObjectIdentifier::new_unwrap("2.5.29.17"),
+            critical: false,
+            extn_value: OctetString::new([0x05, 0x00]).unwrap(),
+        };
+        Self::with(cluster, Some(vec![extension]))
+    }
+
+    fn with(cluster: &str, extensions: Option<Vec<Extension>>) -> Self {
         let key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();
         let name = format!("O={cluster},CN={cluster}");
         let pem = certificate(
@@ -35,8 +50,8 @@ impl Authority {
             &name,
             &key,
             &name,
-            start(),
-            Duration::from_hours(1000),
+            (start(), Duration::from_hours(1000)),
+            extensions,
         );
         Self {
             cluster: cluster.to_owned(),
@@ -62,7 +77,7 @@ impl Authority {
         );
         let issuer = format!("O={0},CN={0}", self.cluster);
         let life = Duration::from_hours(1);
-        let tls = certificate(&key, &subject, &self.key, &issuer, from, life);
+        let tls = certificate(&key, &subject, &self.key, &issuer, (from, life), None);
         let ssh = UserCertificate {
             spki: &key.public_spki(),
             serial: 1,
@@ -83,8 +98,8 @@ fn certificate(
     subject: &str,
     signer: &PrivateKey,
     issuer: &str,
-    from: SystemTime,
-    life: Duration,
+    (from, life): (SystemTime, Duration),
+    extensions: Option<Vec<Extension>>,
 ) -> String {
     let tbs = TbsCertificate {
         version: Version::V3,
@@ -99,7 +114,7 @@ fn certificate(
         subject_public_key_info: SubjectPublicKeyInfoOwned::from_der(&key.public_spki()).unwrap(),
         issuer_unique_id: None,
         subject_unique_id: None,
-        extensions: None,
+        extensions,
     };
     let signature = signer.sign(&tbs.to_der().unwrap()).unwrap();
     let certificate = Certificate {

@@ -1,4 +1,5 @@
-//! The bot's own identity through crashes: a journal of two slots inside a destination.
+//! The bot's own identity through crashes: a journal of two slots inside a destination, and a spare
+//! one for the day on which one of the two cannot be written.
 //!
 //! A slot holds one record, replaced as a whole. A new key goes into the slot that does *not* hold
 //! the newest identity before it is sent anywhere; the identity made with it replaces it there
@@ -18,8 +19,8 @@ use crate::crypto::{KeyError, PrivateKey, sha256_hex};
 use crate::destination::{Destination, DestinationError, FileSet};
 use crate::secret::Secret;
 
-/// The slots' file names.
-const SLOTS: [&str; 2] = [".slot-0", ".slot-1"];
+/// The slots' file names; the last is the spare one.
+const SLOTS: [&str; 3] = [".slot-0", ".slot-1", ".slot-2"];
 /// The first word of a slot and the version of its form.
 const MAGIC: &str = "tbot-identity-1";
 /// What upstream puts between the authorities in one file.
@@ -74,9 +75,10 @@ struct Position {
 }
 
 impl Position {
-    /// The slot that may be overwritten.
-    fn free(self) -> usize {
-        self.issued.map_or(0, |slot| 1 - slot)
+    /// The slots that may be overwritten, the one to begin with first.
+    fn free(self) -> impl Iterator<Item = (usize, &'static str)> {
+        let slots = SLOTS.into_iter().enumerate();
+        slots.filter(move |(slot, _)| Some(*slot) != self.issued)
     }
 }
 
@@ -127,17 +129,11 @@ impl Store {
         }
     }
 
-    /// Whether the storage survives the process.
-    pub fn is_persistent(&self) -> bool {
-        self.destination.is_persistent()
-    }
-
-    /// Proves that the storage can be written, before the cluster is asked for anything.
-    pub async fn check_writable(&self) -> Result<(), StoreError> {
-        Ok(self.destination.check_writable().await?)
-    }
-
-    /// Reads everything there is. Damaged parts are told and left alone.
+    /// Reads everything there is. Damaged and unreadable parts are told and left alone.
+    ///
+    /// # Errors
+    /// Something cannot be read, and nothing else holds an identity: it may be in there, and joining
+    /// anew would lose it.
     pub async fn load(&self) -> Result<Loaded, StoreError> {
         let mut position = self.position.lock().await;
         let (found, loaded) = self.read().await?;
@@ -182,20 +178,27 @@ impl Store {
             None => self.read().await?.0,
         };
         let sequence = position.sequence + 1;
-        let slot = position.free();
         let issued = matches!(state, State::Issued { .. });
         let bytes = encode(&Record { sequence, state })?;
-        let name = SLOTS.get(slot).copied().unwrap_or_default().to_owned();
         // Where the journal stands after a failed write is found out by reading.
         *held = None;
-        self.destination
-            .write(FileSet::from([(name, bytes)]))
-            .await?;
-        *held = Some(Position {
-            sequence,
-            issued: if issued { Some(slot) } else { position.issued },
-        });
-        Ok(())
+        let mut failed = None;
+        for (slot, name) in position.free() {
+            let files = FileSet::from([(name.to_owned(), bytes.clone())]);
+            match self.destination.write(files).await {
+                Ok(()) => {
+                    *held = Some(Position {
+                        sequence,
+                        issued: if issued { Some(slot) } else { position.issued },
+                    });
+                    return Ok(());
+                }
+                Err(error) => {
+                    failed.get_or_insert(error);
+                }
+            }
+        }
+        failed.map_or(Ok(()), |error| Err(error.into()))
     }
 
     async fn read(&self) -> Result<(Position, Loaded), StoreError> {
@@ -203,9 +206,16 @@ impl Store {
         let mut loaded = Loaded::default();
         let mut issued = Vec::new();
         let mut pending = None;
+        let mut unread = None;
         for (slot, name) in SLOTS.into_iter().enumerate() {
-            let Some(bytes) = self.destination.read(name).await? else {
-                continue;
+            let bytes = match self.destination.read(name).await {
+                Ok(Some(bytes)) => bytes,
+                Ok(None) => continue,
+                Err(error) => {
+                    loaded.warnings.push(error.to_string());
+                    unread.get_or_insert(error);
+                    continue;
+                }
             };
             match decode(&bytes) {
                 Ok((sequence, content)) => {
@@ -227,18 +237,25 @@ impl Store {
             .filter(|(sequence, _)| newest.is_none_or(|(issued, _)| *sequence > issued))
             .map(|(_, key)| key);
         loaded.candidates = issued.into_iter().map(|(_, _, stored)| stored).collect();
-        match self.read_upstream().await? {
-            Some(Ok(stored)) => insert(&mut loaded.candidates, stored),
-            Some(Err(problem)) => loaded.warnings.push(format!(
+        match self.read_upstream().await {
+            Ok(Some(Ok(stored))) => insert(&mut loaded.candidates, stored),
+            Ok(Some(Err(problem))) => loaded.warnings.push(format!(
                 "the files of another agent are not used: {problem}"
             )),
-            None => {}
+            Ok(None) => {}
+            Err(error) => {
+                loaded.warnings.push(error.to_string());
+                unread.get_or_insert(error);
+            }
         }
-        Ok((position, loaded))
+        match unread {
+            Some(error) if loaded.candidates.is_empty() => Err(error.into()),
+            _ => Ok((position, loaded)),
+        }
     }
 
     /// The identity in upstream's files; `None` if there is none.
-    async fn read_upstream(&self) -> Result<Option<Result<Stored, Unusable>>, StoreError> {
+    async fn read_upstream(&self) -> Result<Option<Result<Stored, Unusable>>, DestinationError> {
         let mut texts = Vec::new();
         for name in [
             "key",

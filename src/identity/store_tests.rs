@@ -209,6 +209,59 @@ async fn a_torn_or_foreign_slot_is_told_and_the_other_is_used() {
 }
 
 #[tokio::test]
+async fn one_unreadable_file_hides_no_other_and_blocks_no_renewal() {
+    let authority = Authority::new("example.org");
+    let base = tempfile::tempdir().unwrap();
+    let base = base.path().canonicalize().unwrap();
+    // The newest identity is in slot 1 and in upstream's files, the one before in slot 0.
+    for (case, broken, mirrored, left) in [
+        ("older", ".slot-0", false, vec![2]),
+        ("newer", ".slot-1", false, vec![1]),
+        ("newer but mirrored", ".slot-1", true, vec![2, 1]),
+        ("upstream's", "tlscert", true, vec![2, 1]),
+    ] {
+        let path = base.join(case);
+        let place = directory(&path);
+        let store = Store::open(Arc::clone(&place));
+        store.commit(&identity(&authority, 1), "h").await.unwrap();
+        store.commit(&identity(&authority, 2), "h").await.unwrap();
+        std::fs::remove_file(path.join(broken)).unwrap();
+        std::fs::create_dir(path.join(broken)).unwrap();
+        if !mirrored {
+            std::fs::remove_file(path.join("key")).unwrap();
+        }
+
+        let store = Store::open(Arc::clone(&place));
+        let loaded = store.load().await.unwrap();
+        assert_eq!(generations(&loaded), left, "{case}");
+        assert!(loaded.warnings[0].contains(broken), "{:?}", loaded.warnings);
+        store.begin(&key()).await.unwrap();
+        for generation in 3..6 {
+            let identity = identity(&authority, generation);
+            store.commit(&identity, "h").await.unwrap();
+            let loaded = Store::open(Arc::clone(&place)).load().await.unwrap();
+            assert_eq!(generations(&loaded)[0], generation, "{case}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_unreadable_file_is_not_taken_for_an_empty_storage() {
+    let authority = Authority::new("example.org");
+    let base = tempfile::tempdir().unwrap();
+    let path = base.path().canonicalize().unwrap().join("storage");
+    let place = directory(&path);
+    place.init().await.unwrap();
+    std::fs::create_dir(path.join(".slot-0")).unwrap();
+    let refused = Store::open(Arc::clone(&place)).load().await.unwrap_err();
+    assert!(refused.to_string().contains(".slot-0"), "{refused}");
+    std::fs::remove_dir(path.join(".slot-0")).unwrap();
+    let store = Store::open(place);
+    store.commit(&identity(&authority, 1), "h").await.unwrap();
+    assert_eq!(generations(&store.load().await.unwrap()), [1]);
+}
+
+#[tokio::test]
 async fn upstreams_files_are_written_as_upstream_writes_them() {
     let authority = Authority::new("example.org");
     let place = memory();

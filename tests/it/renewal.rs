@@ -52,6 +52,8 @@ spec: {roles: [Bot], bot_name: example, join_method: iam, allow: [{aws_account: 
 struct Network {
     port: AuthPort,
     out: AtomicBool,
+    /// Whether the network swallows everything.
+    hangs: AtomicBool,
     dials: AtomicUsize,
 }
 
@@ -61,6 +63,9 @@ impl Dialer for Network {
         self.dials.fetch_add(1, Ordering::Relaxed);
         if self.out.load(Ordering::Relaxed) {
             return Err(io::ErrorKind::ConnectionRefused.into());
+        }
+        if self.hangs.load(Ordering::Relaxed) {
+            return std::future::pending().await;
         }
         let (near, far) = tokio::io::duplex(64 * 1024);
         let port = self.port.clone();
@@ -99,6 +104,7 @@ impl Setup {
         let network = Arc::new(Network {
             port: cluster.auth_port(),
             out: AtomicBool::new(false),
+            hangs: AtomicBool::new(false),
             dials: AtomicUsize::new(0),
         });
         Self {
@@ -313,4 +319,17 @@ async fn joining_again_keeps_the_instance_by_either_protocol() {
         setup.shutdown.cancel();
         running.await.unwrap();
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stop_does_not_wait_for_a_cluster_that_never_answers() {
+    let setup = Setup::new().await;
+    setup.network.hangs.store(true, Ordering::Relaxed);
+    let (_handle, running) = setup.start().await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(setup.network.dials.load(Ordering::Relaxed), 1);
+    let asked = tokio::time::Instant::now();
+    setup.shutdown.cancel();
+    running.await.unwrap();
+    assert_eq!(asked.elapsed(), Duration::ZERO);
 }

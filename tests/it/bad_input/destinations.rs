@@ -4,8 +4,8 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{RESOURCES, assert_refused, once, output, snapshot};
-use crate::common::{Cluster, OutputText as _, Sandbox, skip};
+use super::{RESOURCES, assert_refused, once, output, snapshot, start};
+use crate::common::{Cluster, OutputText as _, Sandbox, eventually, skip};
 
 #[test]
 fn a_path_that_can_never_be_written_is_named_before_the_token_is_used() {
@@ -107,4 +107,33 @@ fn a_full_disk_fails_its_output_and_no_other() {
     assert!(roomy.success());
     once(&sandbox, &config).success();
     assert!(full.0.join("out/identity").exists());
+}
+
+#[test]
+fn an_output_that_cannot_be_made_at_the_start_stops_no_other() {
+    let sandbox = Sandbox::new();
+    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let token = cluster.invite("example", "10m");
+    let bad = sandbox.write("bad", "mine");
+    let config = cluster.config(&token, "bot")
+        + "outputs:\n"
+        + &output(&bad)
+        + &output(&sandbox.path("good"));
+    let failed = once(&sandbox, &config);
+    assert_refused(&failed, &["1 of the outputs failed: identity-1"]);
+    assert!(sandbox.path("good/identity").exists(), "{}", failed.text());
+
+    std::fs::remove_dir_all(sandbox.path("good")).unwrap();
+    let mut agent = start(&sandbox, "agent", &config);
+    agent.wait_for_log("A service is not ready");
+    eventually("the good output is written", || {
+        std::fs::metadata(sandbox.path("good/identity"))
+    });
+    assert_eq!(std::fs::read_to_string(&bad).unwrap(), "mine");
+    // Mended, the bad one is written without a restart.
+    std::fs::remove_file(&bad).unwrap();
+    eventually("the other is written too", || {
+        std::fs::metadata(bad.join("identity"))
+    });
+    agent.check_running();
 }
