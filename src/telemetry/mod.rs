@@ -89,10 +89,18 @@ fn subscriber<W: Write + Send + 'static>(
     tracing_subscriber::registry().with(layer.with_filter(filter_fn(move |m| shown(m, level))))
 }
 
+/// Modules of libraries whose warnings repeat what other programs wrote, secrets perhaps included:
+/// those that run a `credential_process`. The failure itself is told by the join.
+const SILENT: [&str; 2] = [
+    "aws_config::meta::credentials",
+    "aws_config::profile::credentials",
+];
+
 /// Whether an event is to be logged when the user asked for `level`.
 fn shown(metadata: &Metadata<'_>, level: LevelFilter) -> bool {
     let limit = match level {
         LevelFilter::TRACE => level,
+        _ if SILENT.iter().any(|m| metadata.target().starts_with(m)) => LevelFilter::OFF,
         _ if line::ours(metadata.target()) => level,
         LevelFilter::DEBUG => LevelFilter::INFO,
         _ => level.min(LevelFilter::WARN),

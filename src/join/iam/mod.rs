@@ -4,15 +4,24 @@
 mod sign;
 pub mod verify;
 
+use std::time::Duration;
+
 use async_trait::async_trait;
-use aws_config::{BehaviorVersion, Region};
+use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_credential_types::Credentials;
 use aws_credential_types::provider::ProvideCredentials as _;
 
+use self::sign::{Endpoint, Fips};
 use super::{JoinError, JoinMethod, Proof, Renewal};
+use crate::env::Env;
 
 /// The region of the request where the machine names none. Right in the commercial partition only.
 const FALLBACK_REGION: &str = "us-east-1";
+/// The longest that finding credentials may take. The sources bound themselves, but for a
+/// `credential_process`, and several of them slow one after the other would take minutes.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Keeps the FIPS endpoint off although FIPS is asked for (upstream `lib/utils/aws`).
+const DISABLE_FIPS: &str = "TELEPORT_UNSTABLE_DISABLE_AWS_FIPS";
 
 /// Join method `iam`.
 #[derive(Debug)]
@@ -29,46 +38,155 @@ impl JoinMethod for Iam {
     }
 
     async fn prepare(&self) -> Result<Proof, JoinError> {
-        let (credentials, region) = aws_identity().await?;
+        let (credentials, endpoint) = in_time(Box::pin(aws_identity())).await?;
         Ok(Proof::Iam(Box::new(move |challenge, now| {
-            sign::identity_request(&credentials, &region, challenge, now)
+            sign::identity_request(&credentials, &endpoint, challenge, now)
         })))
     }
 }
 
-/// Credentials and region by AWS's standard chain: environment, profile, SSO, process, web
-/// identity, container endpoint, instance metadata.
-async fn aws_identity() -> Result<(Credentials, String), JoinError> {
-    let config = Box::pin(aws_config::load_defaults(BehaviorVersion::latest())).await;
-    let region = config.region().map_or_else(
-        || {
-        tracing::info!(
-            region = FALLBACK_REGION,
-            "No AWS region is configured (AWS_REGION, profile, instance metadata): using the default"
-        );
-        FALLBACK_REGION
-    },
-        Region::as_ref,
-    );
+async fn in_time<T>(work: impl Future<Output = Result<T, JoinError>>) -> Result<T, JoinError> {
+    tokio::time::timeout(PATIENCE, work)
+        .await
+        .unwrap_or_else(|_elapsed| {
+            Err(proof(&format!(
+                "no AWS credentials within {} s: does a credential_process not end, or does the                  instance metadata or container endpoint not answer?",
+                PATIENCE.as_secs()
+            )))
+        })
+}
+
+/// Credentials by AWS's standard chain (environment, profile, SSO, process, web identity, container
+/// endpoint, instance metadata), and where AWS is asked about them.
+async fn aws_identity() -> Result<(Credentials, Endpoint), JoinError> {
+    let config = aws_config::load_defaults(BehaviorVersion::latest()).await;
+    let endpoint = endpoint_of(&config, &Env::of_process());
     let provider = config
         .credentials_provider()
         .ok_or_else(|| proof("the AWS SDK offers no credential chain"))?;
-    let credentials = Box::pin(provider.provide_credentials())
-        .await
-        .map_err(|source| {
-            let cause = std::error::Error::source(&source)
-                .map_or_else(|| source.to_string(), ToString::to_string);
-            proof(&format!(
-                "no AWS credentials: {cause}. Attach an IAM role to this machine, or set a profile or \
-                 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; the role needs sts:GetCallerIdentity"
-            ))
-        })?;
-    Ok((credentials, region.to_owned()))
+    let credentials = provider.provide_credentials().await.map_err(|source| {
+        let cause = std::error::Error::source(&source)
+            .map_or_else(|| source.to_string(), ToString::to_string);
+        proof(&format!(
+            "no AWS credentials: {}. Attach an IAM role to this machine, or set a profile or \
+             AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; the role needs sts:GetCallerIdentity",
+            without_stderr(&cause)
+        ))
+    })?;
+    Ok((credentials, endpoint))
+}
+
+/// The endpoint of the configured region. `AWS_USE_FIPS_ENDPOINT` and the profile's
+/// `use_fips_endpoint` are in `config`.
+fn endpoint_of(config: &SdkConfig, env: &Env) -> Endpoint {
+    let region = config.region().map_or_else(
+        || {
+            tracing::info!(
+                region = FALLBACK_REGION,
+                "No AWS region is configured (AWS_REGION, profile, instance metadata): using the default"
+            );
+            FALLBACK_REGION
+        },
+        Region::as_ref,
+    );
+    let disabled = matches!(
+        env.get(DISABLE_FIPS),
+        Some("yes" | "1" | "t" | "T" | "true" | "TRUE" | "True")
+    );
+    let fips = match config.use_fips() {
+        Some(true) if disabled => Fips::RegionOnly,
+        Some(true) => Fips::On,
+        Some(false) | None => Fips::Off,
+    };
+    Endpoint::new(region, fips)
+}
+
+/// The SDK's text without what a `credential_process` wrote to standard error: it may hold secrets.
+/// (The log leaves out the SDK's own lines about it.)
+fn without_stderr(cause: &str) -> &str {
+    cause
+        .split_once(" Stderr: ")
+        .map_or(cause, |(before, _)| before)
+        .trim_end_matches('.')
 }
 
 fn proof(problem: &str) -> JoinError {
     JoinError::Proof {
         method: "iam",
         problem: problem.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_source_of_credentials_that_hangs_is_given_up() {
+        let began = tokio::time::Instant::now();
+        let error = in_time(std::future::pending::<Result<(), _>>())
+            .await
+            .unwrap_err();
+        assert_eq!(began.elapsed(), PATIENCE);
+        assert!(error.to_string().contains("credential_process"), "{error}");
+    }
+
+    #[test]
+    fn the_region_and_the_wish_for_fips_are_the_sdks() {
+        let none = Env::default();
+        let disabled: Env = [(DISABLE_FIPS, "yes")].into_iter().collect();
+        for (region, fips, env, host) in [
+            (None, None, &none, "sts.us-east-1.amazonaws.com"),
+            (
+                Some("eu-west-1"),
+                None,
+                &none,
+                "sts.eu-west-1.amazonaws.com",
+            ),
+            (
+                Some("us-west-2"),
+                Some(true),
+                &none,
+                "sts-fips.us-west-2.amazonaws.com",
+            ),
+            (
+                Some("us-west-2"),
+                Some(false),
+                &none,
+                "sts.us-west-2.amazonaws.com",
+            ),
+            (
+                Some("us-west-2"),
+                Some(true),
+                &disabled,
+                "sts.us-west-2.amazonaws.com",
+            ),
+            (
+                Some("eu-west-1"),
+                Some(true),
+                &disabled,
+                "sts.us-east-1.amazonaws.com",
+            ),
+        ] {
+            let config = SdkConfig::builder()
+                .region(region.map(Region::new))
+                .use_fips(fips.unwrap_or(false))
+                .build();
+            let found = endpoint_of(&config, env);
+            assert_eq!(found.host(), host, "{region:?} {fips:?}");
+        }
+    }
+
+    #[test]
+    fn standard_error_of_a_process_is_left_out() {
+        let text = "external process exited with code exit status: 3. Stderr: hunter2. Stderr: x";
+        assert_eq!(
+            without_stderr(text),
+            "external process exited with code exit status: 3"
+        );
+        assert_eq!(
+            without_stderr("the profile is broken"),
+            "the profile is broken"
+        );
     }
 }

@@ -13,15 +13,73 @@ use super::proof;
 /// The only body that clusters accept, byte for byte.
 const BODY: &str = "Action=GetCallerIdentity&Version=2011-06-15";
 
-/// Signs `challenge` into a request for the caller's identity at the region's STS endpoint, and
-/// returns it as HTTP/1.1 bytes. It is sent by the cluster, not here.
+/// Regions with a FIPS endpoint of STS. Those of the government have it under the usual name.
+const FIPS_REGIONS: [&str; 6] = [
+    "us-east-1",
+    "us-east-2",
+    "us-gov-east-1",
+    "us-gov-west-1",
+    "us-west-1",
+    "us-west-2",
+];
+
+/// Whether the request is to be answered by FIPS-validated software at AWS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fips {
+    Off,
+    On,
+    /// The region of [`Fips::On`], with its usual endpoint.
+    RegionOnly,
+}
+
+/// Where AWS is asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Endpoint {
+    region: String,
+    host: String,
+}
+
+impl Endpoint {
+    /// The regional STS endpoint. With FIPS a region that has no such endpoint is replaced by one
+    /// that has.
+    pub(super) fn new(region: &str, fips: Fips) -> Self {
+        let region = if fips == Fips::Off || FIPS_REGIONS.contains(&region) {
+            region
+        } else {
+            "us-east-1"
+        };
+        let prefix = if fips == Fips::On && !region.starts_with("us-gov-") {
+            "sts-fips"
+        } else {
+            "sts"
+        };
+        let suffix = match region.split_once('-') {
+            Some(("cn", _)) => "amazonaws.com.cn",
+            Some(("us", rest)) if rest.starts_with("iso-") => "c2s.ic.gov",
+            Some(("us", rest)) if rest.starts_with("isob-") => "sc2s.sgov.gov",
+            _ => "amazonaws.com",
+        };
+        Self {
+            host: format!("{prefix}.{region}.{suffix}"),
+            region: region.to_owned(),
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn host(&self) -> &str {
+        &self.host
+    }
+}
+
+/// Signs `challenge` into a request for the caller's identity at `endpoint`, and returns it as
+/// HTTP/1.1 bytes. It is sent by the cluster, not here.
 pub(super) fn identity_request(
     credentials: &Credentials,
-    region: &str,
+    endpoint: &Endpoint,
     challenge: &str,
     now: SystemTime,
 ) -> Result<Vec<u8>, JoinError> {
-    let host = endpoint(region);
+    let host = &endpoint.host;
     let length = BODY.len().to_string();
     let mut headers = vec![
         ("Host", host.clone()),
@@ -36,7 +94,7 @@ pub(super) fn identity_request(
     let identity: Identity = credentials.clone().into();
     let parameters = v4::SigningParams::builder()
         .identity(&identity)
-        .region(region)
+        .region(&endpoint.region)
         .name("sts")
         .time(now)
         .settings(SigningSettings::default())
@@ -77,16 +135,6 @@ pub(super) fn identity_request(
     Ok(request.into_bytes())
 }
 
-/// The regional STS endpoint.
-fn endpoint(region: &str) -> String {
-    let suffix = if region.starts_with("cn-") {
-        "amazonaws.com.cn"
-    } else {
-        "amazonaws.com"
-    };
-    format!("sts.{region}.{suffix}")
-}
-
 /// The header's name as HTTP/1.1 usually writes it.
 fn canonical(name: &str) -> &'static str {
     match name {
@@ -103,11 +151,15 @@ mod tests {
 
     use super::*;
 
+    fn endpoint() -> Endpoint {
+        Endpoint::new("eu-west-1", Fips::Off)
+    }
+
     fn signed(token: Option<&str>) -> String {
         let credentials =
             Credentials::new("AKID", "secret", token.map(str::to_owned), None, "test");
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
-        String::from_utf8(identity_request(&credentials, "eu-west-1", "abc+/", now).unwrap())
+        String::from_utf8(identity_request(&credentials, &endpoint(), "abc+/", now).unwrap())
             .unwrap()
     }
 
@@ -147,12 +199,43 @@ mod tests {
     #[test]
     fn a_line_break_cannot_add_a_header() {
         let credentials = Credentials::new("AK\r\nX: y", "secret", None, None, "test");
-        assert!(identity_request(&credentials, "eu-west-1", "c", SystemTime::UNIX_EPOCH).is_err());
+        assert!(identity_request(&credentials, &endpoint(), "c", SystemTime::UNIX_EPOCH).is_err());
     }
 
     #[test]
-    fn china_has_its_own_domain() {
-        assert_eq!(endpoint("cn-north-1"), "sts.cn-north-1.amazonaws.com.cn");
-        assert_eq!(endpoint("us-gov-west-1"), "sts.us-gov-west-1.amazonaws.com");
+    fn endpoints_follow_partition_and_fips() {
+        for (region, fips, host) in [
+            ("cn-north-1", Fips::Off, "sts.cn-north-1.amazonaws.com.cn"),
+            (
+                "us-gov-west-1",
+                Fips::Off,
+                "sts.us-gov-west-1.amazonaws.com",
+            ),
+            ("us-iso-east-1", Fips::Off, "sts.us-iso-east-1.c2s.ic.gov"),
+            (
+                "us-isob-east-1",
+                Fips::Off,
+                "sts.us-isob-east-1.sc2s.sgov.gov",
+            ),
+            ("us-east-2", Fips::On, "sts-fips.us-east-2.amazonaws.com"),
+            ("us-gov-west-1", Fips::On, "sts.us-gov-west-1.amazonaws.com"),
+            ("eu-west-1", Fips::On, "sts-fips.us-east-1.amazonaws.com"),
+            ("eu-west-1", Fips::RegionOnly, "sts.us-east-1.amazonaws.com"),
+        ] {
+            assert_eq!(Endpoint::new(region, fips).host(), host);
+        }
+    }
+
+    #[test]
+    fn the_signature_is_for_the_region_that_is_asked() {
+        let credentials = Credentials::new("AKID", "secret", None, None, "test");
+        let endpoint = Endpoint::new("eu-west-1", Fips::On);
+        let bytes = identity_request(&credentials, &endpoint, "c", SystemTime::UNIX_EPOCH);
+        let text = String::from_utf8(bytes.unwrap()).unwrap();
+        assert!(
+            text.contains("Host: sts-fips.us-east-1.amazonaws.com\r\n"),
+            "{text}"
+        );
+        assert!(text.contains("/us-east-1/sts/aws4_request"), "{text}");
     }
 }

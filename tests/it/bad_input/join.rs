@@ -163,6 +163,20 @@ fn an_aws_identity_that_no_rule_lets_in_is_told_what_to_compare() {
         &run("right", &nothing),
         &["no AWS credentials", "Attach an IAM role to this machine"],
     );
+    // What a helper program says on its way out stays between it and whoever started it.
+    let profile = sandbox.write(
+        "aws-config",
+        "[default]\ncredential_process = sh -c 'echo its-secret >&2; exit 3'\n",
+    );
+    let process = [
+        ("AWS_ACCESS_KEY_ID", ""),
+        ("AWS_SECRET_ACCESS_KEY", ""),
+        ("AWS_SESSION_TOKEN", ""),
+        ("AWS_CONFIG_FILE", profile.to_str().unwrap()),
+    ];
+    let refused = run("right", &process);
+    assert_refused(&refused, &["external process exited with code"]);
+    assert!(!refused.text().contains("its-secret"), "{}", refused.text());
     // A token of one method does not open the door of another.
     let config = cluster.config("right", "bot") + "outputs:\n" + &output(&sandbox.path("out"));
     assert_refused(
