@@ -10,7 +10,7 @@ use super::start;
 use crate::config::{self, Overlay};
 use crate::env::Env;
 use crate::install::apply::{self, Written};
-use crate::install::paths::Access;
+use crate::install::paths::{Access, instead_of, is_common};
 use crate::install::unit::Unit;
 
 /// Places that a package or an updater keeps pointed at the current program.
@@ -27,6 +27,7 @@ pub(super) fn run(globals: &Globals, args: &SystemdArgs, env: &Env) -> Result<()
             Failure::usage("--config is required: the path of the file that the service will read")
         })?;
     let config = std::path::absolute(config)?;
+    check_files(args)?;
     let unit = Unit {
         name: args.name.clone(),
         user: args.user.clone(),
@@ -101,6 +102,35 @@ fn write(unit: &Unit, target: &Path, force: bool) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Refuses places where the service could not make the files that flags name.
+fn check_files(args: &SystemdArgs) -> Result<(), Failure> {
+    for (flag, file) in [
+        ("--pid-file", &args.pid_file),
+        ("--diag-socket-for-updater", &args.diag_socket_for_updater),
+    ] {
+        let Some(file) = file else { continue };
+        let refused = |problem: &str| {
+            Err(Failure::usage(format!(
+                "{flag} {}: {problem}",
+                file.display()
+            )))
+        };
+        if !file.is_absolute() {
+            return refused(
+                "write an absolute path, the service has a working directory of its own",
+            );
+        }
+        match file.parent() {
+            Some(parent) if args.user != "root" && is_common(parent) => {
+                return refused(&instead_of(parent, &args.user));
+            }
+            Some(_) => {}
+            None => return refused("this is no file"),
+        }
+    }
+    Ok(())
+}
+
 /// What the configuration lets the agent write; `None` if the file cannot be used yet.
 fn access(config: &Path, args: &SystemdArgs) -> Option<Access> {
     let name = config.display().to_string();
@@ -120,6 +150,9 @@ fn access(config: &Path, args: &SystemdArgs) -> Option<Access> {
     match config::load(Some(&source), &Overlay::default(), &Env::default()) {
         Ok(loaded) => {
             let mut access = Access::of(&loaded.plan);
+            for line in access.take_common(&args.user) {
+                tracing::warn!("{name}: {line}");
+            }
             for file in [&args.pid_file, &args.diag_socket_for_updater]
                 .into_iter()
                 .flatten()
@@ -155,4 +188,45 @@ fn executable() -> Result<PathBuf, Failure> {
         );
     }
     Ok(this)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::super::args::{Cli, Command, InstallTarget};
+    use super::*;
+
+    #[test]
+    fn files_that_the_service_could_not_make_are_refused() {
+        for (arguments, problem) in [
+            ("--pid-file /run/tbot/tbot.pid", None),
+            ("--pid-file /run/tbot.pid --user root", None),
+            ("--pid-file /run/tbot.pid", Some("for example /run/tbot")),
+            ("--pid-file tbot.pid", Some("an absolute path")),
+            ("--pid-file /", Some("no file")),
+            (
+                "--diag-socket-for-updater /opt/x.sock",
+                Some("for example /opt/tbot"),
+            ),
+            ("--diag-socket-for-updater x.sock", Some("an absolute path")),
+        ] {
+            let words = ["tbot", "install", "systemd"];
+            let cli = Cli::try_parse_from(words.into_iter().chain(arguments.split(' '))).unwrap();
+            let Some(Command::Install {
+                target: InstallTarget::Systemd(args),
+            }) = cli.command
+            else {
+                panic!("{arguments}");
+            };
+            match (check_files(&args), problem) {
+                (Ok(()), None) => {}
+                (Err(failure), Some(problem)) => {
+                    assert!(failure.to_string().contains(problem), "{failure}");
+                    assert_eq!(failure.exit(), super::super::exit::Exit::Usage);
+                }
+                (outcome, _) => panic!("{arguments}: {outcome:?}"),
+            }
+        }
+    }
 }

@@ -139,9 +139,20 @@ impl Unit {
             }
             if !access.runtime.is_empty() {
                 let all: Vec<String> = access.runtime.iter().map(|p| setting(p)).collect();
+                // Others enter the directories of sockets.
+                let mode = if access.runtime == access.kept {
+                    "0700"
+                } else {
+                    "0755"
+                };
+                let preserve = if access.kept.is_empty() {
+                    "restart"
+                } else {
+                    "yes"
+                };
                 let _written = writeln!(
                     text,
-                    "RuntimeDirectory={}\nRuntimeDirectoryMode=0755\nRuntimeDirectoryPreserve=restart",
+                    "RuntimeDirectory={}\nRuntimeDirectoryMode={mode}\nRuntimeDirectoryPreserve={preserve}",
                     all.join(" ")
                 );
             }
@@ -350,15 +361,56 @@ mod tests {
     }
 
     #[test]
+    fn state_below_run_outlives_the_service() {
+        for (kept, mode, preserve) in [
+            (vec![], "0755", "restart"),
+            (vec!["bot"], "0755", "yes"),
+            (vec!["bot", "api"], "0700", "yes"),
+        ] {
+            let access = Access {
+                runtime: ["bot".into(), "api".into()].into(),
+                kept: kept.into_iter().map(PathBuf::from).collect(),
+                ..Access::default()
+            };
+            let text = Unit {
+                access: Some(access),
+                ..unit()
+            }
+            .render();
+            let expected =
+                format!("RuntimeDirectoryMode={mode}\nRuntimeDirectoryPreserve={preserve}\n");
+            assert!(text.contains(&expected), "{text}");
+        }
+    }
+
+    #[test]
     fn systemd_accepts_it() {
+        let below_run = Access {
+            runtime: ["bot".into(), "api/a b".into()].into(),
+            kept: ["bot".into()].into(),
+            private: ["/opt/bot".into()].into(),
+            ..Access::default()
+        };
+        for (access, pid_file) in [
+            (unit().access, None),
+            (None, None),
+            (Some(below_run), Some("/run/tbot/tbot.pid".into())),
+        ] {
+            let unit = Unit {
+                user: "root".into(),
+                group: "root".into(),
+                executable: "/bin/true".into(),
+                access,
+                pid_file,
+                ..unit()
+            };
+            accepted(&unit);
+        }
+    }
+
+    fn accepted(unit: &Unit) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("tbot-example.service");
-        let unit = Unit {
-            user: "root".into(),
-            group: "root".into(),
-            executable: "/bin/true".into(),
-            ..unit()
-        };
         std::fs::write(&path, unit.render()).unwrap();
         let verdict = std::process::Command::new("systemd-analyze")
             .args(["verify", "--man=no"])
