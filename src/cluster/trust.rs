@@ -65,7 +65,11 @@ impl Trust {
 /// Checks the authorities that a cluster showed against the pins: every one must match some pin.
 pub fn check_pins(authorities_pem: &str, pins: &[String]) -> Result<Vec<String>, ClusterError> {
     for pin in pins {
-        check_pin_format(pin)?;
+        if !is_pin(pin) {
+            return Err(ClusterError::Trust(format!(
+                "ca_pins: {pin:?} is not a pin ({PIN_FORM})"
+            )));
+        }
     }
     let ders = pem::certificates(authorities_pem)
         .map_err(|source| ClusterError::Trust(format!("the cluster's authorities: {source}")))?;
@@ -79,7 +83,7 @@ pub fn check_pins(authorities_pem: &str, pins: &[String]) -> Result<Vec<String>,
             ClusterError::Trust(format!("the cluster's authorities: {source}"))
         })?;
         let pin = format!("sha256:{}", sha256_hex(&certificate.spki()));
-        if !pins.contains(&pin) {
+        if !pins.iter().any(|known| known.eq_ignore_ascii_case(&pin)) {
             return Err(ClusterError::Trust(format!(
                 "the cluster's certificate authority has pin {pin}, which is not among ca_pins: \
                  either the pins are out of date (compare with `tctl status`) or someone stands between"
@@ -92,15 +96,14 @@ pub fn check_pins(authorities_pem: &str, pins: &[String]) -> Result<Vec<String>,
         .collect())
 }
 
-/// Whether a pin reads `sha256:` and 64 lower-case hex digits.
-pub fn check_pin_format(pin: &str) -> Result<(), ClusterError> {
-    let hex_digit = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
-    match pin.strip_prefix("sha256:") {
-        Some(digits) if digits.len() == 64 && digits.bytes().all(hex_digit) => Ok(()),
-        _ => Err(ClusterError::Trust(format!(
-            "ca_pins: {pin:?} is not a pin (sha256: and 64 lower-case hex digits, as `tctl status` prints)"
-        ))),
-    }
+/// What a pin looks like, for messages.
+pub const PIN_FORM: &str = "`sha256:` and 64 hexadecimal digits, as `tctl status` prints it";
+
+/// Whether a text has the form of a pin. Upstream wants the digits in lower case, as they are
+/// printed; here both count.
+pub fn is_pin(text: &str) -> bool {
+    text.strip_prefix("sha256:")
+        .is_some_and(|hex| hex.len() == 64 && hex.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
 fn with_alpn(mut config: ClientConfig, protocols: &[&[u8]]) -> Arc<ClientConfig> {
@@ -205,16 +208,35 @@ mod tests {
 
     #[test]
     fn pins_are_checked_for_form() {
-        assert!(check_pin_format(&format!("sha256:{}", "0a".repeat(32))).is_ok());
+        for good in ["0a", "0A", "f9"] {
+            assert!(is_pin(&format!("sha256:{}", good.repeat(32))), "{good}");
+        }
         for bad in [
             "",
             "sha256:",
             "sha1:00",
             "sha256:XY",
-            &format!("sha256:{}", "0A".repeat(32)),
+            &"0a".repeat(32),
+            &format!("sha256:{}", "0g".repeat(32)),
+            &format!("sha256:{}", "0a".repeat(33)),
         ] {
-            assert!(check_pin_format(bad).is_err(), "{bad}");
+            assert!(!is_pin(bad), "{bad}");
+            assert!(check_pins("", &[bad.to_owned()]).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn the_case_of_a_pin_does_not_matter() {
+        let authority = crate::identity::fixtures::Authority::new("root");
+        let digits = sha256_hex(&authority.key.public_spki());
+        let pin = format!("sha256:{digits}");
+        let upper = format!("sha256:{}", digits.to_uppercase());
+        let other = format!("sha256:{}", "0a".repeat(32));
+        assert_ne!(pin, upper);
+        for pin in [pin, upper] {
+            assert_eq!(check_pins(&authority.pem, &[pin]).unwrap().len(), 1);
+        }
+        assert!(check_pins(&authority.pem, &[other]).is_err());
     }
 
     #[test]

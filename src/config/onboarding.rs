@@ -1,6 +1,6 @@
 //! The `onboarding` section: how the bot joins and whom it believes while it has no identity.
 
-use crate::cluster::trust::Trust;
+use crate::cluster::trust::{PIN_FORM, Trust, is_pin};
 use crate::join::{self, JoinMethod, METHODS, TokenSource};
 use crate::yaml::Fields;
 
@@ -39,7 +39,7 @@ pub(super) fn read(root: &mut Fields<'_>, insecure: bool) -> Onboarding {
             fields.error(
                 "ca_pins",
                 format!("item {index}, {pin:?}, is no pin"),
-                Some("`sha256:` and 64 hexadecimal digits, as `tctl status` prints it"),
+                Some(PIN_FORM),
             );
         }
     }
@@ -82,9 +82,4 @@ pub(super) fn method(
         fields.unknown_kind(key, "join methods", name, &here, join::UPSTREAM);
     }
     found
-}
-
-fn is_pin(pin: &str) -> bool {
-    pin.strip_prefix("sha256:")
-        .is_some_and(|hex| hex.len() == 64 && hex.bytes().all(|b| b.is_ascii_hexdigit()))
 }
