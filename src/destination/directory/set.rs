@@ -272,6 +272,11 @@ fn replace_many<'a, F: Folder>(
         Err(error) => return Err(Failure::io("create", &name)(error)),
     };
     let mut left = Vec::new();
+    // The first error tells; a draft that cannot be discarded is cleaned at the next start.
+    let failed = |failure| {
+        drop(discard(folder, &name));
+        failure
+    };
     for item in items {
         match draft.create(item.name, item.content.expose(), &item.access) {
             Ok(()) => {}
@@ -280,17 +285,15 @@ fn replace_many<'a, F: Folder>(
                 *refusal = Some(error);
                 left.push(item);
             }
-            Err(error) => {
-                // The first error tells; what stays is cleaned at the next start.
-                drop(discard(folder, &name));
-                return Err(Failure::io("write", item.name)(error));
-            }
+            Err(error) => return Err(failed(Failure::io("write", item.name)(error))),
         }
     }
-    draft.sync().map_err(Failure::io("sync", &name))?;
+    draft
+        .sync()
+        .map_err(|error| failed(Failure::io("sync", &name)(error)))?;
     folder
         .rename(&name, folder, STAGED)
-        .map_err(Failure::io("commit", &name))?;
+        .map_err(|error| failed(Failure::io("commit", &name)(error)))?;
     folder.sync().map_err(Failure::io("sync", "."))?;
     finish(folder, rules)?;
     Ok(left)

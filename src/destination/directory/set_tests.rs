@@ -9,11 +9,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::*;
 use crate::fsx::{Dir, Symlinks};
 
-/// A directory whose process dies before the n-th operation; a file being written then is torn.
+/// A directory whose process dies before the n-th operation; a file being written then is torn. Or,
+/// if it goes on, one in which that operation alone fails.
 #[derive(Debug)]
 struct Dying {
     inner: Dir,
     left: Rc<Cell<usize>>,
+    goes_on: bool,
 }
 
 impl Dying {
@@ -23,7 +25,12 @@ impl Dying {
                 self.left.set(left);
                 Ok(())
             }
-            None => Err(io::Error::other("stopped")),
+            None => {
+                if self.goes_on {
+                    self.left.set(usize::MAX);
+                }
+                Err(io::Error::other("stopped"))
+            }
         }
     }
 
@@ -31,6 +38,7 @@ impl Dying {
         Self {
             inner,
             left: Rc::clone(&self.left),
+            goes_on: self.goes_on,
         }
     }
 }
@@ -144,6 +152,7 @@ fn a_stop_before_any_operation_leaves_the_old_or_the_new_set() {
         let dying = Dying {
             inner: open(&path),
             left: Rc::new(Cell::new(stop)),
+            goes_on: false,
         };
         let finished = write(&dying, &set(2), &rules).is_ok();
         drop(dying);
@@ -175,6 +184,7 @@ fn one_file_is_replaced_by_one_rename() {
         let dying = Dying {
             inner: open(&path),
             left: Rc::new(Cell::new(stop)),
+            goes_on: false,
         };
         drop(write(&dying, &one("new text"), &Rules::default()));
         clean(&open(&path)).unwrap();
@@ -263,6 +273,33 @@ fn links_and_folders_in_the_way_are_refused_before_anything_changes() {
             write(&open(&path), &set(3), &rules),
             Err(Failure::Unsuitable { .. })
         ));
+    }
+}
+
+#[test]
+fn a_failed_write_leaves_no_draft_behind() {
+    let rules = Rules::default();
+    let one = FileSet::from([("key".to_owned(), set(2)["key"].clone())]);
+    for files in [set(2), one] {
+        let mut failures = 0;
+        for stop in 0.. {
+            let (_base, path) = base();
+            write(&open(&path), &set(1), &rules).unwrap();
+            let failing = Dying {
+                inner: open(&path),
+                left: Rc::new(Cell::new(stop)),
+                goes_on: true,
+            };
+            if write(&failing, &files, &rules).is_ok() {
+                break;
+            }
+            failures += 1;
+            let names = open(&path).names().unwrap();
+            let left = |name: &String| name.starts_with(DRAFT) || name.starts_with(TEMPORARY);
+            assert!(!names.iter().any(left), "operation {stop}: {names:?}");
+            write(&open(&path), &files, &rules).unwrap();
+        }
+        assert!(failures > 2, "{failures}");
     }
 }
 
