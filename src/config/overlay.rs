@@ -1,6 +1,7 @@
 //! What flags and environment variables change in the tree that a file gave.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
 
 use crate::secret::Secret;
@@ -10,7 +11,7 @@ use crate::yaml::{Key, Node, Problem, Problems, Severity, Span, Value};
 pub type Origin = String;
 
 /// Changes to the tree. Values that are not set change nothing.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct Overlay {
     /// Texts for keys of the root (`proxy_server`, `credential_ttl`, …). One that replaces a value
     /// of the file says so.
@@ -30,6 +31,18 @@ pub struct Overlay {
     pub pid_file: Option<PathBuf>,
     /// The updater's diagnostics socket; exists as a flag only.
     pub diag_socket: Option<PathBuf>,
+}
+
+impl fmt::Debug for Overlay {
+    /// Which keys are set, and by what; values may be secrets (`join_uri` holds a token).
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let values = self.values.iter().map(|(key, _, origin)| (key, origin));
+        f.debug_struct("Overlay")
+            .field("values", &values.collect::<Vec<_>>())
+            .field("switches", &self.switches)
+            .field("onboarding", &self.onboarding)
+            .finish_non_exhaustive()
+    }
 }
 
 /// The flags that replace `onboarding`.
@@ -227,4 +240,31 @@ fn overruled(problems: &Problems, span: Span, path: &str, message: &str) {
         message: message.to_owned(),
         hint: None,
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn debug_output_shows_no_values() {
+        let overlay = Overlay {
+            values: vec![(
+                "join_uri",
+                "tbot+proxy+token://canary@example.org:443".to_owned(),
+                "--join-uri".to_owned(),
+            )],
+            onboarding: OnboardingFlags {
+                token: Some((Secret::new("canary".to_owned()), "--token".to_owned())),
+                ..OnboardingFlags::default()
+            },
+            ..Overlay::default()
+        };
+        let shown = format!("{overlay:?}");
+        assert!(!shown.contains("canary"), "{shown}");
+        assert!(
+            shown.contains("join_uri") && shown.contains("--token"),
+            "{shown}"
+        );
+    }
 }
