@@ -9,8 +9,9 @@ mod flags;
 mod install;
 mod man;
 mod migrate;
+mod process;
 mod quickstart;
-pub mod spiffe_inspect;
+mod spiffe_inspect;
 mod start;
 mod version;
 
@@ -23,6 +24,7 @@ use crate::env::Env;
 use crate::telemetry::{self, Colour};
 use args::{Cli, Command, Globals, InstallTarget};
 use exit::{Exit, Failure, print};
+use spiffe_inspect::Address;
 
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
@@ -72,24 +74,23 @@ fn run(cli: &Cli, env: &Env) -> Result<(), Failure> {
     };
     match command {
         Command::Version => print(&version::line()),
-        Command::Start(flags) => start::run(globals, flags, env),
+        Command::Start(flags) => {
+            process::protect();
+            start::run(globals, flags, env)
+        }
         Command::Configure(args) => configure::run(globals, args, env),
         Command::Migrate { output } => migrate::run(globals, output.as_deref(), env),
         Command::Install { target } => match target {
             InstallTarget::Systemd(args) => install::run(globals, args, env),
         },
         Command::SpiffeInspect { path } => {
-            let endpoint = env.get("SPIFFE_ENDPOINT_SOCKET").map(str::to_owned);
-            if path.is_none() && endpoint.is_none() {
-                return Err(Failure::usage(
-                    "which Workload API? Give --path unix:///path/to.sock, or set \
-                     SPIFFE_ENDPOINT_SOCKET",
-                ));
-            }
-            Ok(runtime()?.block_on(spiffe_inspect::run(path.clone(), endpoint))?)
+            let address = Address::of(path.as_deref(), env.get("SPIFFE_ENDPOINT_SOCKET"))
+                .map_err(|problem| Failure::usage(problem.to_string()))?;
+            Ok(runtime()?.block_on(spiffe_inspect::run(address))?)
         }
         Command::Completion { shell } => print(&completion::script(*shell)),
         Command::Quickstart { dir, once } => {
+            process::protect();
             Ok(runtime()?.block_on(Box::pin(quickstart::run(dir, *once, env)))?)
         }
         Command::Cluster(args) => cluster(args.clone(), env),

@@ -1,7 +1,7 @@
 //! `tbot spiffe-inspect`: asks a SPIFFE Workload API what it gives to this process, and shows it.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -36,15 +36,9 @@ const AUDIENCE: &str = "example.com";
 /// The largest answer that is read, in bytes.
 const MAX_ANSWER: usize = 4 * 1024 * 1024;
 
-/// Inspects the Workload API at `path` (`unix:///path` or `tcp://IP:port`), or at
-/// `endpoint_socket`, the value of `SPIFFE_ENDPOINT_SOCKET`, if no path is given.
-pub async fn run(path: Option<String>, endpoint_socket: Option<String>) -> anyhow::Result<()> {
-    let text = path.or(endpoint_socket).ok_or_else(|| {
-        anyhow!(
-            "which Workload API? Give --path unix:///path/to.sock, or set SPIFFE_ENDPOINT_SOCKET"
-        )
-    })?;
-    let address = Address::parse(&text)?;
+/// Inspects the Workload API at `address` and shows what it gives.
+pub(super) async fn run(address: Address) -> anyhow::Result<()> {
+    let text = address.to_string();
     tracing::info!(path = text, "Inspecting SPIFFE Workload API Endpoint");
     let clock = Clock::system();
     let found = tokio::time::timeout(PATIENCE, inspect(&address))
@@ -71,12 +65,33 @@ pub async fn run(path: Option<String>, endpoint_socket: Option<String>) -> anyho
 
 /// Where a Workload API is (`SPIFFE_Workload_Endpoint.md` 4).
 #[derive(Debug, PartialEq, Eq)]
-enum Address {
+pub(super) enum Address {
     Unix(PathBuf),
     Tcp(SocketAddr),
 }
 
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix://{}", path.display()),
+            Self::Tcp(address) => write!(f, "tcp://{address}"),
+        }
+    }
+}
+
 impl Address {
+    /// Reads `path` (`unix:///path` or `tcp://IP:port`) or else `endpoint`, the value of
+    /// `SPIFFE_ENDPOINT_SOCKET`.
+    pub(super) fn of(path: Option<&str>, endpoint: Option<&str>) -> anyhow::Result<Self> {
+        let text = path.or(endpoint).ok_or_else(|| {
+            anyhow!(
+                "which Workload API? Give --path unix:///path/to.sock, or set \
+                 SPIFFE_ENDPOINT_SOCKET"
+            )
+        })?;
+        Self::parse(text)
+    }
+
     fn parse(text: &str) -> anyhow::Result<Self> {
         if let Some(rest) = text.strip_prefix("unix:") {
             let path = rest.strip_prefix("//").unwrap_or(rest);
@@ -594,13 +609,13 @@ mod tests {
     }
 
     async fn failure(path: &Path) -> String {
-        let path = format!("unix://{}", path.display());
-        format!("{:#}", run(Some(path), None).await.unwrap_err())
+        let address = Address::Unix(path.to_owned());
+        format!("{:#}", run(address).await.unwrap_err())
     }
 
     #[tokio::test]
     async fn what_is_missing_is_named_with_its_remedy() {
-        let error = run(None, None).await.unwrap_err().to_string();
+        let error = Address::of(None, None).unwrap_err().to_string();
         assert!(error.contains("--path"), "{error}");
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("w.sock");

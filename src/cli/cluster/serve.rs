@@ -44,6 +44,8 @@ pub struct ServeArgs {
 
 /// Serves until SIGINT or SIGTERM.
 pub(super) async fn run(args: ServeArgs, data_dir: PathBuf) -> anyhow::Result<()> {
+    // The keys of every authority are in here.
+    crate::cli::process::protect();
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch for SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot watch for SIGTERM")?;
     let cluster = Cluster::open(Config {

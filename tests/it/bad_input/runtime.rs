@@ -102,3 +102,30 @@ fn without_a_system_bus_workloads_have_no_unit_and_all_else_works() {
     assert!(!refused.text().contains("spiffe://"), "{}", refused.text());
     agent.check_running();
 }
+
+#[test]
+fn an_agent_leaves_no_core_and_opens_as_many_files_as_it_may() {
+    let sandbox = Sandbox::new();
+    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let token = cluster.invite("example", "10m");
+    let config =
+        cluster.config(&token, "bot") + "services:\n" + &workload_api(&sandbox.path("w.sock"), "");
+    let config = sandbox.write("agent.yaml", config);
+    let mut command = sandbox.command("sh");
+    command
+        .args(["-c", "ulimit -Sn 256 && exec \"$0\" start -c \"$1\""])
+        .arg(env!("CARGO_BIN_EXE_tbot"))
+        .arg(config);
+    let mut agent = sandbox.spawn("agent", command);
+    agent.wait_for_log(FRESH);
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", agent.id())).unwrap();
+    let limit = |name: &str| -> Vec<String> {
+        let line = limits.lines().find(|line| line.starts_with(name)).unwrap();
+        let words = line[name.len()..].split_whitespace();
+        words.take(2).map(str::to_owned).collect()
+    };
+    assert_eq!(limit("Max core file size"), ["0", "0"]);
+    let files = limit("Max open files");
+    assert_eq!(files[0], files[1]);
+    assert_ne!(files[0], "256");
+}

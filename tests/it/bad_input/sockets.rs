@@ -89,3 +89,24 @@ fn what_is_no_socket_is_never_removed() {
     assert!(UnixStream::connect(&socket).is_ok());
     assert_eq!(cluster.events("bot.join").len(), 0, "the token was spent");
 }
+
+#[test]
+fn an_address_that_is_none_is_a_usage_error() {
+    let sandbox = Sandbox::new();
+    for address in [
+        "/w.sock",
+        "unix://w.sock",
+        "tcp://localhost:1",
+        "w.sock",
+        "",
+    ] {
+        let mut command = sandbox.tbot(["spiffe-inspect", "--path", address]);
+        let refused = command.output().unwrap();
+        assert_eq!(refused.status.code(), Some(2), "{}", refused.text());
+        assert!(refused.text().contains("write "), "{}", refused.text());
+    }
+    // A good address where nobody is has the other code.
+    let address = format!("unix://{}", sandbox.path("w.sock").display());
+    let mut command = sandbox.tbot(["spiffe-inspect", "--path", &address]);
+    assert_eq!(command.output().unwrap().status.code(), Some(1));
+}
