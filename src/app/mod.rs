@@ -6,6 +6,7 @@
 mod heartbeat;
 mod notify;
 mod pid_file;
+mod rotation;
 mod supervisor;
 mod unit;
 
@@ -232,6 +233,15 @@ impl Agent {
                 self.heartbeat,
                 handle.clone(),
                 self.clock.clone(),
+                self.shutdown.clone(),
+            ),
+        );
+        tasks.start(
+            "ca-rotation",
+            rotation::run(
+                handle.clone(),
+                self.clock.clone(),
+                self.reload.clone(),
                 self.shutdown.clone(),
             ),
         );
