@@ -6,16 +6,21 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::{PeerCredentials, PeerPidfd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
+use tokio::time::Instant;
+
+use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
 
 /// Why a peer could not be pinned. The connection is of no use then.
 #[derive(Debug, thiserror::Error)]
@@ -45,7 +50,27 @@ pub struct Peer {
     uid: u32,
     gid: u32,
     pidfd: AsyncFd<OwnedFd>,
+    memo: Mutex<Option<Memo>>,
 }
+
+/// What was found out about a peer, and of which program.
+#[derive(Debug)]
+struct Memo {
+    program: Option<Program>,
+    until: Instant,
+    attributes: Arc<WorkloadAttrs>,
+}
+
+/// The file that a process runs. Another one after `execve(2)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Program {
+    device: (u32, u32),
+    inode: u64,
+}
+
+/// How long what was found out about a peer is believed without another look, as long as it runs
+/// the same program: long enough for the calls that a client makes together.
+const BELIEVED: Duration = Duration::from_secs(1);
 
 impl Peer {
     /// Pins the process that connected `stream`. `None` means that the kernel cannot name it: it
@@ -108,6 +133,7 @@ impl Peer {
             uid,
             gid,
             pidfd,
+            memo: Mutex::new(None),
         })
     }
 
@@ -129,6 +155,35 @@ impl Peer {
     /// The handle itself, for calls that take one instead of an ID.
     pub fn pidfd(&self) -> &OwnedFd {
         self.pidfd.get_ref()
+    }
+
+    /// What the process runs now; `None` where that may not be looked at. Does not wait for the
+    /// file system that holds it.
+    pub(super) fn program(&self) -> Option<Program> {
+        let link = format!("/proc/{}/exe", self.pid);
+        let found = statx(CWD, link, AtFlags::STATX_DONT_SYNC, StatxFlags::INO).ok()?;
+        Some(Program {
+            device: (found.stx_dev_major, found.stx_dev_minor),
+            inode: found.stx_ino,
+        })
+    }
+
+    /// What was found out a moment ago about a peer that runs `program`.
+    pub(super) fn recall(&self, program: Option<Program>) -> Option<Arc<WorkloadAttrs>> {
+        let memo = self.memo.lock().unwrap_or_else(PoisonError::into_inner);
+        memo.as_ref()
+            .filter(|memo| memo.program == program && Instant::now() < memo.until)
+            .map(|memo| Arc::clone(&memo.attributes))
+    }
+
+    /// Keeps what was found out while it ran `program`.
+    pub(super) fn remember(&self, program: Option<Program>, attributes: &Arc<WorkloadAttrs>) {
+        let mut memo = self.memo.lock().unwrap_or_else(PoisonError::into_inner);
+        *memo = Some(Memo {
+            program,
+            until: Instant::now() + BELIEVED,
+            attributes: Arc::clone(attributes),
+        });
     }
 
     /// Whether the process still runs. What was read about its ID before a `true` was about it.

@@ -45,11 +45,36 @@ impl Attestors {
         }
     }
 
-    /// Everything that could be found out about `peer`.
+    /// Everything that could be found out about `peer`, now or up to a second ago: see
+    /// [`Attestors::look`].
+    pub async fn attest(&self, peer: &Peer) -> Result<Arc<WorkloadAttrs>, Gone> {
+        let program = peer.program();
+        let attributes = match peer.recall(program) {
+            Some(known) => known,
+            None => {
+                let (found, complete) = self.look(peer).await;
+                let found = Arc::new(found);
+                // What was found in part is looked for again, and what was found of two programs
+                // is true of neither.
+                if complete && peer.program() == program {
+                    peer.remember(program, &found);
+                }
+                found
+            }
+        };
+        if peer.is_alive() {
+            Ok(attributes)
+        } else {
+            Err(Gone { pid: peer.pid() })
+        }
+    }
+
+    /// Runs the attestors; says whether all of them succeeded.
     ///
     /// If the first attestor fails, nothing is known and the attributes are empty: rules that need
     /// none still match. Another failing one only leaves its own attributes unset.
-    pub async fn attest(&self, peer: &Peer) -> Result<WorkloadAttrs, Gone> {
+    async fn look(&self, peer: &Peer) -> (WorkloadAttrs, bool) {
+        let mut complete = true;
         let deadline = Instant::now() + DEADLINE;
         let mut attributes = WorkloadAttrs::default();
         for (index, step) in self.steps.iter().enumerate() {
@@ -64,6 +89,7 @@ impl Attestors {
                 Ok(Err(error)) => error.to_string(),
                 Err(_) => format!("no answer within {} s", DEADLINE.as_secs()),
             };
+            complete = false;
             if !peer.is_alive() {
                 break;
             }
@@ -73,11 +99,7 @@ impl Attestors {
                 break;
             }
         }
-        if peer.is_alive() {
-            Ok(attributes)
-        } else {
-            Err(Gone { pid: peer.pid() })
-        }
+        (attributes, complete)
     }
 }
 
@@ -118,6 +140,7 @@ mod tests {
     use crate::pb::teleport::workloadidentity::v1::{WorkloadAttrsSystemd, WorkloadAttrsUnix};
     use crate::yaml::Tree;
     use async_trait::async_trait;
+    use std::io::{Read as _, Write as _};
     use tokio::sync::Notify;
 
     #[derive(Debug)]
@@ -183,7 +206,7 @@ mod tests {
     #[tokio::test]
     async fn a_failing_base_means_no_attributes() {
         let found = attestors([Fake::Fails, Fake::Service]).attest(&own()).await;
-        assert_eq!(found.unwrap(), WorkloadAttrs::default());
+        assert_eq!(*found.unwrap(), WorkloadAttrs::default());
     }
 
     #[tokio::test]
@@ -199,6 +222,65 @@ mod tests {
             .await
             .unwrap();
         assert!(found.systemd.is_some());
+    }
+
+    /// Counts how often it is asked.
+    #[derive(Debug, Default)]
+    struct Counting(std::sync::atomic::AtomicUsize);
+
+    #[async_trait]
+    impl Attestor for Counting {
+        fn name(&self) -> &'static str {
+            "counting"
+        }
+
+        async fn attest(
+            &self,
+            _peer: &Peer,
+            _found: &mut WorkloadAttrs,
+        ) -> Result<(), AttestError> {
+            self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            Ok(())
+        }
+
+        fn emit(&self) -> Tree {
+            Tree::Null
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_is_looked_at_once_a_second_while_it_runs_the_same_program() {
+        let counting = Arc::new(Counting::default());
+        let asked = || counting.0.load(std::sync::atomic::Ordering::Relaxed);
+        let attestors = Attestors::new([Arc::clone(&counting) as Arc<dyn Attestor>]);
+        // `sh` becomes `cat` when it is told to; both wait for their standard input.
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "read go; exec cat"])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let peer = Peer::open(i32::try_from(child.id()).unwrap(), 0, 0).unwrap();
+        attestors.attest(&peer).await.unwrap();
+        attestors.attest(&peer).await.unwrap();
+        assert_eq!(asked(), 1);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        attestors.attest(&peer).await.unwrap();
+        assert_eq!(asked(), 2);
+
+        let mut input = child.stdin.take().unwrap();
+        input.write_all(b"go\nx").unwrap();
+        let mut echoed = [0];
+        child
+            .stdout
+            .take()
+            .unwrap()
+            .read_exact(&mut echoed)
+            .unwrap();
+        attestors.attest(&peer).await.unwrap();
+        assert_eq!(asked(), 3, "it runs another program");
+        drop(input);
+        child.wait().unwrap();
     }
 
     #[tokio::test(start_paused = true)]

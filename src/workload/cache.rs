@@ -111,6 +111,8 @@ struct Table {
     queue: BTreeSet<(SystemTime, u64)>,
     next_id: u64,
     failures: Failures,
+    /// When [`Cache::run`] looks at the queue by itself, unless it is woken before.
+    planned: Option<SystemTime>,
 }
 
 #[derive(Debug)]
@@ -195,14 +197,29 @@ impl Drop for Subscription {
                 entry.abandoned = Some(now);
             }
         });
-        drop(table);
-        self.cache.wake.notify_one();
+        self.cache.wake_if_due(&table);
     }
 }
 
 impl Inner {
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// When the head of the queue wants attention, noted for [`Inner::wake_if_due`].
+    fn plan(&self) -> Option<SystemTime> {
+        let mut table = self.table();
+        table.planned = table.queue.first().map(|(at, _)| *at);
+        table.planned
+    }
+
+    /// Wakes [`Cache::run`] if it would sleep past the head of the queue. Most changes do not need
+    /// it, and each wake is a switch of threads.
+    fn wake_if_due(&self, table: &Table) {
+        let head = table.queue.first().map(|(at, _)| *at);
+        if head.is_some_and(|head| table.planned.is_none_or(|planned| head < planned)) {
+            self.wake.notify_one();
+        }
     }
 }
 
@@ -269,8 +286,8 @@ impl Cache {
             entry.ask_again_if_stale(now);
             state = Some(entry.state.subscribe());
         });
+        self.0.wake_if_due(&table);
         drop(table);
-        self.0.wake.notify_one();
         Subscription {
             cache: Arc::clone(&self.0),
             id,
@@ -289,8 +306,7 @@ impl Cache {
                 entry.due = entry.due.min(now + SPREAD.mul_f64(jitter()));
             });
         }
-        drop(table);
-        self.0.wake.notify_one();
+        self.0.wake_if_due(&table);
     }
 
     /// How many entries there are.
@@ -318,7 +334,7 @@ impl Cache {
                     (id, outcome)
                 });
             }
-            let next = self.0.table().queue.first().map(|(at, _)| *at);
+            let next = self.0.plan();
             let room = flights.len() < IN_FLIGHT;
             tokio::select! {
                 () = self.0.wake.notified() => {}

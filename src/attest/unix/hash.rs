@@ -71,7 +71,7 @@ pub(super) enum HashError {
 /// What tells one content from another without reading it. An executable cannot be written to
 /// while it runs, and every write before changes a time or the size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Fingerprint {
+pub(super) struct Fingerprint {
     device: u64,
     inode: u64,
     size: u64,
@@ -100,14 +100,12 @@ impl Hasher {
         self.limit
     }
 
-    /// The lower-case hex SHA-256 of a file opened for reading.
-    pub(super) async fn hash(&self, file: File) -> Result<String, HashError> {
-        let (file, fingerprint) = tokio::task::spawn_blocking(move || {
-            let fingerprint = fingerprint(&file)?;
-            Ok::<_, io::Error>((file, fingerprint))
-        })
-        .await
-        .map_err(io::Error::other)??;
+    /// The lower-case hex SHA-256 of a file opened for reading, which has this fingerprint.
+    pub(super) async fn hash(
+        &self,
+        file: File,
+        fingerprint: Fingerprint,
+    ) -> Result<String, HashError> {
         if !self.limit.admits(fingerprint.size) {
             return Err(HashError::TooLarge {
                 bytes: fingerprint.size,
@@ -131,7 +129,8 @@ impl Hasher {
     }
 }
 
-fn fingerprint(file: &File) -> io::Result<Fingerprint> {
+/// The fingerprint of an open file. May wait for its file system.
+pub(super) fn fingerprint(file: &File) -> io::Result<Fingerprint> {
     let meta = file.metadata()?;
     if !meta.is_file() {
         return Err(io::Error::other("it is no regular file"));
@@ -210,6 +209,11 @@ mod tests {
         }
     }
 
+    async fn hash(hasher: &Hasher, file: File) -> Result<String, HashError> {
+        let fingerprint = fingerprint(&file)?;
+        hasher.hash(file, fingerprint).await
+    }
+
     fn file(content: &[u8]) -> (tempfile::NamedTempFile, File) {
         let mut named = tempfile::NamedTempFile::new().unwrap();
         named.write_all(content).unwrap();
@@ -223,10 +227,10 @@ mod tests {
         let size = i64::try_from(content.len()).unwrap();
         let (_kept, opened) = file(&content);
         let hasher = Hasher::new(Limit::new(size).unwrap());
-        assert_eq!(hasher.hash(opened).await.unwrap(), sha256_hex(&content));
+        assert_eq!(hash(&hasher, opened).await.unwrap(), sha256_hex(&content));
         let (_kept, opened) = file(&content);
         let hasher = Hasher::new(Limit::new(size - 1).unwrap());
-        let error = hasher.hash(opened).await.unwrap_err();
+        let error = hash(&hasher, opened).await.unwrap_err();
         assert!(matches!(error, HashError::TooLarge { .. }), "{error}");
     }
 
@@ -252,7 +256,7 @@ mod tests {
         let mut all = tokio::task::JoinSet::new();
         for _ in 0..100 {
             let (hasher, file) = (Arc::clone(&hasher), opened());
-            all.spawn(async move { hasher.hash(file).await.unwrap() });
+            all.spawn(async move { hash(&hasher, file).await.unwrap() });
         }
         for hash in all.join_all().await {
             assert_eq!(hash, sha256_hex(b"program"));
@@ -262,22 +266,22 @@ mod tests {
         let key = fingerprint(&opened()).unwrap();
         let planted = Arc::new(OnceCell::new_with(Some("planted".to_owned())));
         hasher.known.lock().unwrap().insert(key, planted);
-        assert_eq!(hasher.hash(opened()).await.unwrap(), "planted");
+        assert_eq!(hash(&hasher, opened()).await.unwrap(), "planted");
     }
 
     #[tokio::test]
     async fn another_content_is_another_hash() {
         let (mut named, opened) = file(b"one");
         let hasher = Hasher::new(Limit::default());
-        assert_eq!(hasher.hash(opened).await.unwrap(), sha256_hex(b"one"));
+        assert_eq!(hash(&hasher, opened).await.unwrap(), sha256_hex(b"one"));
         named.write_all(b"two").unwrap();
         let opened = File::open(named.path()).unwrap();
-        assert_eq!(hasher.hash(opened).await.unwrap(), sha256_hex(b"onetwo"));
+        assert_eq!(hash(&hasher, opened).await.unwrap(), sha256_hex(b"onetwo"));
     }
 
     #[tokio::test]
     async fn directories_are_not_hashed() {
         let directory = File::open("/proc").unwrap();
-        assert!(Hasher::new(Limit(None)).hash(directory).await.is_err());
+        assert!(fingerprint(&directory).is_err());
     }
 }

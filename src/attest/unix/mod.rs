@@ -6,13 +6,14 @@
 mod hash;
 mod status;
 
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use self::hash::{Hasher, Limit};
+use self::hash::{Fingerprint, Hasher, Limit, fingerprint};
 use super::{AttestError, Attestor, AttestorKind, Peer};
 use crate::pb::teleport::workloadidentity::v1::{WorkloadAttrs, WorkloadAttrsUnix};
 use crate::yaml::{Fields, Tree};
@@ -92,7 +93,10 @@ impl Unix {
             None
         });
         let hash = match executable {
-            Ok(file) => self.hasher.hash(file).await.map_err(|e| e.to_string()),
+            Ok((file, fingerprint)) => {
+                let hash = self.hasher.hash(file, fingerprint).await;
+                hash.map_err(|error| error.to_string())
+            }
             Err(source) => Err(source.to_string()),
         };
         let binary_hash = hash
@@ -140,17 +144,19 @@ type Facts = Result<(status::Ids, io::Result<Option<String>>), String>;
 
 /// Reads what procfs says, all at once: each step is a system call that may wait for locks of the
 /// other process.
-fn look(directory: &Path) -> (Facts, io::Result<std::fs::File>) {
+fn look(directory: &Path) -> (Facts, io::Result<(File, Fingerprint)>) {
     let facts = ids(&directory.join("status")).map(|ids| (ids, executable_path(directory)));
     // Opened by the link, this is the inode that runs, whatever stands under its path by now.
-    (facts, std::fs::File::open(directory.join("exe")))
+    let executable = File::open(directory.join("exe"))
+        .and_then(|file| fingerprint(&file).map(|fingerprint| (file, fingerprint)));
+    (facts, executable)
 }
 
 fn ids(path: &Path) -> Result<status::Ids, String> {
     use std::io::Read as _;
     let problem = |source: io::Error| format!("{}: {source}", path.display());
     let mut text = String::new();
-    std::fs::File::open(path)
+    File::open(path)
         .and_then(|file| file.take(MAX_STATUS).read_to_string(&mut text))
         .map_err(problem)?;
     status::effective_ids(&text)

@@ -102,14 +102,14 @@ impl Api {
         Ok((caller, permit))
     }
 
-    async fn attributes(&self, caller: &Caller) -> Result<WorkloadAttrs, Status> {
+    async fn attributes(&self, caller: &Caller) -> Result<Arc<WorkloadAttrs>, Status> {
         match caller {
             Caller::Process(peer) => self
                 .attestors
                 .attest(peer)
                 .await
                 .map_err(|gone| Status::aborted(gone.to_string())),
-            Caller::Unknown => Ok(WorkloadAttrs::default()),
+            Caller::Unknown => Ok(Arc::default()),
         }
     }
 
