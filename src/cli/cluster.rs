@@ -1,7 +1,9 @@
 //! `tbot cluster …`: the embedded cluster and its administration, with the commands and texts of
 //! `tctl`.
 
+mod locks;
 mod render;
+mod rotate;
 mod serve;
 
 use std::io::{Read as _, Write};
@@ -11,7 +13,6 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
-use uuid::Uuid;
 
 use crate::clock::Clock;
 use crate::crypto::random;
@@ -72,17 +73,15 @@ enum ClusterCommand {
     /// Invite bots with one-time secrets
     #[command(subcommand)]
     Tokens(TokensCommand),
-    /// Refuse a bot, or one instance of it, from now on
-    Lock {
+    /// Refuse a bot, one instance of it, or another target from now on
+    Lock(locks::LockArgs),
+    /// Remove the locks on a target
+    Unlock {
         #[command(flatten)]
-        target: LockTarget,
-        /// Shown to whoever is refused
-        #[arg(long)]
-        message: Option<String>,
-        /// How long the lock holds [default: until it is removed]
-        #[arg(long, value_name = "DURATION", value_parser = positive)]
-        ttl: Option<Duration>,
+        target: locks::Target,
     },
+    /// Give an authority new keys, phase by phase
+    Rotate(rotate::RotateArgs),
     /// Look after bots
     #[command(subcommand)]
     Bots(BotsCommand),
@@ -149,18 +148,6 @@ enum BotsCommand {
     },
 }
 
-/// What a lock refuses.
-#[derive(Debug, Clone, Args)]
-#[group(required = true, multiple = false)]
-struct LockTarget {
-    /// A bot with all of its instances
-    #[arg(long, value_name = "NAME")]
-    bot: Option<String>,
-    /// One instance of a bot, by its ID
-    #[arg(long, value_name = "ID")]
-    instance: Option<String>,
-}
-
 /// How results are printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Format {
@@ -224,11 +211,9 @@ pub async fn run(
         }
         ClusterCommand::Status => session.status().await?,
         ClusterCommand::Tokens(command) => session.tokens(command).await?,
-        ClusterCommand::Lock {
-            target,
-            message,
-            ttl,
-        } => session.lock(&target, message, ttl).await?,
+        ClusterCommand::Lock(args) => session.lock(args).await?,
+        ClusterCommand::Unlock { target } => session.unlock(&target).await?,
+        ClusterCommand::Rotate(args) => session.rotate(args).await?,
         ClusterCommand::Bots(command) => session.bots(command).await?,
     }
     Ok(session.out.flush()?)
@@ -349,8 +334,8 @@ impl Session<'_> {
             ("Version".to_owned(), status.version),
             ("Address".to_owned(), status.public_addr),
         ];
-        for kind in status.authorities {
-            rows.push((format!("{kind} CA"), "never updated".to_owned()));
+        for (kind, rotation) in status.authorities {
+            rows.push((format!("{kind} CA"), rotation));
         }
         rows.push(("CA pin".to_owned(), status.ca_pin));
         Ok(self.out.write_all(render::pairs(&rows).as_bytes())?)
@@ -424,37 +409,6 @@ impl Session<'_> {
             }
         };
         Ok(self.out.write_all(text.as_bytes())?)
-    }
-
-    async fn lock(
-        &mut self,
-        target: &LockTarget,
-        message: Option<String>,
-        ttl: Option<Duration>,
-    ) -> anyhow::Result<()> {
-        let target = match (&target.bot, &target.instance) {
-            (Some(bot), _) => {
-                let found = self.list("bot", Some(bot)).await?;
-                let user = found
-                    .first()
-                    .and_then(|bot| bot.pointer("/status/user_name"));
-                json!({"user": user.context("the bot has no user")?})
-            }
-            (None, Some(instance)) => json!({"bot_instance_id": instance}),
-            (None, None) => bail!("name what to lock: --bot or --instance"),
-        };
-        let name = Uuid::new_v4().to_string();
-        let mut spec = json!({"target": target});
-        if let Value::Object(spec) = &mut spec {
-            spec.extend(message.map(|message| ("message".to_owned(), message.into())));
-            let expires = ttl.map(|ttl| rfc3339(self.clock.now() + ttl));
-            spec.extend(expires.map(|expires| ("expires".to_owned(), expires.into())));
-        }
-        let resource = json!({
-            "kind": "lock", "version": "v2", "metadata": {"name": name}, "spec": spec,
-        });
-        self.create_one(&resource, false).await?;
-        Ok(writeln!(self.out, "Created a lock with name {name:?}.")?)
     }
 
     async fn bots(&mut self, command: BotsCommand) -> anyhow::Result<()> {

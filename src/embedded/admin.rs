@@ -23,8 +23,9 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::ca::{self, AuthorityType, Mode, Phase, Step};
 use super::listener::refusals;
-use super::resources::{self, Applied, ApplyError, CreateError, Mode, safe_name};
+use super::resources::{self, Applied, ApplyError, CreateError, safe_name};
 use super::store::StoreError;
 use super::{ClusterState, SERVER_VERSION};
 
@@ -60,6 +61,17 @@ pub enum Request {
         /// The name.
         name: String,
     },
+    /// Take a step of the rotation of an authority.
+    Rotate {
+        /// Its type, for example `host`.
+        kind: String,
+        /// The phase to go to; the start of a rotation if `None`.
+        phase: Option<String>,
+        /// Whether phases follow by command instead of by schedule.
+        manual: bool,
+        /// How long a scheduled rotation takes, in seconds.
+        grace: u64,
+    },
     /// Tell about the cluster.
     Status,
 }
@@ -83,6 +95,11 @@ pub enum Answer {
         /// The line to print.
         message: String,
     },
+    /// A step of a rotation was taken.
+    Rotated {
+        /// The phase that the authority is in now.
+        phase: String,
+    },
     /// About the cluster.
     Status(Status),
     /// Nothing was changed.
@@ -103,8 +120,8 @@ pub struct Status {
     pub ca_pin: String,
     /// The first public address, `host:port`.
     pub public_addr: String,
-    /// Types of its authorities.
-    pub authorities: Vec<String>,
+    /// Types of its authorities, and where the rotation of each stands.
+    pub authorities: Vec<(String, String)>,
 }
 
 /// Why a command does not reach its cluster, or the cluster cannot take commands.
@@ -271,7 +288,11 @@ pub(super) fn answer(state: &ClusterState, request: Request, uid: u32) -> Answer
     let refused = |method: &str, error: &str| refused(state, method, error, &by);
     let result = match request {
         Request::Create { files, force } => {
-            let mode = if force { Mode::Force } else { Mode::Create };
+            let mode = if force {
+                resources::Mode::Force
+            } else {
+                resources::Mode::Create
+            };
             state
                 .create(&files, mode, &by)
                 .map(|applied| Answer::Created { applied })
@@ -305,6 +326,13 @@ pub(super) fn answer(state: &ClusterState, request: Request, uid: u32) -> Answer
                     }
                 })
         }),
+        Request::Rotate {
+            kind,
+            phase,
+            manual,
+            grace,
+        } => rotate(state, &kind, phase.as_deref(), manual, grace, &by)
+            .inspect_err(|error| refused("rotate", error)),
         Request::Status => Ok(Answer::Status(status(state))),
     };
     result.unwrap_or_else(|error| Answer::Refused { error })
@@ -338,6 +366,49 @@ fn known(kind: &str) -> Result<&'static str, String> {
     })
 }
 
+fn rotate(
+    state: &ClusterState,
+    kind: &str,
+    phase: Option<&str>,
+    manual: bool,
+    grace: u64,
+    by: &str,
+) -> Result<Answer, String> {
+    let all = |names: Vec<&str>| names.join(", ");
+    let known = AuthorityType::from_name(kind).ok_or_else(|| {
+        let names = AuthorityType::ALL.iter().map(|kind| kind.name()).collect();
+        format!(
+            "{kind:?} is no authority of this cluster (types are {})",
+            all(names)
+        )
+    })?;
+    let to = match phase {
+        None => Phase::Init,
+        Some(name) => Phase::from_name(name).ok_or_else(|| {
+            let names = Phase::ALL.iter().map(|phase| phase.name()).collect();
+            format!(
+                "{name:?} is no phase of a rotation (phases are {})",
+                all(names)
+            )
+        })?,
+    };
+    let step = Step {
+        to,
+        mode: if manual || phase.is_some() {
+            Mode::Manual
+        } else {
+            Mode::Auto
+        },
+        grace: Duration::from_secs(grace),
+    };
+    let authority = state
+        .rotate(known, step, by)
+        .map_err(|error| error.to_string())?;
+    Ok(Answer::Rotated {
+        phase: authority.phase().name().to_owned(),
+    })
+}
+
 fn missing(kind: &str, name: &str) -> String {
     format!("{kind} {name:?} is not found (list them with `tbot cluster get {kind}`)")
 }
@@ -358,13 +429,19 @@ fn get(state: &ClusterState, kind: &str, name: Option<String>) -> Result<Answer,
 }
 
 fn status(state: &ClusterState) -> Status {
-    let types = super::ca::AuthorityType::ALL;
+    let types = AuthorityType::ALL;
     Status {
         cluster: state.name.clone(),
         version: SERVER_VERSION.to_owned(),
         ca_pin: state.authorities.host_pin(),
         public_addr: state.public_addr.clone(),
-        authorities: types.iter().map(|kind| kind.name().to_owned()).collect(),
+        authorities: types
+            .iter()
+            .map(|kind| {
+                let stands = ca::describe(&state.authorities.get(*kind));
+                (kind.name().to_owned(), stands)
+            })
+            .collect(),
     }
 }
 

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -15,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::admin::{self, AdminError};
 use super::audit::{Audit, AuditError};
 use super::auth::{self, StsError};
-use super::ca::{Authorities, AuthorityError};
+use super::ca::{self, Authorities, AuthorityError, Step};
 use super::listener::{Port, Server};
 use super::resources::{self, Applied, CreateError, Mode};
 use super::store::{Put, Resource, Store, StoreError};
@@ -28,6 +29,9 @@ use crate::spiffe::TrustDomain;
 
 /// The most that is read of a resource file.
 const MAX_FILE: u64 = 1024 * 1024;
+
+/// The pause after a step of a rotation that failed.
+const RETRY: Duration = Duration::from_secs(60);
 
 /// What a cluster is opened with.
 #[derive(Debug, Clone)]
@@ -267,6 +271,7 @@ impl Cluster {
             server.serve(shared, auth, shutdown.clone()),
             admin.serve(shutdown.clone()),
             sweep(&state, &shutdown),
+            rotate(&state, &shutdown),
         );
         Ok(())
     }
@@ -315,6 +320,48 @@ async fn sweep(state: &ClusterState, shutdown: &CancellationToken) {
             Ok(Ok(0)) | Err(_) => {}
             Ok(Ok(count)) => tracing::debug!(count, "removed expired resources"),
             Ok(Err(error)) => tracing::error!(%error, "cannot remove expired resources"),
+        }
+    }
+}
+
+/// Takes the steps of scheduled rotations.
+async fn rotate(state: &Arc<ClusterState>, shutdown: &CancellationToken) {
+    let mut changes = state.authorities.subscribe();
+    loop {
+        changes.mark_unchanged();
+        let due = state.authorities.due();
+        let wait = async {
+            match due {
+                Some((at, ..)) => state.clock.sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            changed = changes.changed() => match changed {
+                Ok(()) => continue,
+                Err(_gone) => return,
+            },
+            () = wait => {}
+        }
+        let Some((_, kind, to)) = due else { continue };
+        let step = Step {
+            to,
+            mode: ca::Mode::Auto,
+            grace: ca::GRACE,
+        };
+        let owned = Arc::clone(state);
+        let step = tokio::task::spawn_blocking(move || owned.rotate(kind, step, "system"));
+        match step.await {
+            Ok(Ok(_)) => {
+                let (kind, phase) = (kind.name(), to.name());
+                tracing::info!(kind, phase, "a rotation went on");
+            }
+            Ok(Err(error)) => {
+                tracing::error!(%error, "a rotation cannot go on; trying again");
+                state.clock.sleep(RETRY).await;
+            }
+            Err(_ending) => return,
         }
     }
 }

@@ -38,7 +38,8 @@ pub use tls::TlsError;
 
 use crate::clock::Clock;
 use audit::Audit;
-use ca::Authorities;
+use ca::{Authorities, Authority, AuthorityType, RotationError, Step};
+use serde_json::json;
 use store::Store;
 
 /// The version this cluster claims to have: the one whose protocol it speaks.
@@ -69,6 +70,30 @@ pub struct ClusterState {
 }
 
 impl ClusterState {
+    /// Takes a step of the rotation of an authority. `by` is for the audit log.
+    ///
+    /// # Errors
+    /// [`RotationError`]; nothing has changed then.
+    pub fn rotate(
+        &self,
+        kind: AuthorityType,
+        step: Step,
+        by: &str,
+    ) -> Result<Authority, RotationError> {
+        let now = self.clock.now();
+        let authority = self.authorities.rotate(&self.store, kind, step, now)?;
+        // A Teleport cluster has no event for this; name and code are our own.
+        self.audit.emit(json!({
+            "event": "cert_authority.rotate",
+            "code": "TCA00I",
+            "type": kind.name(),
+            "phase": authority.phase().name(),
+            "mode": step.mode.name(),
+            "user": by,
+        }));
+        Ok(authority)
+    }
+
     /// Creates the resources of files, given as name and text, as `tctl create` would: all of them
     /// or none. `by` is for the audit log.
     ///

@@ -155,6 +155,95 @@ async fn a_day_of_an_administrator() {
 }
 
 #[tokio::test]
+async fn locks_are_made_and_removed_by_their_target() {
+    let cluster = Harness::start().await;
+    cluster
+        .out(&["create", &cluster.file("bot.yaml", BOT)])
+        .await;
+    let targets = [
+        (["--bot", "example"], json!({"user": "bot-example"})),
+        (["--user", "bot-other"], json!({"user": "bot-other"})),
+        (["--instance", "i"], json!({"bot_instance_id": "i"})),
+        (["--role", "access"], json!({"role": "access"})),
+        (["--join-token", "t"], json!({"join_token": "t"})),
+    ];
+    let locked = async || {
+        let locks = cluster.out(&["get", "locks", "--format=json"]).await;
+        let locks: Vec<Value> = serde_json::from_str(&locks).unwrap();
+        locks
+            .into_iter()
+            .map(|lock| lock["spec"]["target"].clone())
+            .collect::<Vec<_>>()
+    };
+    for (flag, _) in &targets {
+        cluster.out(&["lock", flag[0], flag[1]]).await;
+    }
+    cluster.out(&["lock", "--bot", "example"]).await;
+    for (index, (flag, target)) in targets.iter().enumerate() {
+        assert!(locked().await.contains(target), "{target}");
+        let removed = cluster.out(&["unlock", flag[0], flag[1]]).await;
+        assert_eq!(removed.lines().count(), if index == 0 { 2 } else { 1 });
+        assert!(!locked().await.contains(target), "{target}");
+    }
+    let refused = cluster.refused(&["unlock", "--bot", "example"]).await;
+    assert!(
+        refused.starts_with("nothing locks {\"user\":\"bot-example\"}"),
+        "{refused}"
+    );
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn a_rotation_goes_on_by_command() {
+    let cluster = Harness::start().await;
+    let status = async |kind: &str| {
+        let status = cluster.out(&["status"]).await;
+        let line = status.lines().find(|line| line.starts_with(kind)).unwrap();
+        line.to_owned()
+    };
+    assert!(status("host CA").await.ends_with("never updated"));
+    let begun = cluster.out(&["rotate", "--type=host", "--manual"]).await;
+    assert!(
+        begun.starts_with("The rotation of the host authority has begun."),
+        "{begun}"
+    );
+    assert!(
+        status("host CA")
+            .await
+            .contains("initialized (mode: manual, started: ")
+    );
+    for (phase, shown) in [
+        ("update_clients", "rotating clients"),
+        ("update_servers", "rotating servers"),
+        ("rollback", "rolling back"),
+        ("standby", "never updated"),
+    ] {
+        let told = cluster
+            .out(&["rotate", "--type=host", "--phase", phase])
+            .await;
+        assert!(
+            told.contains(&format!("in rotation phase {phase:?} now")),
+            "{told}"
+        );
+        assert!(status("host CA").await.contains(shown), "{phase}");
+    }
+    let at_once = ["rotate", "--type=jwt", "--grace-period=0s"];
+    let told = cluster.out(&at_once).await;
+    assert!(
+        told.starts_with("The jwt authority has new keys now."),
+        "{told}"
+    );
+    assert!(
+        status("jwt CA").await.contains("rotated 2"),
+        "{}",
+        status("jwt CA").await
+    );
+    cluster.out(&["rotate", "--type=db"]).await;
+    assert!(status("db CA").await.contains("mode: auto"));
+    cluster.stop().await;
+}
+
+#[tokio::test]
 async fn bad_commands_are_refused_with_a_remedy() {
     let cluster = Harness::start().await;
     let bad = cluster.file(
@@ -182,6 +271,21 @@ async fn bad_commands_are_refused_with_a_remedy() {
             "cannot be used with",
         ),
         (&["serve", "--tls-cert", "x"], "--tls-key"),
+        (&["unlock"], "required"),
+        (&["unlock", "--bot", "none"], "\"none\" is not found"),
+        (&["rotate"], "--type"),
+        (
+            &["rotate", "--type=openssh"],
+            "no authority of this cluster",
+        ),
+        (
+            &["rotate", "--type=host", "--phase=end"],
+            "no phase of a rotation",
+        ),
+        (
+            &["rotate", "--type=host", "--phase=standby"],
+            "possible: init",
+        ),
     ];
     for (words, expected) in cases {
         let error = cluster.refused(words).await;

@@ -12,6 +12,7 @@ use super::{AuthorityError, AuthorityType, KIND};
 use crate::crypto::x509::{COMMON_NAME, ORGANIZATION};
 use crate::crypto::{KeyAlgorithm, PrivateKey, Purpose, Suite, pem};
 use crate::embedded::caller::oid;
+use crate::embedded::instant::{from_wire, parse_rfc3339, rfc3339};
 use crate::embedded::store::Resource;
 use crate::pb::types as wire;
 
@@ -121,6 +122,8 @@ pub struct Authority {
     pub additional: KeySet,
     /// The state of its rotation; `None` if it was never rotated.
     pub rotation: Option<wire::Rotation>,
+    /// When the last step of a rotation was taken; `None` if there was none.
+    pub changed: Option<SystemTime>,
 }
 
 impl Authority {
@@ -171,6 +174,7 @@ impl Authority {
             active,
             additional: KeySet::default(),
             rotation: None,
+            changed: None,
         })
     }
 
@@ -244,13 +248,20 @@ impl Authority {
 
     /// The authority as it is stored, private keys included.
     pub(super) fn to_resource(&self) -> Resource {
+        let text = |time: Option<prost_types::Timestamp>| time.and_then(from_wire).map(rfc3339);
         let rotation = self.rotation.as_ref().map(|rotation| {
+            let schedule = rotation.schedule.unwrap_or_default();
             json!({
                 "state": rotation.state,
                 "phase": rotation.phase,
                 "mode": rotation.mode,
                 "current_id": rotation.current_id,
                 "grace_period": rotation.grace_period,
+                "started": text(rotation.started),
+                "last_rotated": text(rotation.last_rotated),
+                "update_clients": text(schedule.update_clients),
+                "update_servers": text(schedule.update_servers),
+                "standby": text(schedule.standby),
             })
         });
         Resource {
@@ -261,6 +272,7 @@ impl Authority {
                 "active": self.active.to_json(),
                 "additional": self.additional.to_json(),
                 "rotation": rotation,
+                "changed": self.changed.map(rfc3339),
             }),
             ..Resource::default()
         }
@@ -273,6 +285,7 @@ impl Authority {
             what,
         };
         let set = |key: &str| resource.spec.get(key).and_then(KeySet::from_json);
+        let time = |value: &Value| parse_rfc3339(value.as_str()?);
         let rotation = resource
             .spec
             .get("rotation")
@@ -281,7 +294,14 @@ impl Authority {
             kind: AuthorityType::from_name(&resource.name).ok_or_else(|| damaged("its type"))?,
             active: set("active").ok_or_else(|| damaged("its active keys"))?,
             additional: set("additional").ok_or_else(|| damaged("its additional keys"))?,
+            changed: resource.spec.get("changed").and_then(time),
             rotation: rotation.map(|value| {
+                let at = |key: &str| value.get(key).and_then(time).map(Into::into);
+                let schedule = wire::RotationSchedule {
+                    update_clients: at("update_clients"),
+                    update_servers: at("update_servers"),
+                    standby: at("standby"),
+                };
                 let text = |key: &str| {
                     let text = value.get(key).and_then(Value::as_str);
                     text.unwrap_or_default().to_owned()
@@ -295,7 +315,9 @@ impl Authority {
                         .get("grace_period")
                         .and_then(Value::as_i64)
                         .unwrap_or_default(),
-                    ..wire::Rotation::default()
+                    started: at("started"),
+                    last_rotated: at("last_rotated"),
+                    schedule: schedule.standby.is_some().then_some(schedule),
                 }
             }),
         })

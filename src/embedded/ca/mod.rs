@@ -6,9 +6,10 @@
 
 mod keys;
 pub mod mint;
+mod rotation;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
@@ -16,6 +17,7 @@ use uuid::Uuid;
 
 pub use keys::{Authority, KeySet, TlsAuthority};
 use mint::{CLIENT_AUTH, MintError, SERVER_AUTH, Subject, Template};
+pub use rotation::{GRACE, Mode, Phase, RotationError, Step, describe};
 use x509_cert::ext::pkix::KeyUsages;
 
 use super::caller::{IdentityError, TlsIdentity};
@@ -137,6 +139,8 @@ struct Inner {
     cluster: String,
     suite: Suite,
     current: watch::Sender<Snapshot>,
+    /// Held while a rotation takes a step, so that steps are told in their order.
+    rotating: Mutex<()>,
 }
 
 impl Authorities {
@@ -185,6 +189,7 @@ impl Authorities {
             cluster: cluster.to_owned(),
             suite,
             current: watch::Sender::new(Arc::new(current)),
+            rotating: Mutex::default(),
         })))
     }
 
@@ -212,6 +217,49 @@ impl Authorities {
             .get(&kind)
             .cloned()
             .expect("an authority of each type")
+    }
+
+    /// Takes a step of the rotation of `kind`: stored first, then used and told to listeners.
+    /// Making keys takes time and the store waits for the disk: off the async threads, please.
+    ///
+    /// # Errors
+    /// [`RotationError`]; nothing has changed then.
+    pub fn rotate(
+        &self,
+        store: &Store,
+        kind: AuthorityType,
+        step: Step,
+        now: SystemTime,
+    ) -> Result<Authority, RotationError> {
+        let rotating = self.0.rotating.lock();
+        let _one_at_a_time = rotating.unwrap_or_else(PoisonError::into_inner);
+        let current = self.get(kind);
+        let new = match step.to {
+            Phase::Init => Authority::make(kind, &self.0.cluster, self.0.suite, now)?.active,
+            _ => KeySet::default(),
+        };
+        let mut next = current.after(step, new, now)?;
+        while step.mode == Mode::Auto && step.grace.is_zero() && next.phase() != Phase::Standby {
+            let to = next.due().map_or(Phase::Standby, |(_, phase)| phase);
+            next = next.after(Step { to, ..step }, KeySet::default(), now)?;
+        }
+        store.put(next.to_resource(), &Put::Upsert)?;
+        self.0.current.send_modify(|current| {
+            Arc::make_mut(current).insert(kind, next.clone());
+        });
+        Ok(next)
+    }
+
+    /// The next step of a scheduled rotation: when, of which authority, and to which phase.
+    #[must_use]
+    pub fn due(&self) -> Option<(SystemTime, AuthorityType, Phase)> {
+        let current = self.0.current.borrow();
+        let due = current.values().filter_map(|authority| {
+            authority
+                .due()
+                .map(|(at, phase)| (at, authority.kind, phase))
+        });
+        due.min_by_key(|(at, ..)| *at)
     }
 
     /// Hears whenever an authority changes.
@@ -268,7 +316,7 @@ impl Authorities {
         let key = PrivateKey::generate(self.0.suite.algorithm(Purpose::HostIdentity))
             .map_err(|source| AuthorityError::Key { kind, source })?;
         let authority = self.get(AuthorityType::Host);
-        let signer = authority.signer()?;
+        let signer = authority.server_signer()?;
         let internal = [API_DOMAIN.to_owned(), format!("*.{API_DOMAIN}")];
         let names = internal
             .iter()

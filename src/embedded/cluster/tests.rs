@@ -1,6 +1,7 @@
 mod lab;
 mod patience;
 mod refusals;
+mod rotation;
 
 use super::*;
 

@@ -29,19 +29,21 @@ pub fn issuer(public_addr: &str) -> String {
 
 /// The SPIFFE bundle of the trust domain.
 ///
-/// `spiffe_sequence` grows with every step of a rotation: with the youngest certificate's start of
-/// validity when keys come, and with each key that goes.
+/// `spiffe_sequence` grows with every step of a rotation: with the time of the step, and with each
+/// key that goes.
 #[must_use]
 pub fn spiffe_bundle(authority: &Authority) -> Value {
+    let seconds = |time: std::time::SystemTime| {
+        let since = time.duration_since(std::time::UNIX_EPOCH);
+        since.map_or(0, |since| since.as_secs())
+    };
     let mut keys = Vec::new();
-    let mut newest = 0;
+    let mut newest = authority.changed.map_or(0, seconds);
     for tls in authority.trusted_tls() {
         let Ok(certificate) = Certificate::from_der(&tls.certificate) else {
             continue;
         };
-        let start = certificate.not_before();
-        let start = start.duration_since(std::time::UNIX_EPOCH);
-        newest = newest.max(start.map_or(0, |since| since.as_secs()));
+        newest = newest.max(seconds(certificate.not_before()));
         let mut key = Map::new();
         key.insert("use".to_owned(), json!("x509-svid"));
         key.extend(public_key(&certificate.spki()));

@@ -16,12 +16,12 @@ use crate::crypto::pem;
 use crate::crypto::{KeyAlgorithm, PrivateKey};
 use crate::embedded::ca::AuthorityType;
 use crate::pb::proto::Certs;
-use crate::pb::types::RegisterUsingTokenRequest;
 use crate::pb::proto::join_service_client::JoinServiceClient;
+use crate::pb::types::RegisterUsingTokenRequest;
 
 pub(super) const AUTH: &str = "teleport-auth@726f6f74.teleport.cluster.local";
 pub(super) struct Lab {
-    dir: TempDir,
+    pub(super) dir: TempDir,
     pub(super) cluster: Cluster,
     pub(super) clock: Clock,
 }
@@ -59,6 +59,18 @@ impl Lab {
         protocols: &[&str],
         certs: Option<(&Certs, &PrivateKey)>,
     ) -> Line {
+        let authorities = &self.cluster.state.authorities;
+        let host = authorities.trusted_tls(AuthorityType::Host);
+        self.connect_trusting(host, protocols, certs).await.unwrap()
+    }
+
+    /// As [`Lab::connect`], for a client that trusts these authorities (DER) on the auth side.
+    pub(super) async fn connect_trusting(
+        &self,
+        host: Vec<Vec<u8>>,
+        protocols: &[&str],
+        certs: Option<(&Certs, &PrivateKey)>,
+    ) -> io::Result<Line> {
         let (near, far) = tokio::io::duplex(64 * 1024);
         let server = Arc::clone(&self.cluster.server);
         let peer = SocketAddr::from(([192, 0, 2, 1], 1));
@@ -67,11 +79,6 @@ impl Lab {
             server.connection(far, peer, Port::Shared, forever).await
         });
         let mut roots = RootCertStore::empty();
-        let host = self
-            .cluster
-            .state
-            .authorities
-            .trusted_tls(AuthorityType::Host);
         roots.add_parsable_certificates(host.into_iter().map(CertificateDer::from));
         let web = fs::read_to_string(self.cluster.web_ca().unwrap()).unwrap();
         let web = pem::certificates(&web).unwrap();
@@ -100,8 +107,8 @@ impl Lab {
         };
         let name = ServerName::try_from(name).unwrap();
         let connector = TlsConnector::from(Arc::new(config));
-        let stream = connector.connect(name, near).await.unwrap();
-        Line { stream, served }
+        let stream = connector.connect(name, near).await?;
+        Ok(Line { stream, served })
     }
 
     pub(super) async fn joined(&self) -> (Certs, PrivateKey) {
