@@ -86,6 +86,30 @@ impl ClusterError {
         }
     }
 
+    /// Whether TLS failed because one side does not take the other's certificate. For a bot that has
+    /// talked to this cluster before, the authorities of one of them were replaced meanwhile.
+    pub fn is_certificate_refused(&self) -> bool {
+        let mut next: Option<&(dyn std::error::Error + 'static)> = match self {
+            Self::Dial { source, .. } | Self::Tls { source, .. } => Some(source),
+            Self::Call { status, .. } => Some(status.as_ref()),
+            Self::NotAProxy { .. } | Self::NotJoined | Self::Trust(_) | Self::Answer { .. } => None,
+        };
+        while let Some(error) = next {
+            if error.downcast_ref().is_some_and(refuses_certificate) {
+                return true;
+            }
+            // The error inside an I/O error is no source of it.
+            next = match error
+                .downcast_ref::<io::Error>()
+                .and_then(io::Error::get_ref)
+            {
+                Some(inner) => Some(inner),
+                None => error.source(),
+            };
+        }
+        false
+    }
+
     /// What to do next.
     pub fn disposition(&self) -> Disposition {
         match self {
@@ -115,6 +139,24 @@ impl ClusterError {
                 | Code::DataLoss => Disposition::Retry,
             },
         }
+    }
+}
+
+fn refuses_certificate(error: &rustls::Error) -> bool {
+    use rustls::AlertDescription as Alert;
+    match error {
+        rustls::Error::InvalidCertificate(_) => true,
+        rustls::Error::AlertReceived(alert) => matches!(
+            alert,
+            Alert::UnknownCA
+                | Alert::BadCertificate
+                | Alert::UnsupportedCertificate
+                | Alert::CertificateRevoked
+                | Alert::CertificateExpired
+                | Alert::CertificateUnknown
+                | Alert::AccessDenied
+        ),
+        _ => false,
     }
 }
 
@@ -176,6 +218,33 @@ mod tests {
         let error = ClusterError::call("Ping")(Status::new(Code::Unavailable, ""));
         assert!(error.to_string().len() > "Ping: ".len());
         assert_eq!(error.disposition(), Disposition::Retry);
+    }
+
+    #[test]
+    fn certificates_that_one_side_does_not_take_are_told_from_other_trouble() {
+        use rustls::{AlertDescription as Alert, CertificateError, Error as Tls};
+        let cases = [
+            (Tls::AlertReceived(Alert::UnknownCA), true),
+            (
+                Tls::InvalidCertificate(CertificateError::UnknownIssuer),
+                true,
+            ),
+            (Tls::AlertReceived(Alert::InternalError), false),
+            (Tls::DecryptError, false),
+        ];
+        for (tls, expected) in cases {
+            let io = || io::Error::new(io::ErrorKind::InvalidData, tls.clone());
+            let opening = ClusterError::Tls {
+                address: "a:1".into(),
+                source: io(),
+            };
+            assert_eq!(opening.is_certificate_refused(), expected, "{tls:?}");
+            // In TLS 1.3 the peer's word about our certificate comes with the first answer.
+            let call = ClusterError::call("Ping")(Status::from_error(Box::new(io())));
+            assert_eq!(call.is_certificate_refused(), expected, "{tls:?}");
+        }
+        let call = ClusterError::call("Ping")(Status::permission_denied("access denied"));
+        assert!(!call.is_certificate_refused());
     }
 
     #[test]
