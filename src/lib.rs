@@ -26,5 +26,6 @@ pub mod secret;
 pub mod services;
 pub mod spiffe;
 pub mod telemetry;
+pub mod websocket;
 pub mod workload;
 pub mod yaml;

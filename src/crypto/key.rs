@@ -44,6 +44,14 @@ pub fn sha256(data: &[u8]) -> [u8; 32] {
     out
 }
 
+/// SHA-1 of `data`. For formats that demand it and rely on it for nothing.
+#[must_use]
+pub fn sha1(data: &[u8]) -> [u8; 20] {
+    let mut out = [0; 20];
+    out.copy_from_slice(digest::digest(&digest::SHA1_FOR_LEGACY_USE_ONLY, data).as_ref());
+    out
+}
+
 /// SHA-256 of `data` in lower-case hex.
 #[must_use]
 pub fn sha256_hex(data: &[u8]) -> String {

@@ -9,7 +9,7 @@ pub mod ssh;
 pub mod suite;
 pub mod x509;
 
-pub use key::{KeyError, PrivateKey, sha256, sha256_hex, spki_from_pem};
+pub use key::{KeyError, PrivateKey, sha1, sha256, sha256_hex, spki_from_pem};
 pub use suite::{KeyAlgorithm, Purpose, Suite};
 
 use aws_lc_rs::rand::{SecureRandom as _, SystemRandom};

@@ -5,7 +5,7 @@
 //! | `teleport-auth@…` | host authority, client certificates count | the auth service |
 //! | `teleport-proxy-grpc` among them | web | joining only |
 //! | `teleport-reversetunnel…` among them | web | nothing: a probe, answered and closed |
-//! | anything else, or none | web | HTTPS |
+//! | anything else, or none | web | HTTPS, and tunnels to all of the above |
 //!
 //! A second listener may serve the auth service without looking at ALPN, for agents that are
 //! configured with `auth_server`.
@@ -23,6 +23,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use futures_util::future::BoxFuture;
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
@@ -48,6 +49,7 @@ use peers::Peers;
 use super::audit::Audit;
 use super::caller::{Caller, Listener, TlsIdentity};
 use super::tls::Tls;
+use super::upgrade::{Slot, Tunnel};
 use super::web::Web;
 use crate::clock::Clock;
 
@@ -141,6 +143,8 @@ pub(super) struct Server {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Port {
     Shared,
+    /// The shared port, inside of a tunnel; there is no tunnel inside of it.
+    Tunnel,
     Auth,
 }
 
@@ -203,7 +207,7 @@ impl Server {
 
     /// Answers one connection until it ends.
     pub(super) async fn connection(
-        &self,
+        self: &Arc<Self>,
         stream: impl Transport,
         peer: SocketAddr,
         port: Port,
@@ -223,13 +227,24 @@ impl Server {
         };
         match listener {
             Listener::Web => {
-                let (web, caller) = (Arc::clone(&self.web), caller(None));
-                let service = service_fn(move |request: Request<Incoming>| {
+                let (web, caller, slot) = (Arc::clone(&self.web), caller(None), Slot::default());
+                let tunnels = (port == Port::Shared).then(|| slot.clone());
+                let service = service_fn(move |mut request: Request<Incoming>| {
                     let (web, caller) = (Arc::clone(&web), caller.clone());
-                    async move { Ok::<_, Infallible>(web.answer(request, caller).await) }
+                    let tunnel = tunnels.as_ref().and_then(|slot| slot.answer(&mut request));
+                    async move {
+                        Ok::<_, Infallible>(match tunnel {
+                            Some(answer) => answer,
+                            None => web.answer(request, caller).await,
+                        })
+                    }
                 });
                 let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-                self.run(stream, http2, service, None, &shutdown).await
+                self.run(stream, http2, service, None, &shutdown).await?;
+                match slot.take().await? {
+                    Some(tunnel) => self.tunnel(tunnel, peer, shutdown).await,
+                    None => Ok(()),
+                }
             }
             Listener::ProxyJoin => {
                 let service = grpc(self.join.clone(), Ok(caller(None)), self.audit.clone());
@@ -247,6 +262,21 @@ impl Server {
         }
     }
 
+    /// Answers what comes through a tunnel. Boxed: it is a connection inside of a connection.
+    fn tunnel(
+        self: &Arc<Self>,
+        tunnel: Tunnel,
+        peer: SocketAddr,
+        shutdown: CancellationToken,
+    ) -> BoxFuture<'static, io::Result<()>> {
+        let server = Arc::clone(self);
+        Box::pin(async move {
+            server
+                .connection(tunnel, peer, Port::Tunnel, shutdown)
+                .await
+        })
+    }
+
     fn identity(&self, chain: &[CertificateDer<'_>]) -> Result<Option<TlsIdentity>, Status> {
         self.tls
             .identity(chain)
@@ -261,7 +291,7 @@ impl Server {
         let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
         let route = match port {
             Port::Auth => Route::Auth,
-            Port::Shared => {
+            Port::Shared | Port::Tunnel => {
                 let hello = start.client_hello();
                 let offered: Vec<&[u8]> = hello.alpn().into_iter().flatten().collect();
                 route(offered.into_iter(), &self.cluster)
@@ -269,6 +299,9 @@ impl Server {
         };
         let (listener, config) = match route {
             Route::Auth => (Some(Listener::Auth), self.tls.auth()?),
+            // Whoever comes through a tunnel has seen a web certificate outside; here the proxy
+            // shows that it belongs to a cluster.
+            Route::Join if port == Port::Tunnel => (Some(Listener::ProxyJoin), self.tls.auth()?),
             Route::Join => (Some(Listener::ProxyJoin), self.tls.join()),
             Route::Web => (Some(Listener::Web), self.tls.web()),
             Route::Probe => (None, self.tls.probe()),
@@ -324,7 +357,7 @@ impl Server {
         let (reader, writer) = tokio::io::split(stream);
         let stream = tokio::io::join(io::Cursor::new(first).chain(reader), writer);
         let builder = builder(http2, known_until.is_some());
-        let connection = builder.serve_connection(TokioIo::new(stream), service);
+        let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
         let mut connection = std::pin::pin!(connection);
         let idle = async {
             if let Some(until) = known_until {

@@ -28,6 +28,7 @@ mod pattern;
 pub mod resources;
 pub mod store;
 mod tls;
+mod upgrade;
 mod web;
 pub mod workload_identity;
 

@@ -20,6 +20,7 @@ const RINGS: &[&[&str]] = &[
         "secret",
         "spiffe",
         "telemetry",
+        "websocket",
         "yaml",
     ],
     &["attest", "cluster", "destination"],
