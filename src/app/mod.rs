@@ -19,7 +19,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
 use crate::cluster::client::Route;
-use crate::cluster::dial::{Dialer, Tcp};
+use crate::cluster::dial::Dialer;
+use crate::cluster::network::Network;
 use crate::cluster::ping::with_port;
 use crate::config::{Plan, Server as ClusterAddress};
 use crate::destination::Lock;
@@ -80,9 +81,12 @@ impl Agent {
         let (reload, reloads) = watch::channel(0);
 
         let missing = plan.for_start();
-        let (Some(method), Some(server), []) =
-            (plan.onboarding.method, &plan.server, missing.as_slice())
-        else {
+        let (Some(method), Some(server), Ok(network), []) = (
+            plan.onboarding.method,
+            &plan.server,
+            plan.network,
+            missing.as_slice(),
+        ) else {
             bail!(missing.join("\n"));
         };
 
@@ -94,6 +98,7 @@ impl Agent {
         if !storage.is_persistent() {
             tracing::warn!("The bot's storage does not survive a restart: it joins anew each time");
         }
+        let network = Network::new(network, plan.onboarding.trust.clone(), clock.clone());
         let bot = Bot::new(
             Settings {
                 method,
@@ -105,7 +110,7 @@ impl Agent {
                 interval: plan.lifetime.interval,
             },
             clock.clone(),
-            Arc::new(Tcp) as Arc<dyn Dialer>,
+            Arc::new(network) as Arc<dyn Dialer>,
             Store::open(storage),
             registry.reporter(IDENTITY),
             reloads,

@@ -282,6 +282,7 @@ mod tests {
         let context = Context {
             clock,
             identity,
+            trust: crate::services::Trust::default(),
             lifetime: Lifetime::default(),
             name: "fake".into(),
             health: registry.reporter("fake"),

@@ -8,12 +8,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
 use tokio::sync::watch;
+use tokio_rustls::client::TlsStream;
 use tonic::transport::{Endpoint, Uri};
 use tower::service_fn;
 
 use super::credential::encoded_cluster;
-use super::dial::{self, Dialer};
+use super::dial::{self, BoxedIo, Dialer};
 use super::{ClusterError, Credential};
 
 /// Pings more often than once a minute are answered by closing the connection.
@@ -94,34 +97,102 @@ impl Channel {
         {
             return Ok(channel.clone());
         }
-        let name = credential.server_name()?;
-        let tls = credential.tls(self.route.protocols(credential.cluster()));
-        let channel = connect_lazily(Arc::clone(&self.dialer), self.route.address(), name, tls)?;
+        let way = Way {
+            dialer: Arc::clone(&self.dialer),
+            name: credential.server_name()?,
+            credential: Arc::clone(&credential),
+            route: self.route.clone(),
+        };
+        let channel = connect_lazily(move || {
+            let way = way.clone();
+            async move { way.connect().await }
+        })?;
         *open = Some((credential, channel.clone()));
         Ok(channel)
     }
 }
 
-/// A channel over TLS that connects when it is first used, and again when the connection is lost.
-pub(crate) fn connect_lazily(
+/// How to reach the auth service as one identity.
+#[derive(Clone)]
+struct Way {
     dialer: Arc<dyn Dialer>,
-    address: &str,
-    name: rustls::pki_types::ServerName<'static>,
-    tls: Arc<rustls::ClientConfig>,
-) -> Result<tonic::transport::Channel, ClusterError> {
-    let address: Arc<str> = address.into();
-    let connector = service_fn(move |_uri: Uri| {
-        let (dialer, address, name, tls) = (
-            Arc::clone(&dialer),
-            Arc::clone(&address),
-            name.clone(),
-            Arc::clone(&tls),
-        );
-        async move {
-            dial::tls(dialer.as_ref(), &address, name, tls)
-                .await
-                .map(TokioIo::new)
+    route: Route,
+    name: ServerName<'static>,
+    credential: Arc<Credential>,
+}
+
+impl Way {
+    async fn connect(&self) -> Result<Tls, ClusterError> {
+        let address = self.route.address();
+        match &self.route {
+            Route::Proxy(_) => self.through(address).await,
+            Route::Direct(_) if self.dialer.is_proxy(address, false).await => {
+                self.through(address).await
+            }
+            Route::Direct(_) => {
+                let tls = self.tls(&self.route);
+                match dial::tls(self.dialer.as_ref(), address, self.name.clone(), tls).await {
+                    Err(ClusterError::Tls { .. }) if self.dialer.is_proxy(address, true).await => {
+                        self.through(address).await
+                    }
+                    other => other,
+                }
+            }
         }
+    }
+
+    /// Through the proxy that is configured as `address`, where it wants to be reached, or else
+    /// where it is configured. The first failure is the one to tell.
+    async fn through(&self, address: &str) -> Result<Tls, ClusterError> {
+        let mut failed = None;
+        for place in self.dialer.places(address).await {
+            match self.at(&place).await {
+                Ok(stream) => return Ok(stream),
+                Err(error) => {
+                    tracing::debug!(place, %error, "The proxy cannot be used here");
+                    failed.get_or_insert(error);
+                }
+            }
+        }
+        Err(failed.unwrap_or(ClusterError::NotJoined))
+    }
+
+    /// At one place. Only where that fails it is worth looking whether ALPN gets through: the
+    /// auth service's certificate proves that it does.
+    async fn at(&self, place: &str) -> Result<Tls, ClusterError> {
+        let tls = self.tls(&Route::Proxy(place.to_owned()));
+        let dialer = self.dialer.as_ref();
+        let attempt = || dial::tls_to_proxy(dialer, place, self.name.clone(), Arc::clone(&tls));
+        match attempt().await {
+            Err(ClusterError::Tls { .. })
+                if dialer.hides_alpn(place).is_none() && dialer.probe(place).await =>
+            {
+                attempt().await
+            }
+            other => other,
+        }
+    }
+
+    fn tls(&self, route: &Route) -> Arc<ClientConfig> {
+        let credential = &self.credential;
+        credential.tls(route.protocols(credential.cluster()))
+    }
+}
+
+/// A TLS connection of a channel.
+pub(crate) type Tls = TlsStream<BoxedIo>;
+
+/// A channel that connects by `connect` when it is first used, and again when the connection is
+/// lost.
+pub(crate) fn connect_lazily<F>(
+    connect: impl Fn() -> F + Send + 'static,
+) -> Result<tonic::transport::Channel, ClusterError>
+where
+    F: Future<Output = Result<Tls, ClusterError>> + Send + 'static,
+{
+    let connector = service_fn(move |_uri: Uri| {
+        let connecting = connect();
+        async move { connecting.await.map(TokioIo::new) }
     });
     // The URI only gives requests an authority; the connector knows where to go.
     let endpoint = Endpoint::from_static("http://teleport.cluster.local")

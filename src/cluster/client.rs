@@ -11,7 +11,7 @@ use tonic::{Request, Status, Streaming};
 
 pub use super::channel::Route;
 use super::channel::{Channel, connect_lazily};
-use super::dial::Dialer;
+use super::dial::{self, Dialer};
 use super::{ClusterError, Credential};
 use crate::crypto::{Suite, pem};
 use crate::pb::proto::auth_service_client::AuthServiceClient;
@@ -65,14 +65,29 @@ impl Interceptor for Version {
 /// A channel whose calls carry the API version.
 pub(crate) type Versioned = InterceptedService<tonic::transport::Channel, Version>;
 
-/// A channel to `address` that connects when it is first used and carries the API version.
+/// A channel to `route`'s address that connects when it is first used and carries the API version.
 pub(crate) fn versioned(
     dialer: Arc<dyn Dialer>,
-    address: &str,
+    route: &Route,
     name: rustls::pki_types::ServerName<'static>,
     tls: Arc<rustls::ClientConfig>,
 ) -> Result<Versioned, ClusterError> {
-    let channel = connect_lazily(dialer, address, name, tls)?;
+    let route = route.clone();
+    let channel = connect_lazily(move || {
+        let (dialer, route, name, tls) = (
+            Arc::clone(&dialer),
+            route.clone(),
+            name.clone(),
+            Arc::clone(&tls),
+        );
+        async move {
+            let dialer = dialer.as_ref();
+            match &route {
+                Route::Proxy(address) => dial::tls_to_proxy(dialer, address, name, tls).await,
+                Route::Direct(address) => dial::tls(dialer, address, name, tls).await,
+            }
+        }
+    })?;
     Ok(InterceptedService::new(channel, Version))
 }
 

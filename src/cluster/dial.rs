@@ -29,11 +29,43 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 /// A byte stream of whatever kind.
 pub type BoxedIo = Pin<Box<dyn Io>>;
 
-/// Opens byte streams.
+/// Opens byte streams. Addresses are `host:port`.
+///
+/// Only [`Dialer::dial`] has to be there; what the others answer by themselves fits a network on
+/// which every address is what it seems to be.
 #[async_trait]
 pub trait Dialer: Send + Sync + fmt::Debug {
-    /// Connects to `address`, a `host:port`.
+    /// Connects to `address`.
     async fn dial(&self, address: &str) -> io::Result<BoxedIo>;
+
+    /// Connects to the shared port of the proxy at `address`, where ALPN says what is wanted: in a
+    /// tunnel where something in front is known to hide ALPN.
+    async fn dial_proxy(&self, address: &str) -> io::Result<BoxedIo> {
+        self.dial(address).await
+    }
+
+    /// Where agents of the proxy at `address` should connect, best first.
+    async fn places(&self, address: &str) -> Vec<String> {
+        vec![address.to_owned()]
+    }
+
+    /// Whether something in front of the proxy at `address` hides ALPN, if that is known.
+    fn hides_alpn(&self, address: &str) -> Option<bool> {
+        let _ = address;
+        Some(false)
+    }
+
+    /// Finds that out, where it is not known. `false` if it cannot be found out now.
+    async fn probe(&self, address: &str) -> bool {
+        self.hides_alpn(address) == Some(true)
+    }
+
+    /// Whether the auth service's configured `address` is that of a proxy. `tried` says that it did
+    /// not answer as an auth service.
+    async fn is_proxy(&self, address: &str, tried: bool) -> bool {
+        let _ = (address, tried);
+        false
+    }
 }
 
 /// Dials TCP.
@@ -49,24 +81,54 @@ impl Dialer for Tcp {
     }
 }
 
-/// Opens a TLS connection to `address` as `name` within [`TIMEOUT`].
+/// Opens a TLS connection to `address` as `name`; both steps within [`TIMEOUT`].
 pub async fn tls(
     dialer: &dyn Dialer,
     address: &str,
     name: ServerName<'static>,
     config: Arc<ClientConfig>,
 ) -> Result<TlsStream<BoxedIo>, ClusterError> {
-    let late = || {
-        let problem = format!("no answer within {} s", TIMEOUT.as_secs());
-        io::Error::new(io::ErrorKind::TimedOut, problem)
-    };
-    let io = timeout(TIMEOUT, dialer.dial(address))
+    let io = opened(address, dialer.dial(address)).await?;
+    tls_over(io, address, name, config).await
+}
+
+/// The same to the shared port of the proxy at `address`.
+pub async fn tls_to_proxy(
+    dialer: &dyn Dialer,
+    address: &str,
+    name: ServerName<'static>,
+    config: Arc<ClientConfig>,
+) -> Result<TlsStream<BoxedIo>, ClusterError> {
+    let io = opened(address, dialer.dial_proxy(address)).await?;
+    tls_over(io, address, name, config).await
+}
+
+/// A stream to `address` within [`TIMEOUT`].
+async fn opened(
+    address: &str,
+    dialled: impl Future<Output = io::Result<BoxedIo>>,
+) -> Result<BoxedIo, ClusterError> {
+    timeout(TIMEOUT, dialled)
         .await
         .unwrap_or_else(|_elapsed| Err(late()))
         .map_err(|source| ClusterError::Dial {
             address: address.to_owned(),
             source,
-        })?;
+        })
+}
+
+fn late() -> io::Error {
+    let problem = format!("no answer within {} s", TIMEOUT.as_secs());
+    io::Error::new(io::ErrorKind::TimedOut, problem)
+}
+
+/// TLS over `io`, which leads to `address`, within [`TIMEOUT`].
+pub(super) async fn tls_over(
+    io: BoxedIo,
+    address: &str,
+    name: ServerName<'static>,
+    config: Arc<ClientConfig>,
+) -> Result<TlsStream<BoxedIo>, ClusterError> {
     timeout(TIMEOUT, TlsConnector::from(config).connect(name, io))
         .await
         .unwrap_or_else(|_elapsed| Err(late()))

@@ -1,17 +1,23 @@
 //! How a cluster is found, reached and spoken to.
 //!
-//! [`ping`] discovers addresses, [`dial`] opens connections, [`trust`] says whom to believe before
-//! there is an identity, [`credential`] what a channel presents, [`channel`] follows it through
-//! renewals, [`client`] has the typed calls, [`error`] says what a failure means.
+//! [`ping`] discovers addresses, [`dial`] opens connections and [`network`] knows the ways there are
+//! to do that, [`trust`] says whom to believe before there is an identity, `first` connects then,
+//! [`credential`] is what a channel presents, `channel` follows it through renewals, [`client`] has
+//! the typed calls, [`error`] says what a failure means.
 
 pub mod client;
 pub mod credential;
 pub mod dial;
 pub mod error;
+pub mod network;
 pub mod ping;
 pub mod trust;
 
 mod channel;
+pub(crate) mod first;
+mod forward;
+mod switch;
+mod upgrade;
 
 pub use client::Client;
 pub use credential::Credential;

@@ -1,6 +1,7 @@
 //! Discovery: what a proxy says about itself at `/webapi/find`
 //! (upstream `api/client/webclient/webclient.go`).
 
+use http::StatusCode;
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
@@ -13,6 +14,9 @@ use super::trust::Trust;
 use crate::clock::Clock;
 use crate::crypto::Suite;
 
+/// Where a proxy says who it is, and the same with the API's version before it.
+const PATH: &str = "/webapi/find";
+const VERSIONED_PATH: &str = "/v1/webapi/find";
 /// The largest discovery answer that is read, in bytes. Real ones have 1 to 2 KiB.
 const MAX_ANSWER: usize = 256 * 1024;
 
@@ -31,6 +35,8 @@ pub struct Endpoints {
     pub ssh_address: Option<String>,
     /// The proxy's web address, `host:port`, as it calls itself.
     pub web_address: Option<String>,
+    /// Where the proxy wants agents to connect, `host:port`.
+    pub tunnel_address: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -68,6 +74,10 @@ struct Ssh {
     public: String,
     #[serde(rename = "ssh_public_addr")]
     own_public: String,
+    #[serde(rename = "tunnel_listen_addr")]
+    tunnel_listen: String,
+    #[serde(rename = "ssh_tunnel_public_addr")]
+    tunnel_public: String,
 }
 
 /// Asks the proxy at `address` (`host:port`) who it is.
@@ -77,6 +87,33 @@ pub async fn find(
     trust: &Trust,
     address: &str,
 ) -> Result<Endpoints, ClusterError> {
+    let (mut status, mut body) = ask(clock, dialer, trust, address, PATH).await?;
+    // Something in front of the proxy may pass only what has the API's version before it.
+    if status == StatusCode::NOT_FOUND {
+        (status, body) = ask(clock, dialer, trust, address, VERSIONED_PATH).await?;
+    }
+    let not_a_proxy = |problem: String| ClusterError::NotAProxy {
+        address: address.to_owned(),
+        problem,
+    };
+    if !status.is_success() {
+        return Err(not_a_proxy(format!("{PATH} answered {status}")));
+    }
+    parse(&body).map_err(|source| {
+        not_a_proxy(format!(
+            "{PATH} is not the expected JSON ({source}); is there a login page in front?"
+        ))
+    })
+}
+
+/// One question over a connection of its own.
+async fn ask(
+    clock: &Clock,
+    dialer: &dyn Dialer,
+    trust: &Trust,
+    address: &str,
+    path: &'static str,
+) -> Result<(StatusCode, Bytes), ClusterError> {
     let stream = dial::tls(
         dialer,
         address,
@@ -91,7 +128,7 @@ pub async fn find(
     let exchange = async {
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-        let request = http::Request::get("/webapi/find")
+        let request = http::Request::get(path)
             .header(http::header::HOST, address)
             .header(http::header::ACCEPT, "application/json")
             .body(Empty::<Bytes>::new())
@@ -120,14 +157,7 @@ pub async fn find(
         .map_err(|_elapsed| not_a_proxy(format!("no answer within {} s", TIMEOUT.as_secs())))?
         .map_err(|source| not_a_proxy(source.to_string()))?;
     let body = body.map_err(|source| not_a_proxy(source.to_string()))?;
-    if !status.is_success() {
-        return Err(not_a_proxy(format!("/webapi/find answered {status}")));
-    }
-    parse(&body).map_err(|source| {
-        not_a_proxy(format!(
-            "/webapi/find is not the expected JSON ({source}); is there a login page in front?"
-        ))
-    })
+    Ok((status, body))
 }
 
 fn parse(body: &[u8]) -> Result<Endpoints, serde_json::Error> {
@@ -160,9 +190,33 @@ fn parse(body: &[u8]) -> Result<Endpoints, serde_json::Error> {
         server_version: answer.server_version,
         suite,
         tls_routing: answer.proxy.tls_routing_enabled,
+        tunnel_address: tunnel_address(ssh, answer.proxy.tls_routing_enabled),
         ssh_address,
         web_address,
     })
+}
+
+/// Where agents connect. A host that is none (`0.0.0.0`) is this machine.
+fn tunnel_address(ssh: &Ssh, tls_routing: bool) -> Option<String> {
+    let web_port = port_of(&ssh.web_listen).unwrap_or("443");
+    let port = port_of(&ssh.tunnel_listen).unwrap_or("3024");
+    let moved = |address: &str| join(host_of(&with_port(address, port)), port);
+    let address = if tls_routing {
+        with_port(first(&[&ssh.public, &ssh.web_listen])?, web_port)
+    } else if !ssh.tunnel_public.is_empty() {
+        with_port(&ssh.tunnel_public, port)
+    } else if let Some(address) = first(&[&ssh.own_public, &ssh.public]) {
+        moved(address)
+    } else {
+        with_port(first(&[&ssh.tunnel_listen, &ssh.web_listen])?, port)
+    };
+    match host_of(&address) {
+        "" | "0.0.0.0" | "::" => {
+            let port = port_of(&address).unwrap_or("3080");
+            Some(format!("localhost:{port}"))
+        }
+        _ => Some(address),
+    }
 }
 
 fn first<'a>(candidates: &[&'a str]) -> Option<&'a str> {
@@ -180,13 +234,18 @@ pub fn port_of(address: &str) -> Option<&str> {
         .then_some(port)
 }
 
-/// `address` with `port` added where it has none. A scheme (`https://`, `tcp://`) is taken off.
-pub fn with_port(address: &str, port: &str) -> String {
-    let bare = ["https://", "http://", "tcp://"]
+/// `address` without the scheme (`https://`, `http://`, `tcp://`) and the slash that people write.
+pub fn bare(address: &str) -> &str {
+    ["https://", "http://", "tcp://"]
         .iter()
         .find_map(|scheme| address.strip_prefix(scheme))
         .unwrap_or(address)
-        .trim_end_matches('/');
+        .trim_end_matches('/')
+}
+
+/// `address` with `port` added where it has none. A scheme (`https://`, `tcp://`) is taken off.
+pub fn with_port(address: &str, port: &str) -> String {
+    let bare = bare(address);
     if port_of(bare).is_some() {
         bare.to_owned()
     } else {
@@ -236,6 +295,52 @@ mod tests {
         );
         assert_eq!(found.ssh_address.as_deref(), Some("p.example.org:3023"));
         assert_eq!(found.web_address.as_deref(), Some("p.example.org:443"));
+    }
+
+    #[test]
+    fn agents_connect_where_the_proxy_says() {
+        for (ssh, routing, address) in [
+            (
+                r#"{"public_addr":"p:443","web_listen_addr":"0.0.0.0:3080"}"#,
+                true,
+                "p:443",
+            ),
+            (
+                r#"{"public_addr":"p","web_listen_addr":"0.0.0.0:3080"}"#,
+                true,
+                "p:3080",
+            ),
+            (
+                r#"{"web_listen_addr":"0.0.0.0:3080"}"#,
+                true,
+                "localhost:3080",
+            ),
+            (r#"{"web_listen_addr":"[::]:3080"}"#, true, "localhost:3080"),
+            (
+                r#"{"ssh_tunnel_public_addr":"t","ssh_public_addr":"s:1","public_addr":"p:443"}"#,
+                false,
+                "t:3024",
+            ),
+            (
+                r#"{"ssh_public_addr":"s:1","public_addr":"p:443"}"#,
+                false,
+                "s:3024",
+            ),
+            (
+                r#"{"public_addr":"p:443","tunnel_listen_addr":"0.0.0.0:4024"}"#,
+                false,
+                "p:4024",
+            ),
+            (
+                r#"{"tunnel_listen_addr":"0.0.0.0:4024"}"#,
+                false,
+                "localhost:4024",
+            ),
+        ] {
+            let found = parsed(ssh, routing);
+            assert_eq!(found.tunnel_address.as_deref(), Some(address), "{ssh}");
+        }
+        assert_eq!(parsed("{}", true).tunnel_address, None);
     }
 
     #[test]

@@ -4,16 +4,18 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{
-    ClientConfig, ConfigBuilder, DigitallySignedStruct, RootCertStore, SignatureScheme,
-    WantsVerifier,
+    CertificateError, ClientConfig, ConfigBuilder, DigitallySignedStruct, RootCertStore,
+    SignatureScheme, WantsVerifier,
 };
 
 use super::ClusterError;
+use super::credential::API_DOMAIN;
 use crate::clock::Clock;
 use crate::crypto::x509::Certificate;
 use crate::crypto::{pem, sha256_hex};
@@ -46,6 +48,27 @@ impl Trust {
         Ok(with_alpn(config, protocols))
     }
 
+    /// TLS settings for a proxy's shared port inside of an upgraded connection. The load balancer's
+    /// certificate was judged outside already; here the proxy may show what only clusters have.
+    pub(crate) fn behind_upgrade(
+        &self,
+        clock: &Clock,
+        protocols: &[&[u8]],
+    ) -> Result<Arc<ClientConfig>, ClusterError> {
+        if self.insecure {
+            return self.web(clock, protocols);
+        }
+        let provider = Arc::new(aws_lc_rs::default_provider());
+        let config = builder(clock)?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Anyone {
+                provider,
+                named: Some(API_DOMAIN),
+            }))
+            .with_no_client_auth();
+        Ok(with_alpn(config, protocols))
+    }
+
     /// TLS settings for an auth service whose authorities are `roots`; `None` believes anyone.
     pub fn auth(
         clock: &Clock,
@@ -62,8 +85,13 @@ impl Trust {
     }
 }
 
-/// Checks the authorities that a cluster showed against the pins: every one must match some pin.
-pub fn check_pins(authorities_pem: &str, pins: &[String]) -> Result<Vec<String>, ClusterError> {
+/// Checks the authorities that a cluster showed against the pins: every one must match some pin,
+/// and be valid at `now`.
+pub fn check_pins(
+    authorities_pem: &str,
+    pins: &[String],
+    now: SystemTime,
+) -> Result<Vec<String>, ClusterError> {
     for pin in pins {
         if !is_pin(pin) {
             return Err(ClusterError::Trust(format!(
@@ -87,6 +115,12 @@ pub fn check_pins(authorities_pem: &str, pins: &[String]) -> Result<Vec<String>,
             return Err(ClusterError::Trust(format!(
                 "the cluster's certificate authority has pin {pin}, which is not among ca_pins: \
                  either the pins are out of date (compare with `tctl status`) or someone stands between"
+            )));
+        }
+        if now < certificate.not_before() || certificate.not_after() <= now {
+            return Err(ClusterError::Trust(format!(
+                "the cluster's certificate authority with pin {pin} is not valid now: is the clock \
+                 of this machine right?"
             )));
         }
     }
@@ -144,12 +178,19 @@ fn without_verification(clock: &Clock) -> Result<ClientConfig, ClusterError> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     Ok(builder(clock)?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Anyone(provider)))
+        .with_custom_certificate_verifier(Arc::new(Anyone {
+            provider,
+            named: None,
+        }))
         .with_no_client_auth())
 }
 
-/// Believes every certificate, but still makes the server prove that it holds its key.
-struct Anyone(Arc<CryptoProvider>);
+/// Believes every issuer, but still makes the server prove that it holds its key.
+struct Anyone {
+    provider: Arc<CryptoProvider>,
+    /// A DNS name that the certificate must have; it must not have expired then.
+    named: Option<&'static str>,
+}
 
 impl fmt::Debug for Anyone {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -160,12 +201,24 @@ impl fmt::Debug for Anyone {
 impl ServerCertVerifier for Anyone {
     fn verify_server_cert(
         &self,
-        _end_entity: &CertificateDer<'_>,
+        end_entity: &CertificateDer<'_>,
         _intermediates: &[CertificateDer<'_>],
         _server_name: &ServerName<'_>,
         _ocsp: &[u8],
-        _now: UnixTime,
+        now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
+        let Some(name) = self.named else {
+            return Ok(ServerCertVerified::assertion());
+        };
+        let certificate =
+            Certificate::from_der(end_entity).map_err(|_source| CertificateError::BadEncoding)?;
+        if !certificate.dns_sans().iter().any(|known| known == name) {
+            return Err(CertificateError::NotValidForName.into());
+        }
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(now.as_secs());
+        if certificate.not_after() <= now {
+            return Err(CertificateError::Expired.into());
+        }
         Ok(ServerCertVerified::assertion())
     }
 
@@ -179,7 +232,7 @@ impl ServerCertVerifier for Anyone {
             message,
             cert,
             signature,
-            &self.0.signature_verification_algorithms,
+            &self.provider.signature_verification_algorithms,
         )
     }
 
@@ -193,18 +246,89 @@ impl ServerCertVerifier for Anyone {
             message,
             cert,
             signature,
-            &self.0.signature_verification_algorithms,
+            &self.provider.signature_verification_algorithms,
         )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
+        self.provider
+            .signature_verification_algorithms
+            .supported_schemes()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::crypto::{KeyAlgorithm, PrivateKey};
+    use crate::embedded::ca::mint::{self, Issuer, Subject, Template};
+    use crate::identity::fixtures::{Authority, start};
+
+    fn now() -> SystemTime {
+        start() + Duration::from_hours(1)
+    }
+
+    #[test]
+    fn inside_an_upgraded_connection_only_a_cluster_s_certificate_counts() {
+        let key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();
+        let name = Subject::default().finish();
+        let spki = key.public_spki();
+        let leaf = |host: &str| {
+            let template = Template {
+                serial: mint::serial(),
+                subject: name.clone(),
+                not_before: start(),
+                not_after: start() + Duration::from_hours(2),
+                spki: &spki,
+                key_usage: x509_cert::ext::pkix::KeyUsages::DigitalSignature.into(),
+                extended: &[],
+                authority: false,
+                names: vec![mint::dns(host).unwrap()],
+            };
+            let issuer = Issuer {
+                name: &name,
+                key_id: None,
+                key: &key,
+            };
+            template.sign(issuer).unwrap()
+        };
+        let verifier = Anyone {
+            provider: Arc::new(aws_lc_rs::default_provider()),
+            named: Some(API_DOMAIN),
+        };
+        let verify = |der: Vec<u8>, at: SystemTime| {
+            let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap();
+            verifier
+                .verify_server_cert(
+                    &der.into(),
+                    &[],
+                    &ServerName::try_from("proxy.example.org").unwrap(),
+                    &[],
+                    UnixTime::since_unix_epoch(since),
+                )
+                .is_ok()
+        };
+        assert!(verify(leaf(API_DOMAIN), now()));
+        assert!(!verify(leaf("proxy.example.org"), now()), "another name");
+        let late = start() + Duration::from_hours(2);
+        assert!(!verify(leaf(API_DOMAIN), late), "expired");
+        assert!(!verify(vec![0x30, 0x00], now()), "no certificate");
+    }
+
+    #[test]
+    fn an_authority_that_is_over_is_not_believed_for_its_pin() {
+        let authority = Authority::new("root");
+        let pin = format!("sha256:{}", sha256_hex(&authority.key.public_spki()));
+        let pins = [pin];
+        assert!(check_pins(&authority.pem, &pins, now()).is_ok());
+        for wrong in [
+            start() - Duration::from_hours(1),
+            start() + Duration::from_hours(2000),
+        ] {
+            let error = check_pins(&authority.pem, &pins, wrong).unwrap_err();
+            assert!(error.to_string().contains("not valid now"), "{error}");
+        }
+    }
 
     #[test]
     fn pins_are_checked_for_form() {
@@ -221,26 +345,27 @@ mod tests {
             &format!("sha256:{}", "0a".repeat(33)),
         ] {
             assert!(!is_pin(bad), "{bad}");
-            assert!(check_pins("", &[bad.to_owned()]).is_err(), "{bad}");
+            assert!(check_pins("", &[bad.to_owned()], now()).is_err(), "{bad}");
         }
     }
 
     #[test]
     fn the_case_of_a_pin_does_not_matter() {
-        let authority = crate::identity::fixtures::Authority::new("root");
+        let authority = Authority::new("root");
         let digits = sha256_hex(&authority.key.public_spki());
         let pin = format!("sha256:{digits}");
         let upper = format!("sha256:{}", digits.to_uppercase());
         let other = format!("sha256:{}", "0a".repeat(32));
         assert_ne!(pin, upper);
         for pin in [pin, upper] {
-            assert_eq!(check_pins(&authority.pem, &[pin]).unwrap().len(), 1);
+            assert_eq!(check_pins(&authority.pem, &[pin], now()).unwrap().len(), 1);
         }
-        assert!(check_pins(&authority.pem, &[other]).is_err());
+        assert!(check_pins(&authority.pem, &[other], now()).is_err());
     }
 
     #[test]
     fn authorities_without_certificates_match_no_pin() {
-        assert!(check_pins("", &[format!("sha256:{}", "0a".repeat(32))]).is_err());
+        let pins = [format!("sha256:{}", "0a".repeat(32))];
+        assert!(check_pins("", &pins, now()).is_err());
     }
 }

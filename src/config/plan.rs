@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::cluster::network::Settings;
 use crate::cluster::trust::Trust;
 use crate::destination::DestinationPlan;
 use crate::join::{JoinMethod, TokenSource};
@@ -54,6 +55,8 @@ pub struct Plan {
     /// Use the proxy's configured address instead of the one it advertises
     /// (`TBOT_USE_PROXY_ADDR=yes`).
     pub use_proxy_address: bool,
+    /// What the environment says of dialling, or which variable of it cannot be understood.
+    pub network: Result<Settings, String>,
     /// How the bot joins.
     pub onboarding: Onboarding,
     /// Where the bot's own identity is kept.
@@ -78,7 +81,7 @@ impl Plan {
     /// What keeps this plan from being started, one line each with its remedy.
     #[must_use]
     pub fn for_start(&self) -> Vec<String> {
-        let mut missing = Vec::new();
+        let mut missing: Vec<String> = self.network.as_ref().err().cloned().into_iter().collect();
         match &self.server {
             None => missing.push(
                 "no cluster address: set `proxy_server` (or --proxy-server) to your proxy's \

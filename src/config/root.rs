@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use crate::cluster::network::Settings;
+use crate::cluster::ping;
 use crate::destination::{self, DestinationPlan};
 use crate::env::Env;
 use crate::yaml::{Fields, Node, Problems, nearest};
@@ -54,6 +56,7 @@ pub(super) fn plan(
     *conflicts = shared(std::iter::once(("storage", &storage)).chain(written));
     Some(Plan {
         server,
+        network: Settings::from_env(env),
         use_proxy_address: env.get("TBOT_USE_PROXY_ADDR") == Some("yes"),
         onboarding,
         storage,
@@ -104,11 +107,7 @@ fn server(root: &mut Fields<'_>) -> Option<Server> {
 /// The address of a cluster: a scheme before it and a missing port are tolerated, as upstream does.
 fn cluster_address(root: &mut Fields<'_>, key: &str, example: &str) -> Option<String> {
     let text = root.string(key)?;
-    let bare = ["https://", "http://", "tcp://"]
-        .iter()
-        .find_map(|scheme| text.strip_prefix(scheme))
-        .unwrap_or(&text)
-        .trim_end_matches('/');
+    let bare = ping::bare(&text);
     if !bare.is_empty() && (is_host_port(bare) || is_host_port(&format!("{bare}:0"))) {
         return Some(text);
     }

@@ -131,6 +131,9 @@ impl Handle {
             .get_or_try_init(|| async {
                 let address = match &self.0.route {
                     Route::Proxy(address) => address.clone(),
+                    Route::Direct(address) if self.0.dialer.is_proxy(address, false).await => {
+                        address.clone()
+                    }
                     Route::Direct(_) => {
                         let address = self.0.client.ping().await?.proxy_public_addr;
                         if address.is_empty() {

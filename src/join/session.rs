@@ -4,20 +4,16 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use rustls::pki_types::ServerName;
-
 use super::stream::Exchange;
 use super::{JoinError, Proof, older};
 use crate::clock::Clock;
-use crate::cluster::client::{Route, Versioned, timed, versioned};
-use crate::cluster::credential::{API_DOMAIN, roots_of};
-use crate::cluster::dial::{Dialer, server_name};
-use crate::cluster::trust::{Trust, check_pins};
-use crate::cluster::{Client, ClusterError, Disposition, ping};
+use crate::cluster::client::{Route, Versioned};
+use crate::cluster::dial::Dialer;
+use crate::cluster::first::{First, suite_of};
+use crate::cluster::trust::Trust;
+use crate::cluster::{Client, ClusterError, Disposition};
 use crate::crypto::{PrivateKey, Suite};
-use crate::pb::proto::auth_service_client::AuthServiceClient;
-use crate::pb::proto::{Certs, PingRequest, PingResponse};
-use crate::pb::types::SignatureAlgorithmSuite;
+use crate::pb::proto::Certs;
 use crate::secret::Secret;
 
 /// The longest that each half of a join may take; a cluster gives up after a minute.
@@ -74,34 +70,8 @@ impl Session {
         trust: &Trust,
         hello: Hello,
     ) -> Result<Self, ClusterError> {
-        match route {
-            Route::Proxy(address) => {
-                let endpoints = ping::find(clock, dialer.as_ref(), trust, address).await?;
-                let tls = trust.web(clock, &[b"teleport-proxy-grpc", b"h2"])?;
-                let channel = versioned(Arc::clone(dialer), address, server_name(address)?, tls)?;
-                Self::begin(hello, channel, endpoints.server_version, endpoints.suite).await
-            }
-            Route::Direct(address) => {
-                let connect = |roots| {
-                    let name = ServerName::try_from(API_DOMAIN)
-                        .map_err(|_source| ClusterError::Trust(API_DOMAIN.to_owned()))?;
-                    versioned(
-                        Arc::clone(dialer),
-                        address,
-                        name,
-                        Trust::auth(clock, roots, &[b"h2"])?,
-                    )
-                };
-                let channel = connect(first_roots(trust, address, &connect).await?)?;
-                let answer = AuthServiceClient::new(channel.clone())
-                    .ping(timed(PingRequest {}))
-                    .await
-                    .map_err(ClusterError::call("Ping"))?
-                    .into_inner();
-                let suite = suite_of(&answer);
-                Self::begin(hello, channel, answer.server_version, suite).await
-            }
-        }
+        let first = First::contact(clock, dialer, route, trust).await?;
+        Self::begin(hello, first.channel, first.version, first.suite).await
     }
 
     /// A session over the bot's own authenticated connection: the cluster keeps the bot instance.
@@ -169,52 +139,6 @@ impl Session {
         let request = older::request(self.hello.token.expose(), key, expires)?;
         older::join(self.channel, self.hello.method, request, proof, clock).await
     }
-}
-
-/// Whom to believe at an auth service: pinned authorities, those of a file, or anyone.
-async fn first_roots(
-    trust: &Trust,
-    address: &str,
-    connect: &impl Fn(Option<rustls::RootCertStore>) -> Result<Versioned, ClusterError>,
-) -> Result<Option<rustls::RootCertStore>, ClusterError> {
-    if trust.insecure {
-        tracing::warn!(
-            address,
-            "Joining without verifying the auth service, as configured (insecure)"
-        );
-        return Ok(None);
-    }
-    if !trust.ca_pins.is_empty() {
-        let shown = AuthServiceClient::new(connect(None)?)
-            .get_cluster_ca_cert(timed(()))
-            .await
-            .map_err(ClusterError::call("GetClusterCACert"))?;
-        let text = String::from_utf8_lossy(&shown.get_ref().tlsca).into_owned();
-        return roots_of(&check_pins(&text, &trust.ca_pins)?).map(Some);
-    }
-    if let Some(path) = &trust.ca_path {
-        let text = std::fs::read_to_string(path).map_err(|source| {
-            ClusterError::Trust(format!("ca_path: cannot read {}: {source}", path.display()))
-        })?;
-        let roots = roots_of(&[text])?;
-        if roots.is_empty() {
-            return Err(ClusterError::Trust(format!(
-                "ca_path: {} holds no certificate",
-                path.display()
-            )));
-        }
-        return Ok(Some(roots));
-    }
-    tracing::warn!(
-        address,
-        "Joining without verifying the auth service: set onboarding.ca_pins, or use proxy_server"
-    );
-    Ok(None)
-}
-
-fn suite_of(answer: &PingResponse) -> Suite {
-    SignatureAlgorithmSuite::try_from(answer.signature_algorithm_suite)
-        .map_or(Suite::Legacy, Suite::from)
 }
 
 pub(super) fn unusable(call: &'static str, problem: &str) -> ClusterError {

@@ -18,6 +18,7 @@ mod clients;
 mod common;
 mod completeness;
 mod config;
+mod dialling;
 mod docs;
 mod guide;
 mod harness;

@@ -16,6 +16,8 @@ pub(crate) struct Cluster<'a> {
     arguments: Vec<String>,
     process: Option<Process>,
     port: u16,
+    /// The address that it advertises.
+    public: String,
     auth_port: u16,
 }
 
@@ -35,19 +37,41 @@ impl<'a> Cluster<'a> {
         auth_port: u16,
         arguments: &[&str],
     ) -> Self {
+        let port = free_port();
+        let mut cluster = Self::stopped(sandbox, resources, port, arguments);
+        cluster.auth_port = auth_port;
+        cluster.resume();
+        cluster
+    }
+
+    /// Starts one on `port` that advertises `public`, with more arguments of `serve`.
+    pub(crate) fn start_at(
+        sandbox: &'a Sandbox,
+        resources: &str,
+        port: u16,
+        public: &str,
+        arguments: &[&str],
+    ) -> Self {
+        let mut cluster = Self::stopped(sandbox, resources, port, arguments);
+        public.clone_into(&mut cluster.public);
+        cluster.resume();
+        cluster
+    }
+
+    fn stopped(sandbox: &'a Sandbox, resources: &str, port: u16, arguments: &[&str]) -> Self {
         let resources = sandbox.write("resources.yaml", resources);
         let mut cluster = Self {
             sandbox,
             arguments: arguments.iter().map(|&text| text.to_owned()).collect(),
             process: None,
-            port: free_port(),
-            auth_port,
+            port,
+            public: format!("localhost:{port}"),
+            auth_port: free_port(),
         };
         cluster.arguments.push("--resources".to_owned());
         cluster
             .arguments
             .push(resources.to_str().expect("text").to_owned());
-        cluster.resume();
         cluster
     }
 
@@ -65,7 +89,7 @@ impl<'a> Cluster<'a> {
             .args(["--cluster-name", Self::NAME])
             .args(["--listen", &format!("127.0.0.1:{}", self.port)])
             .args(["--auth-listen", &self.auth()])
-            .args(["--public-addr", &self.proxy()])
+            .args(["--public-addr", &self.public])
             .args(&self.arguments);
         let mut process = self.sandbox.spawn("cluster", command);
         let admin = self.sandbox.path("cluster/admin.sock");
