@@ -28,7 +28,7 @@ use crate::diag;
 use crate::health::Registry;
 use crate::identity::bot::{Bot, Settings};
 use crate::identity::store::Store;
-use crate::services::Context;
+use crate::services::{Context, Trust};
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::one_line;
 
@@ -116,9 +116,11 @@ impl Agent {
             reloads,
         );
 
+        let trust = Trust::default();
         let context = |name: Arc<str>, lifetime| Context {
             clock: clock.clone(),
             identity: bot.handle(),
+            trust: trust.clone(),
             lifetime,
             health: registry.reporter(&*name),
             name,

@@ -6,11 +6,14 @@
 mod authorities;
 pub mod identity;
 pub mod output;
+mod trust;
 pub mod workload_identity_api;
 
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
+
+pub use trust::Trust;
 
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
@@ -169,6 +172,8 @@ pub struct Context {
     pub clock: Clock,
     /// The bot's own identity, identities derived from it, and clients bound to them.
     pub identity: Handle,
+    /// Trust bundles and revocations, followed once for all services.
+    pub trust: Trust,
     /// The service's lifetime.
     pub lifetime: Lifetime,
     /// The service's name in logs, metrics and health.

@@ -23,6 +23,7 @@ use tonic::service::interceptor::InterceptedService;
 
 use self::api::Api;
 use self::listener::{Bound, Listen};
+use super::trust::Feeds;
 use super::{Context, Flag, FlagValue, Lifetime, Server, Service, ServiceKind, ServicePlan};
 use crate::attest;
 use crate::clock::Clock;
@@ -31,8 +32,7 @@ use crate::destination::DestinationPlan;
 use crate::identity::{Handle, IdentityError, Request};
 use crate::pb::workload_api::spiffe_workload_api_server::SpiffeWorkloadApiServer;
 use crate::workload::{
-    Access, Bundles, Cache, ClusterIssuer, Crl, Freshness, IssueError, JwtIssuer, Selector, bundle,
-    crl,
+    Access, Bundles, Cache, ClusterIssuer, Freshness, IssueError, JwtIssuer, Selector,
 };
 use crate::yaml::{Fields, Tree};
 
@@ -169,16 +169,11 @@ impl Server for WorkloadApi {
             Some(bound) => bound,
             None => self.plan.listen.bind().await?,
         };
-        let (bundles, follow_bundles) = watch::channel(None);
-        let (revoked, follow_revoked) = watch::channel(Crl::Pending);
+        let Feeds { bundles, revoked } = context.trust.follow(&context.identity, &context.clock);
         let access: Arc<dyn Access> =
             Arc::new(Derived::new(context.identity.clone(), context.lifetime));
-        let jwt = JwtIssuer::new(
-            Arc::clone(&access),
-            follow_bundles.clone(),
-            context.clock.clone(),
-        );
-        let issuer = ClusterIssuer::new(access, follow_bundles.clone(), context.clock.clone());
+        let jwt = JwtIssuer::new(Arc::clone(&access), bundles.clone(), context.clock.clone());
+        let issuer = ClusterIssuer::new(access, bundles.clone(), context.clock.clone());
         let cache = Cache::new(
             Arc::new(issuer),
             context.clock.clone(),
@@ -188,8 +183,8 @@ impl Server for WorkloadApi {
             api::Sources {
                 cache: cache.clone(),
                 jwt,
-                bundles: follow_bundles.clone(),
-                crl: follow_revoked,
+                bundles: bundles.clone(),
+                crl: revoked,
             },
             self.plan.attestors.build(),
             self.plan.selector.clone(),
@@ -202,9 +197,8 @@ impl Server for WorkloadApi {
         let work = async {
             tokio::join!(
                 cache.run(),
-                follow(&context, &bundles, &revoked),
-                report(&context, &cache, &follow_bundles),
-                renew_on_change(&context, &cache, follow_bundles.clone()),
+                report(&context, &cache, &bundles),
+                renew_on_change(&context, &cache, bundles.clone()),
             )
         };
         let late = async {
@@ -237,22 +231,6 @@ async fn serve(
             shutdown.clone().cancelled_owned(),
         )
         .await
-}
-
-/// Follows bundles and revocations as the bot itself, from its first join on.
-async fn follow(
-    context: &Context,
-    bundles: &watch::Sender<Option<Arc<Bundles>>>,
-    revoked: &watch::Sender<Crl>,
-) {
-    let Some(identity) = context.identity.ready().await else {
-        return std::future::pending().await;
-    };
-    let client = context.identity.client();
-    tokio::join!(
-        bundle::follow(client, identity.cluster(), &context.clock, bundles),
-        crl::follow(client, &context.clock, revoked),
-    );
 }
 
 /// The service is healthy once it could serve, and as long as what it serves is fresh.
