@@ -337,7 +337,8 @@ impl Session<'_> {
         for (kind, rotation) in status.authorities {
             rows.push((format!("{kind} CA"), rotation));
         }
-        rows.push(("CA pin".to_owned(), status.ca_pin));
+        let pins = status.ca_pins.into_iter();
+        rows.extend(pins.map(|pin| ("CA pin".to_owned(), pin)));
         Ok(self.out.write_all(render::pairs(&rows).as_bytes())?)
     }
 

@@ -116,8 +116,8 @@ pub struct Status {
     pub cluster: String,
     /// The Teleport version whose protocol it speaks.
     pub version: String,
-    /// What agents pin.
-    pub ca_pin: String,
+    /// What agents pin: one for each trusted host authority.
+    pub ca_pins: Vec<String>,
     /// The first public address, `host:port`.
     pub public_addr: String,
     /// Types of its authorities, and where the rotation of each stands.
@@ -433,7 +433,7 @@ fn status(state: &ClusterState) -> Status {
     Status {
         cluster: state.name.clone(),
         version: SERVER_VERSION.to_owned(),
-        ca_pin: state.authorities.host_pin(),
+        ca_pins: state.authorities.host_pins(),
         public_addr: state.public_addr.clone(),
         authorities: types
             .iter()

@@ -189,6 +189,7 @@ pub(super) fn invitation(token: &str, bot: &str, ttl: Duration, status: &Status)
          \x20 token: {token}\n\
          \n\
          CA pin, for agents that use auth_server: {}\n",
-        status.public_addr, status.ca_pin
+        status.public_addr,
+        status.ca_pins.join(", ")
     )
 }

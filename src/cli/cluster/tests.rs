@@ -218,6 +218,9 @@ async fn a_rotation_goes_on_by_command() {
         ("rollback", "rolling back"),
         ("standby", "never updated"),
     ] {
+        // A pin for each key that agents are told of.
+        let pins = cluster.out(&["status"]).await.matches("sha256:").count();
+        assert_eq!(pins, 2, "before {phase}");
         let told = cluster
             .out(&["rotate", "--type=host", "--phase", phase])
             .await;

@@ -293,12 +293,16 @@ impl Authorities {
     /// What an agent pins: `sha256:` and the hash of the active host authority's public key.
     #[must_use]
     pub fn host_pin(&self) -> String {
-        self.get(AuthorityType::Host)
-            .active
-            .tls
-            .first()
-            .map(|tls| format!("sha256:{}", sha256_hex(&tls.key.public_spki())))
-            .unwrap_or_default()
+        self.host_pins().into_iter().next().unwrap_or_default()
+    }
+
+    /// The pins of all trusted host authorities, the active one first. During a rotation an agent
+    /// needs all of them: it wants a pin for each authority that it is told of.
+    #[must_use]
+    pub fn host_pins(&self) -> Vec<String> {
+        let host = self.get(AuthorityType::Host);
+        let pin = |tls: &TlsAuthority| format!("sha256:{}", sha256_hex(&tls.key.public_spki()));
+        host.trusted_tls().map(pin).collect()
     }
 
     /// A certificate for the cluster's own auth service, good for every internal name and for
