@@ -186,6 +186,13 @@ pub(super) enum Command {
         #[arg(long, value_name = "URI")]
         path: Option<String>,
     },
+    /// Reach a host for `ssh`; written into `ssh_config`
+    #[command(name = "ssh-proxy-command", hide = true)]
+    SshProxy {
+        /// The flags that `ssh_config` has
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        words: Vec<String>,
+    },
     /// Print a shell's completion script
     Completion {
         /// The shell

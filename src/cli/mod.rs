@@ -12,6 +12,7 @@ mod migrate;
 mod process;
 mod quickstart;
 mod spiffe_inspect;
+mod ssh_proxy_command;
 mod start;
 mod version;
 
@@ -88,6 +89,7 @@ fn run(cli: &Cli, env: &Env) -> Result<(), Failure> {
                 .map_err(|problem| Failure::usage(problem.to_string()))?;
             Ok(runtime()?.block_on(spiffe_inspect::run(address))?)
         }
+        Command::SshProxy { words } => Err(ssh_proxy_command::run(words)),
         Command::Completion { shell } => print(&completion::script(*shell)),
         Command::Quickstart { dir, once } => {
             process::protect();
