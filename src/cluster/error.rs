@@ -110,6 +110,15 @@ impl ClusterError {
         false
     }
 
+    /// What a person has to do about a refusal that a cluster tells in words only; `None` if it is
+    /// none of those. It is part of the error's text.
+    pub fn remedy(&self) -> Option<&'static str> {
+        match self {
+            Self::Call { status, .. } => remedy(status),
+            _ => None,
+        }
+    }
+
     /// What to do next.
     pub fn disposition(&self) -> Disposition {
         match self {
@@ -160,8 +169,65 @@ fn refuses_certificate(error: &rustls::Error) -> bool {
     }
 }
 
-/// A status as one line: clusters put each context on a line of its own, the root cause last.
+/// Refusals that have no code of their own (`lib/auth`, upstream 18.0.0), by a part of their text,
+/// and what to do. The first that fits counts. They are for people: no decision rests on them.
+const REMEDIES: [(&str, &str); 7] = [
+    (
+        "generation mismatch",
+        "this identity was renewed elsewhere, by a copy of the storage or a second agent, and the bot \
+         is locked: find the copy, lift the lock (`tctl get locks`, `tctl rm lock/NAME`; `tbot cluster \
+         get lock`, `tbot cluster rm lock/NAME`), empty the storage and join with a new token",
+    ),
+    (
+        "is in force",
+        "lift the lock if that is right: `tctl get locks` and `tctl rm lock/NAME`, or `tbot cluster \
+         get lock` and `tbot cluster rm lock/NAME`; the agent then goes on by itself",
+    ),
+    (
+        "identity is not allowed to reissue",
+        "the identity was made for an output, which must not make others: let `storage` name the \
+         bot's own directory and not an output's, or set allow_reissue on that output",
+    ),
+    (
+        "impersonated roles can not request other roles",
+        "the identity was made for an output: let `storage` name the bot's own directory and not an \
+         output's",
+    ),
+    (
+        "has requested role impersonation",
+        "add the roles to the bot: `tctl bots update NAME --add-roles=…`, or spec.roles of its \
+         resource",
+    ),
+    (
+        "client version is unsupported",
+        "the cluster is too new for this agent: update tbot",
+    ),
+    (
+        "client credentials have expired",
+        "compare the clocks of this machine and of the cluster",
+    ),
+];
+
+fn remedy(status: &Status) -> Option<&'static str> {
+    if matches!(status.code(), Code::Ok | Code::Unimplemented) {
+        return None;
+    }
+    let text = status.message();
+    REMEDIES
+        .iter()
+        .find_map(|(part, remedy)| text.contains(part).then_some(*remedy))
+}
+
+/// A status as one line: clusters put each context on a line of its own, the root cause last. What
+/// to do about it comes after that.
 fn readable(status: &Status) -> String {
+    match remedy(status) {
+        Some(remedy) => format!("{} ({remedy})", line(status)),
+        None => line(status),
+    }
+}
+
+fn line(status: &Status) -> String {
     let text = status
         .message()
         .lines()
@@ -251,5 +317,49 @@ mod tests {
     fn an_unknown_method_is_unsupported() {
         let error = ClusterError::call("Join")(Status::unimplemented("x"));
         assert_eq!(error.disposition(), Disposition::Unsupported);
+    }
+
+    #[test]
+    fn refusals_in_words_come_with_what_to_do() {
+        for (text, part) in [
+            (
+                "lock targeting User:\"bot-x\" is in force: The bot user \"bot-x\" has been locked \
+                 due to a certificate generation mismatch, possibly indicating a stolen certificate.",
+                "empty the storage",
+            ),
+            (
+                "renewable cert generation mismatch for bot x/1: stored=3, presented=2",
+                "empty the storage",
+            ),
+            (
+                "lock targeting Role:\"access\" is in force",
+                "goes on by itself",
+            ),
+            (
+                "access denied: identity is not allowed to reissue certificates",
+                "the bot's own directory",
+            ),
+            (
+                "user \"bot-x\" has requested role impersonation for [\"a\"]",
+                "--add-roles",
+            ),
+            (
+                "client version is unsupported, minimum supported version is 19.0.0-aa",
+                "update tbot",
+            ),
+        ] {
+            let error = ClusterError::call("GenerateUserCerts")(Status::permission_denied(text));
+            let told = error.to_string();
+            assert!(
+                told.starts_with(&format!("GenerateUserCerts: {text} (")),
+                "{told}"
+            );
+            assert!(told.contains(part), "{told}");
+            assert_eq!(told.lines().count(), 1);
+            assert_eq!(error.disposition(), Disposition::Refused);
+        }
+        let other = ClusterError::call("Ping")(Status::permission_denied("no"));
+        assert_eq!(other.remedy(), None);
+        assert_eq!(other.to_string(), "Ping: no");
     }
 }

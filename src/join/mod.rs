@@ -139,7 +139,8 @@ impl JoinError {
 
 /// The remedy that goes with a refusal, by method.
 fn hint(source: &ClusterError, method: &str) -> &'static str {
-    if source.disposition() != Disposition::Refused || matches!(source, ClusterError::Trust(_)) {
+    let told = source.remedy().is_some() || matches!(source, ClusterError::Trust(_));
+    if told || source.disposition() != Disposition::Refused {
         return "";
     }
     match method {
