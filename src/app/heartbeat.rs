@@ -8,7 +8,8 @@ use tokio_util::sync::CancellationToken;
 use crate::backoff::Backoff;
 use crate::clock::Clock;
 use crate::cluster::client::API_VERSION;
-use crate::cluster::{Client, ClusterError, Disposition};
+use crate::cluster::feature::{Feature, Versions};
+use crate::cluster::{Client, ClusterError};
 use crate::crypto::jitter;
 use crate::identity::Handle;
 use crate::pb::teleport::machineid::v1::{
@@ -67,10 +68,12 @@ pub(super) async fn run(
 ) -> anyhow::Result<()> {
     let beating = async {
         let mut is_startup = true;
+        let mut versions = Versions::default();
         loop {
             if handle.ready().await.is_none() {
                 return;
             }
+            look(&handle, &mut versions).await;
             if beat(&facts, &handle, &clock, is_startup).await {
                 is_startup = false;
             }
@@ -85,14 +88,24 @@ pub(super) async fn run(
     Ok(())
 }
 
+/// Looks at the cluster's version. One that does not answer will be asked again.
+pub(super) async fn look(handle: &Handle, versions: &mut Versions) {
+    match handle.client().ping().await {
+        Ok(answer) => {
+            versions.look(&answer.server_version);
+        }
+        Err(error) => tracing::debug!(%error, "The cluster does not tell its version"),
+    }
+}
+
 /// One heartbeat with its attempts; whether the cluster has it.
 async fn beat(facts: &Facts, handle: &Handle, clock: &Clock, is_startup: bool) -> bool {
     let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(8));
     loop {
-        match facts.submit(handle.client(), clock, is_startup).await {
-            Ok(()) => return true,
+        let answer = facts.submit(handle.client(), clock, is_startup).await;
+        match handle.lacking().optional(Feature::Heartbeats, answer) {
             // A cluster without heartbeats is not told about them again and again.
-            Err(error) if error.disposition() == Disposition::Unsupported => return true,
+            Ok(Some(()) | None) => return true,
             Err(error) if backoff.failures() + 1 >= ATTEMPTS => {
                 tracing::warn!(%error, "The cluster did not take the heartbeat");
                 return false;

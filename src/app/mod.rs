@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::Clock;
 use crate::cluster::client::Route;
 use crate::cluster::dial::Dialer;
+use crate::cluster::feature::{Feature, Versions};
 use crate::cluster::network::Network;
 use crate::cluster::ping::with_port;
 use crate::config::{Plan, Server as ClusterAddress};
@@ -195,11 +196,12 @@ impl Agent {
                 failed.push(name.to_string());
             }
         }
-        if let Err(error) = self
+        heartbeat::look(&handle, &mut Versions::default()).await;
+        let beat = self
             .heartbeat
             .submit(handle.client(), &self.clock, true)
-            .await
-        {
+            .await;
+        if let Err(error) = handle.lacking().optional(Feature::Heartbeats, beat) {
             tracing::warn!(%error, "The cluster did not take the heartbeat");
         }
         if failed.is_empty() {

@@ -12,7 +12,7 @@ use tonic::{Request, Status, Streaming};
 pub use super::channel::Route;
 use super::channel::{Channel, connect_lazily};
 use super::dial::{self, Dialer};
-use super::{ClusterError, Credential};
+use super::{ClusterError, Credential, Disposition};
 use crate::crypto::{Suite, pem};
 use crate::pb::proto::auth_service_client::AuthServiceClient;
 use crate::pb::proto::{
@@ -181,17 +181,24 @@ impl Client {
         .await
     }
 
-    /// The cluster's signature algorithm suite.
+    /// The cluster's signature algorithm suite. A cluster without the newer call for it says it in
+    /// its answer to a ping.
     pub async fn suite(&self) -> Result<Suite, ClusterError> {
         let preference = unary(
             "GetAuthPreference",
             over!(self, ClusterConfigServiceClient)
                 .get_auth_preference(timed(GetAuthPreferenceRequest {})),
         )
-        .await?;
-        let number = preference
-            .spec
-            .map_or(0, |spec| spec.signature_algorithm_suite);
+        .await;
+        let number = match preference {
+            Ok(preference) => preference
+                .spec
+                .map_or(0, |spec| spec.signature_algorithm_suite),
+            Err(error) if error.disposition() == Disposition::Unsupported => {
+                self.ping().await?.signature_algorithm_suite
+            }
+            Err(error) => return Err(error),
+        };
         Ok(SignatureAlgorithmSuite::try_from(number).map_or(Suite::Legacy, Suite::from))
     }
 

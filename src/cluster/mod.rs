@@ -3,12 +3,14 @@
 //! [`ping`] discovers addresses, [`dial`] opens connections and [`network`] knows the ways there are
 //! to do that, [`trust`] says whom to believe before there is an identity, `first` connects then,
 //! [`credential`] is what a channel presents, `channel` follows it through renewals, [`client`] has
-//! the typed calls, [`error`] says what a failure means.
+//! the typed calls, [`error`] says what a failure means, [`feature`] what a cluster of another
+//! version lacks.
 
 pub mod client;
 pub mod credential;
 pub mod dial;
 pub mod error;
+pub mod feature;
 pub mod network;
 pub mod ping;
 pub mod trust;

@@ -56,6 +56,9 @@ pub struct Config {
     /// Whether there is the newer join service. Without it, bots join as at a cluster of version
     /// 18.0.
     pub join_v1: bool,
+    /// Whether the authorities can be listed. Without it, agents have to do with what came with
+    /// their certificates, as at a cluster of another version.
+    pub trust_v1: bool,
     /// The program's clock.
     pub clock: Clock,
 }
@@ -74,6 +77,7 @@ impl Config {
             resources: Vec::new(),
             sts_endpoint: None,
             join_v1: true,
+            trust_v1: true,
             clock,
         }
     }
@@ -179,7 +183,7 @@ impl Cluster {
             (Some(auth), Some(address)) => Some(local(auth, address)?),
             _ => None,
         };
-        let join_v1 = config.join_v1;
+        let (join_v1, trust_v1) = (config.join_v1, config.trust_v1);
         let opened = tokio::task::spawn_blocking(move || open(config, web_addr))
             .await
             .map_err(|_cancelled| ClusterError::Interrupted)??;
@@ -188,7 +192,7 @@ impl Cluster {
         let auth::AuthRoutes {
             auth: services,
             join,
-        } = auth::routes(&state, join_v1)?;
+        } = auth::routes(&state, join_v1, trust_v1)?;
         let server = Arc::new(Server {
             cluster: state.name.clone(),
             tls: opened.tls,

@@ -10,6 +10,7 @@ use super::{Identity, Issued, MaterialError};
 use crate::clock::Clock;
 use crate::cluster::client::Route;
 use crate::cluster::dial::Dialer;
+use crate::cluster::feature::Lacking;
 use crate::cluster::trust::Trust;
 use crate::cluster::{Client, ClusterError, Credential, Endpoints, ping};
 use crate::crypto::{KeyError, PrivateKey, Purpose, Suite};
@@ -65,6 +66,7 @@ struct Inner {
     identity: watch::Receiver<Option<Arc<Identity>>>,
     reload: watch::Receiver<u64>,
     client: Client,
+    lacking: Lacking,
     endpoints: OnceCell<Arc<Endpoints>>,
     derived: Mutex<HashMap<Request, Arc<Derived>>>,
 }
@@ -97,6 +99,7 @@ impl Handle {
             identity,
             reload,
             client,
+            lacking: Lacking::default(),
             endpoints: OnceCell::new(),
             derived: Mutex::new(HashMap::new()),
         }))
@@ -122,6 +125,11 @@ impl Handle {
     /// Calls as the bot itself: reading authorities, watching events, heartbeats.
     pub fn client(&self) -> &Client {
         &self.0.client
+    }
+
+    /// What the cluster was found to lack.
+    pub fn lacking(&self) -> &Lacking {
+        &self.0.lacking
     }
 
     /// What the proxy says about itself; asked once per process.

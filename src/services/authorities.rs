@@ -2,7 +2,87 @@
 
 use anyhow::{Context as _, ensure};
 
+use crate::cluster::feature::Feature;
+use crate::crypto::pem;
+use crate::identity::{Handle, Identity};
 use crate::pb::types::{CaKeySet, CertAuthorityV2};
+
+/// Whom an output's reader is to believe.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Authorities {
+    /// Of servers, leaf clusters included.
+    pub(crate) hosts: Vec<Authority>,
+    /// Of users.
+    pub(crate) users: Vec<Authority>,
+    /// Of databases.
+    pub(crate) databases: Vec<Authority>,
+}
+
+impl Authorities {
+    /// As the cluster lists them; one that has no such list is taken at what it sent with the bot's
+    /// own certificates.
+    pub(crate) async fn fetch(identity: &Handle) -> anyhow::Result<Self> {
+        let client = identity.client();
+        let listed = async {
+            tokio::try_join!(
+                client.cert_authorities("host"),
+                client.cert_authorities("user"),
+                client.cert_authorities("db"),
+            )
+        };
+        let listed = identity
+            .lacking()
+            .optional(Feature::Authorities, listed.await)?;
+        match listed {
+            Some((hosts, users, databases)) => Ok(Self {
+                hosts: Authority::read_all(hosts)?,
+                users: Authority::read_all(users)?,
+                databases: Authority::read_all(databases)?,
+            }),
+            None => {
+                let own = identity.identity().borrow().clone();
+                let own = own.context("the bot has not joined the cluster yet")?;
+                Self::learned(&own, client.host_authorities().await?)
+            }
+        }
+    }
+
+    /// What came with the bot's certificates: those of users, then those of hosts, among which
+    /// `hosts` are (upstream 18.0.0, order of `Certs`).
+    fn learned(own: &Identity, hosts: Vec<String>) -> anyhow::Result<Self> {
+        check_cluster_name(own.cluster())?;
+        let ders = |text: &String| pem::certificates(text).unwrap_or_default();
+        let of_hosts: Vec<Vec<u8>> = hosts.iter().flat_map(ders).collect();
+        let users: Vec<String> = own
+            .tls_authorities()
+            .iter()
+            .filter(|text| !ders(text).iter().any(|der| of_hosts.contains(der)))
+            .cloned()
+            .collect();
+        let ssh = own
+            .ssh_authorities()
+            .iter()
+            .map(|line| public_key(line).context("the bot's SSH authorities are unreadable"))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        // Each authority has as many keys for SSH as certificates for TLS. Where that is not so,
+        // nothing tells the two apart, and both are the cluster's.
+        let (ssh_of_users, ssh_of_hosts) = if ssh.len() == own.tls_authorities().len() {
+            ssh.split_at_checked(users.len()).unwrap_or((&ssh, &ssh))
+        } else {
+            (ssh.as_slice(), ssh.as_slice())
+        };
+        let authority = |tls: Vec<String>, ssh: &[String]| Authority {
+            cluster: own.cluster().to_owned(),
+            tls: tls.into_iter().map(terminated).collect(),
+            ssh: ssh.to_vec(),
+        };
+        Ok(Self {
+            hosts: vec![authority(hosts, ssh_of_hosts)],
+            users: vec![authority(users, ssh_of_users)],
+            databases: Vec::new(),
+        })
+    }
+}
 
 /// The public halves of one cluster's authority of one type: first the keys that sign, then those
 /// that are trusted beside them during a rotation.
@@ -46,9 +126,7 @@ impl Authority {
             }
             for pair in set.ssh {
                 let line = String::from_utf8(pair.public_key).with_context(unreadable)?;
-                let mut words = line.split_whitespace();
-                let (kind, body) = words.next().zip(words.next()).with_context(unreadable)?;
-                ssh.push(format!("{kind} {body}"));
+                ssh.push(public_key(&line).with_context(unreadable)?);
             }
         }
         Ok(Self {
@@ -57,6 +135,13 @@ impl Authority {
             ssh,
         })
     }
+}
+
+/// The key of an `authorized_keys` line, without its comment.
+fn public_key(line: &str) -> Option<String> {
+    let mut words = line.split_whitespace();
+    let (kind, body) = words.next().zip(words.next())?;
+    Some(format!("{kind} {body}"))
 }
 
 /// Every TLS certificate of `authorities`, one after the other.
@@ -140,5 +225,41 @@ mod tests {
         bad.spec.as_mut().unwrap().active_keys.as_mut().unwrap().ssh[0].public_key =
             b"one".to_vec();
         assert!(Authority::read_all(vec![bad, CertAuthorityV2::default()]).is_err());
+    }
+
+    #[test]
+    fn authorities_of_the_bots_own_certificates_are_told_apart() {
+        use crate::crypto::{KeyAlgorithm, PrivateKey};
+        use crate::identity::fixtures::{Authority as Signer, start};
+
+        let [user, host] = [Signer::new("root"), Signer::new("root")];
+        let key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();
+        let own = user.identity(key.clone(), 1, start());
+        let own = |ssh: Vec<String>| {
+            Identity::new(
+                key.clone(),
+                own.tls_pem().to_owned(),
+                vec![user.pem.clone(), host.pem.clone()],
+                own.ssh_line().to_owned(),
+                ssh,
+            )
+            .unwrap()
+        };
+        let lines = [user.ssh_line(), host.ssh_line()];
+        let keys = lines.each_ref().map(|line| public_key(line).unwrap());
+        let learned = |ssh: Vec<String>| Authorities::learned(&own(ssh), vec![host.pem.clone()]);
+
+        let found = learned(lines.to_vec()).unwrap();
+        assert_eq!(found.hosts[0].cluster, "root");
+        assert_eq!(bundle(&found.hosts), terminated(host.pem.clone()));
+        assert_eq!(bundle(&found.users), terminated(user.pem.clone()));
+        assert_eq!(found.users[0].ssh, keys[..1]);
+        assert_eq!(found.hosts[0].ssh, keys[1..]);
+        assert!(found.databases.is_empty());
+
+        // Not as many as there are certificates: better one too many than none.
+        let found = learned(vec![lines[1].clone()]).unwrap();
+        assert_eq!(found.hosts[0].ssh, keys[1..]);
+        assert!(learned(vec!["one".to_owned(), "two".to_owned()]).is_err());
     }
 }

@@ -12,14 +12,20 @@ use tbot::clock::Clock;
 use tbot::cluster::client::Route;
 use tbot::cluster::dial::{BoxedIo, Dialer};
 use tbot::cluster::trust::Trust;
+use tbot::config::{Overlay, Source, load};
+use tbot::crypto::x509::Certificate;
+use tbot::crypto::{pem, sha256_hex};
 use tbot::destination;
 use tbot::embedded::resources::Mode;
 use tbot::embedded::{AuthPort, Cluster, Config};
+use tbot::env::Env;
 use tbot::health::Registry;
 use tbot::identity::Handle;
 use tbot::identity::bot::{Bot, Settings};
 use tbot::identity::store::Store;
 use tbot::join::{self, JoinError, JoinMethod, Proof, Renewal, TokenSource};
+use tbot::services::{Context, Lifetime, Service, output};
+use tbot::telemetry::metrics::Metrics;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -332,4 +338,52 @@ async fn a_stop_does_not_wait_for_a_cluster_that_never_answers() {
     setup.shutdown.cancel();
     running.await.unwrap();
     assert_eq!(asked.elapsed(), Duration::ZERO);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cluster_that_lists_no_authorities_has_identity_outputs_all_the_same() {
+    let clock = Clock::simulated(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
+    for trust_v1 in [true, false] {
+        let setup = Setup::with(clock.clone(), |config| config.trust_v1 = trust_v1).await;
+        let (handle, running) = setup.start().await;
+        handle.ready().await.unwrap();
+        let out = tempfile::tempdir().unwrap();
+        let out = out.path().canonicalize().unwrap();
+        let source = Source {
+            name: "tbot.yaml".to_owned(),
+            text: format!(
+                "version: v2\nservices: [{{type: identity, ssh_config: off, \
+                 destination: {{type: directory, path: {}}}}}]",
+                out.display()
+            ),
+        };
+        let loaded = load(Some(&source), &Overlay::default(), &Env::default()).unwrap();
+        let Service::Output(output) = loaded.plan.services[0].plan.build() else {
+            panic!("an identity is an output");
+        };
+        let context = Context {
+            clock: setup.clock.clone(),
+            identity: handle.clone(),
+            lifetime: Lifetime::default(),
+            name: "out".into(),
+            health: setup.registry.reporter("out"),
+            metrics: Metrics::new(),
+            trust: tbot::services::Trust::default(),
+            shutdown: setup.shutdown.clone(),
+        };
+        output::run_once(output, context).await.unwrap();
+        let pin = |name: &str| {
+            let text = std::fs::read_to_string(out.join(name)).unwrap();
+            let ders = pem::certificates(&text).unwrap();
+            assert_eq!(ders.len(), 1, "{name}");
+            let certificate = Certificate::from_der(&ders[0]).unwrap();
+            format!("sha256:{}", sha256_hex(&certificate.spki()))
+        };
+        assert_eq!(pin("teleport-host-ca.crt"), setup.cluster.ca_pin());
+        assert_ne!(pin("teleport-user-ca.crt"), setup.cluster.ca_pin());
+        let databases = std::fs::read(out.join("teleport-database-ca.crt")).unwrap();
+        assert_eq!(databases.is_empty(), !trust_v1);
+        setup.shutdown.cancel();
+        running.await.unwrap();
+    }
 }

@@ -58,6 +58,7 @@ pub(super) async fn run(args: ServeArgs, data_dir: PathBuf) -> anyhow::Result<()
         resources: args.resources,
         sts_endpoint: args.sts_endpoint,
         join_v1: true,
+        trust_v1: true,
         clock: Clock::system(),
     })
     .await?;

@@ -88,7 +88,11 @@ pub struct AuthRoutes {
 ///
 /// # Errors
 /// [`StsError::Endpoint`] if the configured STS endpoint is no URL.
-pub fn routes(state: &Arc<ClusterState>, join_v1: bool) -> Result<AuthRoutes, StsError> {
+pub fn routes(
+    state: &Arc<ClusterState>,
+    join_v1: bool,
+    trust_v1: bool,
+) -> Result<AuthRoutes, StsError> {
     let auth = Auth::new(state)?;
     let join = JoinServiceServer::new(auth.clone()).max_decoding_message_size(MAX_JOIN);
     let stream = JoinV1Server::new(auth.clone()).max_decoding_message_size(MAX_JOIN);
@@ -105,10 +109,13 @@ pub fn routes(state: &Arc<ClusterState>, join_v1: bool) -> Result<AuthRoutes, St
             .add_service(checked(heartbeats.max_decoding_message_size(MAX_HEARTBEAT)))
             .add_service(checked(config.max_decoding_message_size(MAX_QUESTION)))
             .add_service(checked(federations.max_decoding_message_size(MAX_QUESTION)))
-            .add_service(checked(presence.max_decoding_message_size(MAX_QUESTION)))
-            .add_service(checked(trust.max_decoding_message_size(MAX_QUESTION))),
+            .add_service(checked(presence.max_decoding_message_size(MAX_QUESTION))),
         join: Routes::default().add_service(join),
     };
+    if trust_v1 {
+        let trust = trust.max_decoding_message_size(MAX_QUESTION);
+        routes.auth = routes.auth.add_service(checked(trust));
+    }
     if join_v1 {
         routes.auth = routes.auth.add_service(checked(stream.clone()));
         routes.join = routes.join.add_service(stream);

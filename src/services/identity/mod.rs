@@ -11,9 +11,10 @@ use async_trait::async_trait;
 
 use self::files::Facts;
 use self::ssh::Ssh;
-use super::authorities::{Authority, check_cluster_name};
+use super::authorities::{Authorities, Authority, check_cluster_name};
 use super::{Context, Flag, FlagValue, Lifetime, Output, Service, ServiceKind, ServicePlan};
 use crate::cluster::dial::host_of;
+use crate::cluster::feature::Feature;
 use crate::destination::{self, Destination, DestinationPlan, FileSet};
 use crate::identity::{Issued, Request};
 use crate::yaml::{Fields, Tree};
@@ -155,15 +156,15 @@ impl Output for IdentityOutput {
                 Ok(None)
             }
         };
-        let (hosts, users, databases, endpoints) = tokio::try_join!(
-            client.cert_authorities("host"),
-            client.cert_authorities("user"),
-            client.cert_authorities("db"),
-            endpoints,
-        )?;
-        let mut hosts = Authority::read_all(hosts)?;
-        let users = Authority::read_all(users)?;
-        let databases = Authority::read_all(databases)?;
+        let (authorities, endpoints) =
+            tokio::try_join!(Authorities::fetch(&context.identity), async {
+                Ok(endpoints.await?)
+            },)?;
+        let Authorities {
+            mut hosts,
+            users,
+            databases,
+        } = authorities;
         let public_line = issued.key().public_ssh_line()?;
         let directory = self.destination.directory().map(text).transpose()?;
 
@@ -176,7 +177,11 @@ impl Output for IdentityOutput {
                 ..self.request(context.lifetime)
             };
             let derived = context.identity.derived(&request).await?;
-            reached.extend(derived.remote_clusters().await?);
+            let leaves = context
+                .identity
+                .lacking()
+                .optional(Feature::LeafClusters, derived.remote_clusters().await)?;
+            reached.extend(leaves.unwrap_or_default());
         }
         let listed = hosts.len();
         if endpoints.is_some() {
