@@ -65,8 +65,12 @@ async fn aws_identity() -> Result<(Credentials, Endpoint), JoinError> {
         .credentials_provider()
         .ok_or_else(|| proof("the AWS SDK offers no credential chain"))?;
     let credentials = provider.provide_credentials().await.map_err(|source| {
-        let cause = std::error::Error::source(&source)
-            .map_or_else(|| source.to_string(), ToString::to_string);
+        // The layers above the root cause only say that something failed.
+        let mut root: &dyn std::error::Error = &source;
+        while let Some(next) = root.source() {
+            root = next;
+        }
+        let cause = root.to_string();
         proof(&format!(
             "no AWS credentials: {}. Attach an IAM role to this machine, or set a profile or \
              AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; the role needs sts:GetCallerIdentity",

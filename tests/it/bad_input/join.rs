@@ -163,20 +163,6 @@ fn an_aws_identity_that_no_rule_lets_in_is_told_what_to_compare() {
         &run("right", &nothing),
         &["no AWS credentials", "Attach an IAM role to this machine"],
     );
-    // What a helper program says on its way out stays between it and whoever started it.
-    let profile = sandbox.write(
-        "aws-config",
-        "[default]\ncredential_process = sh -c 'echo its-secret >&2; exit 3'\n",
-    );
-    let process = [
-        ("AWS_ACCESS_KEY_ID", ""),
-        ("AWS_SECRET_ACCESS_KEY", ""),
-        ("AWS_SESSION_TOKEN", ""),
-        ("AWS_CONFIG_FILE", profile.to_str().unwrap()),
-    ];
-    let refused = run("right", &process);
-    assert_refused(&refused, &["external process exited with code"]);
-    assert!(!refused.text().contains("its-secret"), "{}", refused.text());
     // A token of one method does not open the door of another.
     let config = cluster.config("right", "bot") + "outputs:\n" + &output(&sandbox.path("out"));
     assert_refused(
@@ -212,4 +198,27 @@ fn a_token_for_others_than_bots_is_refused_where_it_is_made() {
         ],
     );
     assert!(!cluster.run(&["tokens", "ls"]).contains("node"));
+}
+
+#[test]
+fn what_a_credential_process_complains_of_is_not_repeated() {
+    let sandbox = Sandbox::new();
+    let profile = sandbox.write(
+        "aws-config",
+        "[default]\ncredential_process = sh -c 'echo its-secret >&2; exit 3'\n",
+    );
+    let config = "version: v2\nauth_server: localhost:1\nonboarding: {join_method: iam, token: x}\n\
+         storage: {type: memory}\noutputs: [{type: identity, destination: {type: memory}}]\n";
+    let path = sandbox.write("iam.yaml", config);
+    let mut command = sandbox.tbot(["--debug", "start", "--oneshot", "-c"]);
+    command
+        .arg(path)
+        .env("AWS_CONFIG_FILE", profile)
+        .env("AWS_REGION", "us-east-1");
+    let refused = command.output().unwrap();
+    assert_refused(
+        &refused,
+        &["no AWS credentials", "external process exited with code"],
+    );
+    assert!(!refused.text().contains("its-secret"), "{}", refused.text());
 }
