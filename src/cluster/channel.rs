@@ -144,6 +144,9 @@ impl Way {
     /// Through the proxy that is configured as `address`, where it wants to be reached, or else
     /// where it is configured. The first failure is the one to tell.
     async fn through(&self, address: &str) -> Result<Tls, ClusterError> {
+        if let Some(port) = self.dialer.tunnel(address).await {
+            return self.in_tunnel(&port).await;
+        }
         let mut failed = None;
         for place in self.dialer.places(address).await {
             match self.at(&place).await {
@@ -155,6 +158,16 @@ impl Way {
             }
         }
         Err(failed.unwrap_or(ClusterError::NotJoined))
+    }
+
+    /// Through a proxy that only lets SSH pass.
+    async fn in_tunnel(&self, port: &str) -> Result<Tls, ClusterError> {
+        let identity = self.credential.ssh().ok_or_else(|| {
+            let problem = "the proxy is passed by SSH, and this identity has no SSH certificate";
+            ClusterError::Trust(problem.to_owned())
+        })?;
+        let tls = self.tls(&Route::Direct(port.to_owned()));
+        dial::tls_in_tunnel(self.dialer.as_ref(), port, identity, self.name.clone(), tls).await
     }
 
     /// At one place. Only where that fails it is worth looking whether ALPN gets through: the

@@ -7,6 +7,7 @@ use rustls::{ClientConfig, RootCertStore};
 
 use super::ClusterError;
 use super::trust::builder;
+use super::tunnel::SshIdentity;
 use crate::clock::Clock;
 use crate::crypto::{PrivateKey, pem};
 
@@ -23,6 +24,8 @@ pub fn encoded_cluster(cluster: &str) -> String {
 pub struct Credential {
     cluster: String,
     tls: Arc<ClientConfig>,
+    /// For proxies that are passed by SSH only.
+    ssh: Option<SshIdentity>,
 }
 
 impl Credential {
@@ -45,7 +48,20 @@ impl Credential {
         Ok(Self {
             cluster: cluster.to_owned(),
             tls: Arc::new(tls),
+            ssh: None,
         })
+    }
+
+    /// The same with what proxies are shown that are passed by SSH only.
+    #[must_use]
+    pub(crate) fn with_ssh(mut self, ssh: SshIdentity) -> Self {
+        self.ssh = Some(ssh);
+        self
+    }
+
+    /// What such proxies are shown.
+    pub(crate) fn ssh(&self) -> Option<&SshIdentity> {
+        self.ssh.as_ref()
     }
 
     /// TLS settings for the auth service, with `protocols` as the ALPN list.

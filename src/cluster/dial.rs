@@ -16,6 +16,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::ClusterError;
+use super::tunnel::{self, SshIdentity};
 
 /// The longest that TCP and TLS may take to open, each, and that a discovery may take. Shorter than
 /// the 30 s of a call, so that a peer that never answers is named and not the call.
@@ -47,6 +48,13 @@ pub trait Dialer: Send + Sync + fmt::Debug {
     /// Where agents of the proxy at `address` should connect, best first.
     async fn places(&self, address: &str) -> Vec<String> {
         vec![address.to_owned()]
+    }
+
+    /// The tunnel port of the proxy at `address`, where its ports do not tell protocols apart: the
+    /// auth service is reached by SSH only.
+    async fn tunnel(&self, address: &str) -> Option<String> {
+        let _ = address;
+        None
     }
 
     /// Whether something in front of the proxy at `address` hides ALPN, if that is known.
@@ -100,6 +108,19 @@ pub async fn tls_to_proxy(
     config: Arc<ClientConfig>,
 ) -> Result<TlsStream<BoxedIo>, ClusterError> {
     let io = opened(address, dialer.dial_proxy(address)).await?;
+    tls_over(io, address, name, config).await
+}
+
+/// The same to the auth service behind the proxy whose tunnel port is `address`.
+pub(super) async fn tls_in_tunnel(
+    dialer: &dyn Dialer,
+    address: &str,
+    identity: &SshIdentity,
+    name: ServerName<'static>,
+    config: Arc<ClientConfig>,
+) -> Result<TlsStream<BoxedIo>, ClusterError> {
+    let io = opened(address, dialer.dial(address)).await?;
+    let io = opened(address, tunnel::open(io, identity)).await?;
     tls_over(io, address, name, config).await
 }
 

@@ -2,9 +2,9 @@
 //!
 //! [`ping`] discovers addresses, [`dial`] opens connections and [`network`] knows the ways there are
 //! to do that, [`trust`] says whom to believe before there is an identity, `first` connects then,
-//! [`credential`] is what a channel presents, `channel` follows it through renewals, [`client`] has
-//! the typed calls, [`error`] says what a failure means, [`feature`] what a cluster of another
-//! version lacks.
+//! `tunnel` leads through proxies that let only SSH pass, [`credential`] is what a channel presents,
+//! `channel` follows it through renewals, [`client`] has the typed calls, [`error`] says what a
+//! failure means, [`feature`] what a cluster of another version lacks.
 
 pub mod client;
 pub mod credential;
@@ -19,6 +19,7 @@ mod channel;
 pub(crate) mod first;
 mod forward;
 mod switch;
+pub(crate) mod tunnel;
 mod upgrade;
 
 pub use client::Client;

@@ -63,8 +63,9 @@ pub struct Network {
 struct Known {
     /// Whether ALPN does not get through.
     hides_alpn: Option<(bool, SystemTime)>,
-    /// The address that the proxy wants agents to use.
-    advertised: Option<(String, SystemTime)>,
+    /// The address that the proxy wants agents to use, and whether one port there tells all
+    /// protocols apart.
+    advertised: Option<(String, bool, SystemTime)>,
     /// Whether a proxy answers here.
     proxy: Option<(bool, SystemTime)>,
     /// When it could not be reached.
@@ -110,6 +111,24 @@ impl Network {
         }
     }
 
+    /// Where the proxy at `address` wants agents to connect, and whether one port there tells all
+    /// protocols apart. `None` if it does not answer now.
+    async fn advertised(&self, address: &str) -> Option<(String, bool)> {
+        if let Some((advertised, routing, at)) = self.look_up(address).advertised
+            && self.is_recent(at)
+        {
+            return Some((advertised, routing));
+        }
+        let found = self.find(address).await?;
+        let advertised = found.tunnel_address.unwrap_or_else(|| address.to_owned());
+        let routing = found.tls_routing;
+        let now = self.clock.now();
+        self.note(address, |known| {
+            known.advertised = Some((advertised.clone(), routing, now));
+        });
+        Some((advertised, routing))
+    }
+
     async fn reach(&self, address: &str) -> io::Result<BoxedIo> {
         let hides_alpn = self.settings.upgrades.decide(address);
         let hides_alpn = hides_alpn.or(self.look_up(address).hides_alpn.map(|(hides, _)| hides));
@@ -151,21 +170,12 @@ impl Dialer for Network {
         if self.settings.verbatim {
             return configured();
         }
-        let known = self.look_up(address).advertised;
-        let advertised = match (&self.settings.tunnel, known) {
-            (Some(tunnel), _) => tunnel.clone(),
-            (None, Some((advertised, at))) if self.is_recent(at) => advertised,
-            (None, _) => {
-                let Some(found) = self.find(address).await else {
-                    return configured();
-                };
-                let advertised = found.tunnel_address.unwrap_or_else(|| address.to_owned());
-                let now = self.clock.now();
-                self.note(address, |known| {
-                    known.advertised = Some((advertised.clone(), now));
-                });
-                advertised
-            }
+        let advertised = match &self.settings.tunnel {
+            Some(tunnel) => tunnel.clone(),
+            None => match self.advertised(address).await {
+                Some((advertised, _)) => advertised,
+                None => return configured(),
+            },
         };
         if advertised == address {
             return configured();
@@ -175,6 +185,16 @@ impl Dialer for Network {
             vec![address.to_owned(), advertised]
         } else {
             vec![advertised, address.to_owned()]
+        }
+    }
+
+    async fn tunnel(&self, address: &str) -> Option<String> {
+        if self.settings.verbatim {
+            return None;
+        }
+        match self.advertised(address).await? {
+            (_, true) => None,
+            (advertised, false) => Some(self.settings.tunnel.clone().unwrap_or(advertised)),
         }
     }
 
@@ -248,7 +268,7 @@ mod tests {
         let clock = Clock::simulated(now);
         let network = Network::new(Settings::from_env(&env).unwrap(), Trust::default(), clock);
         network.note(PROXY, |known| {
-            known.advertised = Some((ADVERTISED.to_owned(), now));
+            known.advertised = Some((ADVERTISED.to_owned(), true, now));
         });
         network
     }
@@ -263,7 +283,7 @@ mod tests {
         tokio::time::sleep(BELIEVED).await;
         let now = network.clock.now();
         network.note(PROXY, |known| {
-            known.advertised = Some((ADVERTISED.to_owned(), now));
+            known.advertised = Some((ADVERTISED.to_owned(), true, now));
         });
         assert_eq!(network.places(PROXY).await, [ADVERTISED, PROXY]);
     }
@@ -274,6 +294,34 @@ mod tests {
         assert_eq!(verbatim.places(PROXY).await, [PROXY]);
         let tunnel = network(&[("TELEPORT_TUNNEL_PUBLIC_ADDR", "tcp://t.test.invalid")]);
         assert_eq!(tunnel.places(PROXY).await, ["t.test.invalid:3080", PROXY]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn proxies_without_routing_are_passed_by_ssh() {
+        let without_routing = |variables| {
+            let network = network(variables);
+            let now = network.clock.now();
+            network.note(PROXY, |known| {
+                known.advertised = Some(("t.test.invalid:3024".to_owned(), false, now));
+            });
+            network
+        };
+        assert_eq!(network(&[]).tunnel(PROXY).await, None);
+        for (variables, tunnel) in [
+            (&[][..], Some("t.test.invalid:3024")),
+            (
+                &[("TELEPORT_TUNNEL_PUBLIC_ADDR", "other.test.invalid:24")],
+                Some("other.test.invalid:24"),
+            ),
+            (&[("TBOT_USE_PROXY_ADDR", "yes")], None),
+        ] {
+            let network = without_routing(variables);
+            assert_eq!(
+                network.tunnel(PROXY).await.as_deref(),
+                tunnel,
+                "{variables:?}"
+            );
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -243,7 +243,7 @@ impl UserCertificate<'_> {
         wire.string(&extensions.0);
         wire.string(b"");
         wire.string(&signer);
-        let signature = signature(authority, &wire.0)?;
+        let signature = sign(authority, &wire.0)?;
         wire.string(&signature);
         let body = STANDARD.encode(&wire.0);
         Ok(format!("{name} {body}\n"))
@@ -273,7 +273,7 @@ fn seconds(time: SystemTime) -> u64 {
 }
 
 /// A signature in SSH's wire form: the algorithm's name and its blob.
-fn signature(key: &PrivateKey, message: &[u8]) -> Result<Vec<u8>, SshError> {
+pub(crate) fn sign(key: &PrivateKey, message: &[u8]) -> Result<Vec<u8>, SshError> {
     let unsupported = |_source| SshError::Unsupported;
     let (name, blob) = match key.algorithm() {
         KeyAlgorithm::Rsa2048 => (

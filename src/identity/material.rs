@@ -3,6 +3,7 @@
 use std::time::SystemTime;
 
 use crate::clock::Clock;
+use crate::cluster::tunnel::SshIdentity;
 use crate::cluster::{ClusterError, Credential};
 use crate::crypto::ssh::{SshCertificate, SshError};
 use crate::crypto::x509::{COMMON_NAME, Certificate, CertificateError, ORGANIZATION};
@@ -183,13 +184,19 @@ impl Identity {
 
     /// What a channel to the cluster presents with this identity.
     pub fn credential(&self, clock: &Clock) -> Result<Credential, ClusterError> {
-        Credential::new(
+        let credential = Credential::new(
             clock,
             &self.cluster,
             &self.key,
             self.tls.der(),
             &self.tls_authorities,
-        )
+        )?;
+        let ssh = SshIdentity::new(clock, &self.key, &self.ssh_line, &self.ssh_authorities);
+        Ok(match ssh {
+            Ok(ssh) => credential.with_ssh(ssh),
+            // Reading it was possible before; and TLS may do without.
+            Err(_malformed) => credential,
+        })
     }
 
     /// The Teleport user, `bot-<name>`.
