@@ -3,6 +3,7 @@ import http.server
 import json
 import os
 import re
+import socket
 import ssl
 import subprocess
 import threading
@@ -145,6 +146,39 @@ proxy_service:
 
     def get(self, kind):
         return json.loads(self.tctl("get", kind, "--format=json").stdout)
+
+
+class Front:
+    """A load balancer that ends TLS, offers no ALPN, and opens its own TLS to the proxy."""
+
+    def __init__(self, cluster, port):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(cluster.dir / "web.crt", cluster.dir / "web.key")
+        self.listener = context.wrap_socket(socket.create_server(("127.0.0.1", port)), server_side=True)
+        self.passed = 0
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        while True:
+            try:
+                near, _ = self.listener.accept()
+            except (OSError, ssl.SSLError):
+                continue
+            host, port = PROXY.split(":")
+            context = ssl.create_default_context()
+            far = context.wrap_socket(socket.create_connection((host, int(port))), server_hostname=host)
+            self.passed += 1
+            for one, other in ((near, far), (far, near)):
+                threading.Thread(target=pump, args=(one, other), daemon=True).start()
+
+
+def pump(source, sink):
+    try:
+        while data := source.recv(65536):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass
 
 
 class StsFront(http.server.BaseHTTPRequestHandler):

@@ -55,10 +55,10 @@ class Trial:
         config = self.config(name, server, **more)
         return run(self.binary(go), "start", "--oneshot", "-c", config, env=self.env(), check=check)
 
-    def agent(self, name, go=False):
+    def agent(self, name, go=False, extra=None):
         log = open(self.dir / name / "agent.log", "ab")
-        child = subprocess.Popen([self.binary(go), "start", "-c", self.dir / name / "tbot.yaml"], env=self.env(),
-                                 stdout=log, stderr=log)
+        child = subprocess.Popen([self.binary(go), "start", "-c", self.dir / name / "tbot.yaml"],
+                                 env=dict(self.env(), **(extra or {})), stdout=log, stderr=log)
         self.cluster.children.append(child)
         return child
 

@@ -4,7 +4,7 @@ import re
 import signal
 import time
 
-from cluster import ACCOUNT, AUTH, PROXY, run, wait
+from cluster import ACCOUNT, AUTH, PROXY, Front, run, wait
 from describe import describe
 
 STEPS = []
@@ -57,6 +57,20 @@ def iam_through_the_proxy(t):
 def iam_direct_with_pin(t):
     """IAM join directly at the auth service, with a CA pin"""
     t.oneshot("direct", f"auth_server: {AUTH}", pins=[t.cluster.pin()])
+
+
+@step
+def iam_behind_a_front(t):
+    """IAM join and a renewal behind a load balancer that hides ALPN: the connection is upgraded"""
+    front = Front(t.cluster, 8443)
+    t.config("front", "proxy_server: localhost:8443")
+    agent = t.agent("front", extra={"TBOT_USE_PROXY_ADDR": "yes"})
+    wait("the output", (t.dir / "front/identity/identity").exists, 30)
+    before = subject(t, "front")
+    agent.send_signal(signal.SIGHUP)
+    wait("a renewal", lambda: subject(t, "front") != before, 30)
+    t.end(agent)
+    assert front.passed, "nothing went through the front"
 
 
 @step
