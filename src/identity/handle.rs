@@ -178,12 +178,18 @@ impl Handle {
     /// Issues an identity with a new key.
     pub async fn issue(&self, request: &Request) -> Result<Issued, IdentityError> {
         let own = self.current()?;
-        let roles = if request.roles.is_empty() {
-            self.impersonated(&own).await?
-        } else {
-            request.roles.clone()
+        let roles = async {
+            if request.roles.is_empty() {
+                self.impersonated(&own).await
+            } else {
+                Ok(request.roles.clone())
+            }
         };
-        let suite = self.suite().await?;
+        // What a workload waits for at the start is the longest of the three, not their sum.
+        let (roles, suite, hosts) =
+            tokio::try_join!(roles, async { Ok(self.suite().await?) }, async {
+                Ok(self.0.client.host_authorities().await?)
+            },)?;
         let key = new_key(suite, Purpose::BotImpersonated).await?;
         let expires = self.0.clock.now() + request.ttl;
         let certs = self
@@ -204,7 +210,6 @@ impl Handle {
                 ..UserCertsRequest::default()
             })
             .await?;
-        let hosts = self.0.client.host_authorities().await?;
         let issued = Identity::from_certs(key, certs, hosts)?;
         Ok(issued.with_ssh_authorities(own.ssh_authorities().to_vec()))
     }
