@@ -16,7 +16,8 @@ use tonic::transport::{Endpoint, Uri};
 use tower::service_fn;
 
 use super::credential::encoded_cluster;
-use super::dial::{self, BoxedIo, Dialer};
+use super::dial::{self, BoxedIo, Dialer, Io};
+use super::refused::{Refused, Watched};
 use super::{ClusterError, Credential};
 
 /// Pings more often than once a minute are answered by closing the connection.
@@ -59,7 +60,14 @@ pub(crate) struct Channel {
     dialer: Arc<dyn Dialer>,
     route: Route,
     credential: watch::Receiver<Option<Arc<Credential>>>,
-    open: Mutex<Option<(Arc<Credential>, tonic::transport::Channel)>>,
+    open: Mutex<Option<Open>>,
+}
+
+/// The channel of one credential.
+struct Open {
+    of: Arc<Credential>,
+    channel: tonic::transport::Channel,
+    refused: Refused,
 }
 
 impl fmt::Debug for Channel {
@@ -92,23 +100,44 @@ impl Channel {
             .clone()
             .ok_or(ClusterError::NotJoined)?;
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((of, channel)) = open.as_ref()
-            && Arc::ptr_eq(of, &credential)
+        if let Some(open) = open.as_ref()
+            && Arc::ptr_eq(&open.of, &credential)
         {
-            return Ok(channel.clone());
+            return Ok(open.channel.clone());
         }
+        let refused = Refused::default();
         let way = Way {
             dialer: Arc::clone(&self.dialer),
             name: credential.server_name()?,
             credential: Arc::clone(&credential),
             route: self.route.clone(),
         };
+        let noted = refused.clone();
         let channel = connect_lazily(move || {
-            let way = way.clone();
-            async move { way.connect().await }
+            let (way, refused) = (way.clone(), noted.clone());
+            async move {
+                match way.connect().await {
+                    Ok(stream) => Ok(Watched { stream, refused }),
+                    Err(error) => {
+                        refused.note(&error);
+                        Err(error)
+                    }
+                }
+            }
         })?;
-        *open = Some((credential, channel.clone()));
+        *open = Some(Open {
+            of: credential,
+            channel: channel.clone(),
+            refused,
+        });
         Ok(channel)
+    }
+
+    /// Whether a connection with the current credential failed because one side does not take the
+    /// other's certificate.
+    pub(crate) fn is_certificate_refused(&self) -> bool {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.as_ref().is_some_and(|open| open.refused.is_set())
     }
 }
 
@@ -197,11 +226,12 @@ pub(crate) type Tls = TlsStream<BoxedIo>;
 
 /// A channel that connects by `connect` when it is first used, and again when the connection is
 /// lost.
-pub(crate) fn connect_lazily<F>(
+pub(crate) fn connect_lazily<F, S>(
     connect: impl Fn() -> F + Send + 'static,
 ) -> Result<tonic::transport::Channel, ClusterError>
 where
-    F: Future<Output = Result<Tls, ClusterError>> + Send + 'static,
+    F: Future<Output = Result<S, ClusterError>> + Send + 'static,
+    S: Io + 'static,
 {
     let connector = service_fn(move |_uri: Uri| {
         let connecting = connect();

@@ -117,6 +117,13 @@ impl Client {
         }
     }
 
+    /// Whether TLS with the auth service failed because one side does not take the other's
+    /// certificate: for an identity that worked before, the authorities of one of them were
+    /// replaced. Forgotten when the identity is replaced.
+    pub fn is_certificate_refused(&self) -> bool {
+        self.channel.is_certificate_refused()
+    }
+
     /// Asks the auth service who it is.
     pub async fn ping(&self) -> Result<PingResponse, ClusterError> {
         unary(

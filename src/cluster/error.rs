@@ -86,30 +86,6 @@ impl ClusterError {
         }
     }
 
-    /// Whether TLS failed because one side does not take the other's certificate. For a bot that has
-    /// talked to this cluster before, the authorities of one of them were replaced meanwhile.
-    pub fn is_certificate_refused(&self) -> bool {
-        let mut next: Option<&(dyn std::error::Error + 'static)> = match self {
-            Self::Dial { source, .. } | Self::Tls { source, .. } => Some(source),
-            Self::Call { status, .. } => Some(status.as_ref()),
-            Self::NotAProxy { .. } | Self::NotJoined | Self::Trust(_) | Self::Answer { .. } => None,
-        };
-        while let Some(error) = next {
-            if error.downcast_ref().is_some_and(refuses_certificate) {
-                return true;
-            }
-            // The error inside an I/O error is no source of it.
-            next = match error
-                .downcast_ref::<io::Error>()
-                .and_then(io::Error::get_ref)
-            {
-                Some(inner) => Some(inner),
-                None => error.source(),
-            };
-        }
-        false
-    }
-
     /// What a person has to do about a refusal that a cluster tells in words only; `None` if it is
     /// none of those. It is part of the error's text.
     pub fn remedy(&self) -> Option<&'static str> {
@@ -148,24 +124,6 @@ impl ClusterError {
                 | Code::DataLoss => Disposition::Retry,
             },
         }
-    }
-}
-
-fn refuses_certificate(error: &rustls::Error) -> bool {
-    use rustls::AlertDescription as Alert;
-    match error {
-        rustls::Error::InvalidCertificate(_) => true,
-        rustls::Error::AlertReceived(alert) => matches!(
-            alert,
-            Alert::UnknownCA
-                | Alert::BadCertificate
-                | Alert::UnsupportedCertificate
-                | Alert::CertificateRevoked
-                | Alert::CertificateExpired
-                | Alert::CertificateUnknown
-                | Alert::AccessDenied
-        ),
-        _ => false,
     }
 }
 
@@ -208,11 +166,21 @@ const REMEDIES: [(&str, &str); 7] = [
     ),
 ];
 
+/// Version 18.0 says no more than this to a bot that is locked or deleted.
+const CURT: (&str, &str) = (
+    "access denied",
+    "the cluster refuses the bot altogether: is it locked, or was it deleted? `tctl get locks` and \
+     `tctl bots ls`; `tbot cluster get lock` and `tbot cluster get bot`",
+);
+
 fn remedy(status: &Status) -> Option<&'static str> {
     if matches!(status.code(), Code::Ok | Code::Unimplemented) {
         return None;
     }
     let text = status.message();
+    if text.trim() == CURT.0 {
+        return Some(CURT.1);
+    }
     REMEDIES
         .iter()
         .find_map(|(part, remedy)| text.contains(part).then_some(*remedy))
@@ -287,33 +255,6 @@ mod tests {
     }
 
     #[test]
-    fn certificates_that_one_side_does_not_take_are_told_from_other_trouble() {
-        use rustls::{AlertDescription as Alert, CertificateError, Error as Tls};
-        let cases = [
-            (Tls::AlertReceived(Alert::UnknownCA), true),
-            (
-                Tls::InvalidCertificate(CertificateError::UnknownIssuer),
-                true,
-            ),
-            (Tls::AlertReceived(Alert::InternalError), false),
-            (Tls::DecryptError, false),
-        ];
-        for (tls, expected) in cases {
-            let io = || io::Error::new(io::ErrorKind::InvalidData, tls.clone());
-            let opening = ClusterError::Tls {
-                address: "a:1".into(),
-                source: io(),
-            };
-            assert_eq!(opening.is_certificate_refused(), expected, "{tls:?}");
-            // In TLS 1.3 the peer's word about our certificate comes with the first answer.
-            let call = ClusterError::call("Ping")(Status::from_error(Box::new(io())));
-            assert_eq!(call.is_certificate_refused(), expected, "{tls:?}");
-        }
-        let call = ClusterError::call("Ping")(Status::permission_denied("access denied"));
-        assert!(!call.is_certificate_refused());
-    }
-
-    #[test]
     fn an_unknown_method_is_unsupported() {
         let error = ClusterError::call("Join")(Status::unimplemented("x"));
         assert_eq!(error.disposition(), Disposition::Unsupported);
@@ -343,6 +284,7 @@ mod tests {
                 "user \"bot-x\" has requested role impersonation for [\"a\"]",
                 "--add-roles",
             ),
+            ("access denied", "is it locked"),
             (
                 "client version is unsupported, minimum supported version is 19.0.0-aa",
                 "update tbot",

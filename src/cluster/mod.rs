@@ -13,6 +13,7 @@ pub mod error;
 pub mod feature;
 pub mod network;
 pub mod ping;
+mod refused;
 pub mod trust;
 
 mod channel;

@@ -91,16 +91,6 @@ pub enum BotError {
 }
 
 impl BotError {
-    /// Whether one side of a connection does not take the other's certificate.
-    fn is_certificate_refused(&self) -> bool {
-        match self {
-            Self::Cluster(error) | Self::Join(JoinError::Cluster { source: error, .. }) => {
-                error.is_certificate_refused()
-            }
-            _ => false,
-        }
-    }
-
     /// What to do next.
     pub fn disposition(&self) -> Disposition {
         match self {
@@ -319,9 +309,9 @@ impl Bot {
             Step::Join => self.join(None, shutdown).await?,
             Step::Renew(Renewal::Rejoin) => {
                 let client = self.handle.client().clone();
-                match self.join(Some(client), shutdown).await {
+                match self.join(Some(client.clone()), shutdown).await {
                     // The method can prove anew who it is, so a lost identity is no dead end.
-                    Err(error) if error.is_certificate_refused() => {
+                    Err(error) if client.is_certificate_refused() => {
                         tracing::warn!(
                             %error,
                             "The cluster's authorities were replaced: joining as for the first time"
