@@ -25,6 +25,8 @@ use crate::pb::types::{CertAuthorityV2, WatchKind};
 const AUTHORITIES: [&str; 3] = ["host", "user", "db"];
 /// How long further news are awaited after the first, so that one rotation is one renewal.
 const DEBOUNCE: Duration = Duration::from_secs(10);
+/// Agents that heard the news together renew spread over this time.
+const SPREAD: Duration = Duration::from_secs(20);
 /// The longest wait for the first event of a stream.
 const INIT: Duration = Duration::from_secs(30);
 
@@ -152,7 +154,7 @@ impl Session<'_> {
 
     fn note(&self, seen: &mut Seen, due: &mut Option<SystemTime>, authority: &CertAuthorityV2) {
         if seen.calls_for_renewal(self.cluster, authority) && due.is_none() {
-            *due = Some(self.clock.now() + DEBOUNCE);
+            *due = Some(self.clock.now() + DEBOUNCE + SPREAD.mul_f64(jitter()));
         }
     }
 }
@@ -188,8 +190,8 @@ fn watched(cluster: &str) -> Watch {
 struct Seen(HashMap<String, (String, String)>);
 
 impl Seen {
-    /// Takes note of `authority`; whether other keys sign or are trusted since it was last seen.
-    /// What is seen for the first time is what the identity was just issued under.
+    /// Takes note of `authority`; whether other keys sign or are trusted since it was last seen, or
+    /// since a stored identity may have been issued, if a rotation goes on at the first sight.
     fn calls_for_renewal(&mut self, cluster: &str, authority: &CertAuthorityV2) -> bool {
         let Some(spec) = authority.spec.as_ref() else {
             return false;
@@ -199,9 +201,15 @@ impl Seen {
         }
         let rotation = spec.rotation.clone().unwrap_or_default();
         let now = (rotation.phase, rotation.current_id);
-        let before = self.0.insert(spec.r#type.clone(), now.clone());
-        before.is_some_and(|before| before != now)
-            && matches!(now.0.as_str(), "update_clients" | "rollback" | "standby")
+        match self.0.insert(spec.r#type.clone(), now.clone()) {
+            Some(before) => {
+                before != now && matches!(now.0.as_str(), "update_clients" | "rollback" | "standby")
+            }
+            None => matches!(
+                now.0.as_str(),
+                "update_clients" | "update_servers" | "rollback"
+            ),
+        }
     }
 }
 
@@ -244,6 +252,22 @@ mod tests {
             let told =
                 steps.map(|phase| seen.calls_for_renewal("c", &authority("user", phase, "1")));
             assert_eq!(told, expected, "{steps:?}");
+        }
+    }
+
+    #[test]
+    fn a_rotation_that_began_before_the_agent_is_noticed() {
+        for (phase, expected) in [
+            ("", false),
+            ("standby", false),
+            ("init", false),
+            ("update_clients", true),
+            ("update_servers", true),
+            ("rollback", true),
+        ] {
+            let mut seen = Seen::default();
+            let told = seen.calls_for_renewal("c", &authority("user", phase, "1"));
+            assert_eq!(told, expected, "{phase}");
         }
     }
 

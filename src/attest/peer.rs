@@ -56,7 +56,7 @@ pub struct Peer {
 /// What was found out about a peer, and of which program.
 #[derive(Debug)]
 struct Memo {
-    program: Option<Program>,
+    program: Program,
     until: Instant,
     attributes: Arc<WorkloadAttrs>,
 }
@@ -170,6 +170,7 @@ impl Peer {
 
     /// What was found out a moment ago about a peer that runs `program`.
     pub(super) fn recall(&self, program: Option<Program>) -> Option<Arc<WorkloadAttrs>> {
+        let program = program?;
         let memo = self.memo.lock().unwrap_or_else(PoisonError::into_inner);
         memo.as_ref()
             .filter(|memo| memo.program == program && Instant::now() < memo.until)
@@ -178,6 +179,9 @@ impl Peer {
 
     /// Keeps what was found out while it ran `program`.
     pub(super) fn remember(&self, program: Option<Program>, attributes: &Arc<WorkloadAttrs>) {
+        let Some(program) = program else {
+            return;
+        };
         let mut memo = self.memo.lock().unwrap_or_else(PoisonError::into_inner);
         *memo = Some(Memo {
             program,

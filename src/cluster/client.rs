@@ -11,7 +11,7 @@ use tonic::{Request, Status, Streaming};
 
 pub use super::channel::Route;
 use super::channel::{Channel, connect_lazily};
-use super::dial::{self, Dialer};
+use super::dial::{self, Dialer, Opening};
 use super::{ClusterError, Credential, Disposition};
 use crate::crypto::{Suite, pem};
 use crate::pb::proto::auth_service_client::AuthServiceClient;
@@ -65,26 +65,29 @@ impl Interceptor for Version {
 /// A channel whose calls carry the API version.
 pub(crate) type Versioned = InterceptedService<tonic::transport::Channel, Version>;
 
-/// A channel to `route`'s address that connects when it is first used and carries the API version.
+/// A channel to `address` that connects when it is first used and carries the API version.
+///
+/// What `tls` believes depends on the `opening`, so the two are chosen together, once.
 pub(crate) fn versioned(
     dialer: Arc<dyn Dialer>,
-    route: &Route,
+    address: &str,
+    opening: Opening,
     name: rustls::pki_types::ServerName<'static>,
     tls: Arc<rustls::ClientConfig>,
 ) -> Result<Versioned, ClusterError> {
-    let route = route.clone();
+    let address = address.to_owned();
     let channel = connect_lazily(move || {
-        let (dialer, route, name, tls) = (
+        let (dialer, address, name, tls) = (
             Arc::clone(&dialer),
-            route.clone(),
+            address.clone(),
             name.clone(),
             Arc::clone(&tls),
         );
         async move {
             let dialer = dialer.as_ref();
-            match &route {
-                Route::Proxy(address) => dial::tls_to_proxy(dialer, address, name, tls).await,
-                Route::Direct(address) => dial::tls(dialer, address, name, tls).await,
+            match opening {
+                Opening::Plain => dial::tls(dialer, &address, name, tls).await,
+                Opening::Upgraded => dial::tls_upgraded(dialer, &address, name, tls).await,
             }
         }
     })?;

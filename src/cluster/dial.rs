@@ -45,6 +45,12 @@ pub trait Dialer: Send + Sync + fmt::Debug {
         self.dial(address).await
     }
 
+    /// Connects to that port inside of an upgraded connection, and in no other way.
+    async fn dial_upgraded(&self, address: &str) -> io::Result<BoxedIo> {
+        let _ = address;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// Where agents of the proxy at `address` should connect, best first.
     async fn places(&self, address: &str) -> Vec<String> {
         vec![address.to_owned()]
@@ -74,6 +80,15 @@ pub trait Dialer: Send + Sync + fmt::Debug {
         let _ = (address, tried);
         false
     }
+}
+
+/// How the way to an address is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Opening {
+    /// As it is.
+    Plain,
+    /// Inside of a connection that something in front had to upgrade.
+    Upgraded,
 }
 
 /// Dials TCP.
@@ -108,6 +123,17 @@ pub async fn tls_to_proxy(
     config: Arc<ClientConfig>,
 ) -> Result<TlsStream<BoxedIo>, ClusterError> {
     let io = opened(address, dialer.dial_proxy(address)).await?;
+    tls_over(io, address, name, config).await
+}
+
+/// The same to that port inside of an upgraded connection.
+pub(super) async fn tls_upgraded(
+    dialer: &dyn Dialer,
+    address: &str,
+    name: ServerName<'static>,
+    config: Arc<ClientConfig>,
+) -> Result<TlsStream<BoxedIo>, ClusterError> {
+    let io = opened(address, dialer.dial_upgraded(address)).await?;
     tls_over(io, address, name, config).await
 }
 

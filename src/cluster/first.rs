@@ -8,7 +8,7 @@ use rustls::pki_types::ServerName;
 
 use super::client::{Route, Versioned, timed, unary, versioned};
 use super::credential::{API_DOMAIN, roots_of};
-use super::dial::{Dialer, server_name};
+use super::dial::{Dialer, Opening, server_name};
 use super::trust::{Trust, check_pins};
 use super::{ClusterError, ping};
 use crate::clock::Clock;
@@ -39,6 +39,10 @@ impl First {
         let address = route.address();
         match route {
             Route::Proxy(_) => Self::proxy(clock, dialer, address, trust).await,
+            // Whoever is to be found there is named: nobody else will do.
+            Route::Direct(_) if trust.names_authority() => {
+                Self::auth(clock, dialer, address, trust).await
+            }
             Route::Direct(_) if dialer.is_proxy(address, false).await => {
                 Self::proxy(clock, dialer, address, trust).await
             }
@@ -64,14 +68,14 @@ impl First {
     ) -> Result<Self, ClusterError> {
         const PROTOCOLS: &[&[u8]] = &[b"teleport-proxy-grpc", b"h2"];
         let endpoints = ping::find(clock, dialer.as_ref(), trust, address).await?;
-        let tls = if dialer.probe(address).await {
-            trust.behind_upgrade(clock, PROTOCOLS)?
+        let (opening, tls) = if dialer.probe(address).await {
+            (Opening::Upgraded, trust.behind_upgrade(clock, PROTOCOLS)?)
         } else {
-            trust.web(clock, PROTOCOLS)?
+            (Opening::Plain, trust.web(clock, PROTOCOLS)?)
         };
-        let route = Route::Proxy(address.to_owned());
+        let name = server_name(address)?;
         Ok(Self {
-            channel: versioned(Arc::clone(dialer), &route, server_name(address)?, tls)?,
+            channel: versioned(Arc::clone(dialer), address, opening, name, tls)?,
             version: endpoints.server_version,
             suite: endpoints.suite,
         })
@@ -83,12 +87,11 @@ impl First {
         address: &str,
         trust: &Trust,
     ) -> Result<Self, ClusterError> {
-        let route = Route::Direct(address.to_owned());
         let connect = |roots| {
             let name = ServerName::try_from(API_DOMAIN)
                 .map_err(|_source| ClusterError::Trust(API_DOMAIN.to_owned()))?;
             let tls = Trust::auth(clock, roots, &[b"h2"])?;
-            versioned(Arc::clone(dialer), &route, name, tls)
+            versioned(Arc::clone(dialer), address, Opening::Plain, name, tls)
         };
         let channel = connect(first_roots(clock, trust, address, &connect).await?)?;
         let mut client = AuthServiceClient::new(channel.clone());

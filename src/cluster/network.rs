@@ -19,6 +19,8 @@ use crate::env::Env;
 
 /// The longest that a probe or a discovery may take that only serves to find the best way.
 const LOOK: Duration = Duration::from_secs(5);
+/// The longest that one place may take to be reached: the next one needs time of the same call.
+const REACH: Duration = Duration::from_secs(10);
 /// How long what was found out about an address is believed.
 const BELIEVED: Duration = Duration::from_mins(10);
 
@@ -132,16 +134,11 @@ impl Network {
     async fn reach(&self, address: &str) -> io::Result<BoxedIo> {
         let hides_alpn = self.settings.upgrades.decide(address);
         let hides_alpn = hides_alpn.or(self.look_up(address).hides_alpn.map(|(hides, _)| hides));
-        if hides_alpn != Some(true) {
-            return self.dial(address).await;
+        if hides_alpn == Some(true) {
+            self.dial_upgraded(address).await
+        } else {
+            self.dial(address).await
         }
-        let outer = async {
-            let name = dial::server_name(address)?;
-            let trust = self.trust.web(&self.clock, &[b"http/1.1"])?;
-            dial::tls(self, address, name, trust).await
-        };
-        let outer = outer.await.map_err(io::Error::other)?;
-        upgrade::upgrade(Box::pin(outer), address).await
     }
 }
 
@@ -152,7 +149,8 @@ impl Dialer for Network {
     }
 
     async fn dial_proxy(&self, address: &str) -> io::Result<BoxedIo> {
-        let reached = self.reach(address).await;
+        let reached = timeout(REACH, self.reach(address)).await;
+        let reached = reached.unwrap_or_else(|_elapsed| Err(io::ErrorKind::TimedOut.into()));
         let now = self.clock.now();
         self.note(address, |known| match &reached {
             Ok(_) => known.failed = None,
@@ -163,6 +161,16 @@ impl Dialer for Network {
             }
         });
         reached
+    }
+
+    async fn dial_upgraded(&self, address: &str) -> io::Result<BoxedIo> {
+        let outer = async {
+            let name = dial::server_name(address)?;
+            let trust = self.trust.web(&self.clock, &[b"http/1.1"])?;
+            dial::tls(self, address, name, trust).await
+        };
+        let outer = outer.await.map_err(io::Error::other)?;
+        upgrade::upgrade(Box::pin(outer), address).await
     }
 
     async fn places(&self, address: &str) -> Vec<String> {

@@ -14,12 +14,12 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::ClusterError;
 
-/// Whether a certificate was refused. Clones share it.
+/// Whether a certificate was refused the last time. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Refused(Arc<AtomicBool>);
 
 impl Refused {
-    /// Whether it was, since this was made.
+    /// Whether it was.
     pub(super) fn is_set(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
@@ -28,6 +28,13 @@ impl Refused {
     pub(super) fn note(&self, error: &ClusterError) {
         if let ClusterError::Tls { source, .. } = error {
             self.note_io(source);
+        }
+    }
+
+    /// The other side answers, so it took the certificate.
+    fn clear(&self) {
+        if self.is_set() {
+            self.0.store(false, Ordering::Relaxed);
         }
     }
 
@@ -70,8 +77,10 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let read = Pin::new(&mut self.stream).poll_read(cx, buf);
-        if let Poll::Ready(Err(error)) = &read {
-            self.refused.note_io(error);
+        match &read {
+            Poll::Ready(Ok(())) => self.refused.clear(),
+            Poll::Ready(Err(error)) => self.refused.note_io(error),
+            Poll::Pending => {}
         }
         read
     }
@@ -140,6 +149,8 @@ mod tests {
             };
             assert!(stream.read_u8().await.is_err());
             assert_eq!(refused.is_set(), expected, "{tls:?}");
+            drop(stream.read(&mut [0]).await);
+            assert!(!refused.is_set(), "another connection was answered");
         }
     }
 

@@ -15,6 +15,7 @@ use rustls::{
 };
 
 use super::ClusterError;
+use super::client::Route;
 use super::credential::API_DOMAIN;
 use crate::clock::Clock;
 use crate::crypto::x509::Certificate;
@@ -32,6 +33,16 @@ pub struct Trust {
 }
 
 impl Trust {
+    /// Whether the auth service's authority is named, by a pin or a file.
+    pub fn names_authority(&self) -> bool {
+        !self.ca_pins.is_empty() || self.ca_path.is_some()
+    }
+
+    /// Whether a first contact by `route` believes only somebody in particular.
+    pub fn verifies(&self, route: &Route) -> bool {
+        !self.insecure && (matches!(route, Route::Proxy(_)) || self.names_authority())
+    }
+
     /// TLS settings for a proxy's web certificate: the system's roots, or anyone if insecure.
     pub fn web(
         &self,
@@ -266,6 +277,23 @@ mod tests {
 
     fn now() -> SystemTime {
         start() + Duration::from_hours(1)
+    }
+
+    #[test]
+    fn only_somebody_in_particular_is_believed_unless_told_otherwise() {
+        let (proxy, auth) = (Route::Proxy("a:1".into()), Route::Direct("a:1".into()));
+        let insecure = Trust {
+            insecure: true,
+            ..Trust::default()
+        };
+        let pinned = Trust {
+            ca_pins: vec!["sha256:".to_owned() + &"0".repeat(64)],
+            ..Trust::default()
+        };
+        let verifies = |trust: &Trust| [trust.verifies(&proxy), trust.verifies(&auth)];
+        assert_eq!(verifies(&Trust::default()), [true, false]);
+        assert_eq!(verifies(&insecure), [false, false]);
+        assert_eq!(verifies(&pinned), [true, true]);
     }
 
     #[test]

@@ -310,8 +310,13 @@ impl Bot {
             Step::Renew(Renewal::Rejoin) => {
                 let client = self.handle.client().clone();
                 match self.join(Some(client.clone()), shutdown).await {
-                    // The method can prove anew who it is, so a lost identity is no dead end.
-                    Err(error) if client.is_certificate_refused() => {
+                    // The method can prove anew who it is, so a lost identity is no dead end. But
+                    // whoever stands in the way must not be able to have it proved to nobody in
+                    // particular.
+                    Err(error)
+                        if client.is_certificate_refused()
+                            && self.settings.trust.verifies(&self.settings.route) =>
+                    {
                         tracing::warn!(
                             %error,
                             "The cluster's authorities were replaced: joining as for the first time"

@@ -272,6 +272,8 @@ struct Derived {
 struct Held {
     not_after: SystemTime,
     renew_at: SystemTime,
+    /// The count of reloads when it was issued: a later one asks for another.
+    reload: u64,
 }
 
 impl Derived {
@@ -289,7 +291,9 @@ impl Derived {
     async fn refreshed(&self, handle: &Handle, request: &Request) -> Result<Client, IdentityError> {
         let now = handle.0.clock.now();
         let mut held = self.held.lock().await;
-        if held.as_ref().is_none_or(|held| held.renew_at <= now) {
+        let reload = *handle.0.reload.borrow();
+        let due = |held: &Held| held.renew_at <= now || held.reload != reload;
+        if held.as_ref().is_none_or(due) {
             match handle.issue(request).await {
                 Ok(identity) => {
                     let credential = identity.credential(&handle.0.clock)?;
@@ -297,6 +301,7 @@ impl Derived {
                     *held = Some(Held {
                         not_after: identity.not_after(),
                         renew_at: now + life / 2,
+                        reload,
                     });
                     self.credential.send_replace(Some(Arc::new(credential)));
                 }

@@ -11,7 +11,7 @@ use super::session::{JOIN, unusable};
 use super::{JoinError, Proof, SignIam};
 use crate::clock::Clock;
 use crate::cluster::ClusterError;
-use crate::cluster::client::{Versioned, timed};
+use crate::cluster::client::{Versioned, timed, unary};
 use crate::crypto::{KeyError, PrivateKey};
 use crate::pb::proto::join_service_client::JoinServiceClient;
 use crate::pb::proto::{Certs, RegisterUsingIamMethodRequest};
@@ -54,11 +54,11 @@ async fn with_token(
     mut client: JoinServiceClient<Versioned>,
     request: RegisterUsingTokenRequest,
 ) -> Result<Certs, ClusterError> {
-    client
-        .register_using_token(timed(request))
-        .await
-        .map(tonic::Response::into_inner)
-        .map_err(ClusterError::call("RegisterUsingToken"))
+    unary(
+        "RegisterUsingToken",
+        client.register_using_token(timed(request)),
+    )
+    .await
 }
 
 /// The cluster speaks first, with a challenge. A proof that fails ends the stream, and nothing was

@@ -172,7 +172,8 @@ impl Exchange {
             },
             other => return Err(wrap(self.unexpected(other.as_ref(), "a result").await)),
         };
-        self.end().await;
+        // The certificates are not to be lost while the other side takes its time.
+        tokio::spawn(self.end());
         let unusable = |problem: &str| wrap(unusable(METHOD, problem));
         let certificates =
             certificates.ok_or_else(|| unusable("its result holds no certificates of a bot"))?;

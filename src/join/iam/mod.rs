@@ -50,7 +50,7 @@ async fn in_time<T>(work: impl Future<Output = Result<T, JoinError>>) -> Result<
         .await
         .unwrap_or_else(|_elapsed| {
             Err(proof(&format!(
-                "no AWS credentials within {} s: does a credential_process not end, or does the                  instance metadata or container endpoint not answer?",
+                "no AWS credentials within {} s: does a credential_process not end, or does the instance metadata or container endpoint not answer?",
                 PATIENCE.as_secs()
             )))
         })
