@@ -1,5 +1,7 @@
 //! `tbot configure`: the configuration file that `start` with the same flags stands for.
 
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use anyhow::Context as _;
@@ -12,6 +14,9 @@ use crate::env::Env;
 
 /// Prints or writes the file. A configuration file is never read.
 pub(super) fn run(globals: &Globals, args: &ConfigureArgs, env: &Env) -> Result<(), Failure> {
+    if globals.config.is_some() {
+        tracing::warn!("--config is not read: what is printed stands for the flags alone");
+    }
     let mut overlay = args.flags.overlay(env);
     start::add_switches(globals, &mut overlay);
     let loaded = start::load(None, &overlay, env)?;
@@ -34,7 +39,15 @@ pub(super) fn write(plan: &Plan, command: &str, output: Option<&Path>) -> Result
     let Some(path) = output else {
         return print(&text);
     };
-    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    // It may hold the join token.
+    std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)
+        .and_then(|mut file| file.write_all(text.as_bytes()))
+        .with_context(|| format!("cannot write {}", path.display()))?;
     tracing::info!(path = %path.display(), "Wrote the configuration");
     Ok(())
 }

@@ -186,7 +186,8 @@ impl Home {
         settings.auth_listen = Some(self.last_address().unwrap_or(settings.listen));
         Cluster::open(settings).await.with_context(|| {
             format!(
-                "the cluster in {} does not start (if its port is taken, delete {} and start again)",
+                "the cluster in {} does not start (does it run here already? If its port is taken \
+                 by something else, delete {} and start again)",
                 self.dir.join("cluster").display(),
                 self.config().display()
             )
@@ -295,13 +296,19 @@ What was made in {dir}:
   agent/       the bot's own identity (keep it secret)
   identity/    an identity output: certificates, key and authorities as files
 
-What to do next:
+What to do next{running}:
   {tbot} spiffe-inspect --path unix://{socket}
   SPIFFE_ENDPOINT_SOCKET=unix://{socket} your-workload
   {tbot} cluster --data-dir {dir}/cluster get workload_identity
   edit {dir}/resources/workload-identity.yaml, then
   {tbot} cluster --data-dir {dir}/cluster create -f {dir}/resources/workload-identity.yaml
 ",
+            // What ends with this command would not answer.
+            running = if once {
+                ", after a start without --once"
+            } else {
+                ""
+            },
             id = svid.spiffe_id,
             expires = rfc3339(leaf.not_after()),
             minutes = left.as_secs() / 60,

@@ -29,7 +29,7 @@ pub enum ClusterError {
         source: io::Error,
     },
     /// TLS failed: the peer is not who the trust settings allow, or speaks something else.
-    #[error("TLS with {address} failed: {source}")]
+    #[error("TLS with {address} failed: {source}{}", untrusted(.source))]
     Tls {
         /// `host:port`.
         address: String,
@@ -165,6 +165,19 @@ const REMEDIES: [(&str, &str); 7] = [
         "compare the clocks of this machine and of the cluster",
     ),
 ];
+
+/// What to do about a certificate of an authority that is not among those that count.
+fn untrusted(source: &io::Error) -> &'static str {
+    let tls = source.get_ref().and_then(|inner| inner.downcast_ref());
+    match tls {
+        Some(rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer)) => {
+            " (no authority that is trusted here signed the certificate: a proxy's is checked against \
+             the system's roots or SSL_CERT_FILE, and `tbot cluster` keeps one of its own making as \
+             web-ca.pem in its data directory; an auth service's against the bot's authorities)"
+        }
+        _ => "",
+    }
+}
 
 /// Version 18.0 says no more than this to a bot that is locked or deleted.
 const CURT: (&str, &str) = (

@@ -444,6 +444,18 @@ fn lock(dir: &Path) -> Result<File, ClusterError> {
     }
     let metadata = fs::metadata(dir).map_err(failed(dir))?;
     files::owned(&metadata).map_err(failed(dir))?;
+    // It is about to be closed to others: it must be one that nobody else uses.
+    let used = || -> std::io::Result<bool> {
+        // A start that was cut off has left its lock.
+        let others = fs::read_dir(dir)?
+            .filter_map(Result::ok)
+            .any(|entry| entry.file_name() != "lock");
+        Ok(others && !dir.join("cluster.db").exists())
+    };
+    if used().map_err(failed(dir))? {
+        let problem = "it holds other files and no cluster; name a directory of the cluster's own";
+        return Err(failed(dir)(std::io::Error::other(problem)));
+    }
     if metadata.permissions().mode() & 0o077 != 0 {
         tracing::warn!(dir = %dir.display(), "the data directory was open to others, closing it");
         fs::set_permissions(dir, PermissionsExt::from_mode(0o700)).map_err(failed(dir))?;

@@ -222,6 +222,7 @@ impl Bot {
         let mut reload = self.handle.reloads();
         let mut backoff = Backoff::new(FIRST_WAIT, state::cap(Disposition::Retry));
         let mut row = Repeated::default();
+        let mut last = String::new();
         loop {
             let now = self.clock.now();
             let wake = match state::decide(now, self.held.as_ref()) {
@@ -243,7 +244,13 @@ impl Bot {
                         {
                             return Err(error);
                         }
-                        self.health.unhealthy(error.to_string());
+                        let reason = error.to_string();
+                        self.health.unhealthy(reason.clone());
+                        // Another reason is news, however long the row.
+                        if reason != last {
+                            row = Repeated::default();
+                            last = reason;
+                        }
                         if self.held.is_some_and(|held| held.not_after <= now) {
                             self.withdraw();
                         }
@@ -261,6 +268,7 @@ impl Bot {
             tokio::select! {
                 () = self.clock.sleep_until(wake) => {}
                 changed = reload.changed() => {
+                    row = Repeated::default();
                     if changed.is_ok() && let Some(held) = self.held.as_mut() {
                         held.renew_at = self.clock.now();
                     }

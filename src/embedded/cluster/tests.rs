@@ -177,6 +177,23 @@ mod over_the_wire {
     }
 
     #[tokio::test]
+    async fn a_directory_that_others_use_is_left_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("report.txt"), "x").unwrap();
+        let open = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(dir.path(), open).unwrap();
+        let config = Config::local(dir.path().to_owned(), Clock::system());
+        let error = Cluster::open(config).await.unwrap_err().to_string();
+        assert!(
+            error.contains("a directory of the cluster's own"),
+            "{error}"
+        );
+        let mode = std::fs::metadata(dir.path()).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o755);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[tokio::test]
     async fn protocols_lead_to_their_certificates() {
         let cluster = Running::start().await;
         let (web, host) = (cluster.web_roots(), cluster.host_roots());
