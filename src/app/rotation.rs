@@ -14,11 +14,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backoff::{Backoff, Loudness, Repeated};
 use crate::clock::Clock;
-use crate::cluster::{ClusterError, Disposition};
+use crate::cluster::Disposition;
+use crate::cluster::events::{self, EventsError};
 use crate::crypto::jitter;
 use crate::identity::Handle;
+use crate::pb::proto::Watch;
 use crate::pb::proto::event::Resource;
-use crate::pb::proto::{Event, Operation, Watch};
 use crate::pb::types::{CertAuthorityV2, WatchKind};
 
 /// The authorities whose keys are in what outputs write and in how the bot is known.
@@ -27,8 +28,6 @@ const AUTHORITIES: [&str; 3] = ["host", "user", "db"];
 const DEBOUNCE: Duration = Duration::from_secs(10);
 /// Agents that heard the news together renew spread over this time.
 const SPREAD: Duration = Duration::from_secs(20);
-/// The longest wait for the first event of a stream.
-const INIT: Duration = Duration::from_secs(30);
 
 /// Follows until shutdown; counts `reload` up when everything is to be renewed.
 pub(super) async fn run(
@@ -70,7 +69,7 @@ async fn follow(handle: &Handle, clock: &Clock, reload: &watch::Sender<u64>) {
             backoff.reset();
             failures.recovered();
         }
-        if let Ended::Cluster(error) = &error
+        if let EventsError::Cluster(error) = &error
             && error.disposition() == Disposition::Unsupported
         {
             tracing::warn!(
@@ -92,17 +91,6 @@ async fn follow(handle: &Handle, clock: &Clock, reload: &watch::Sender<u64>) {
     }
 }
 
-/// Why a session ended.
-#[derive(Debug, thiserror::Error)]
-enum Ended {
-    #[error(transparent)]
-    Cluster(#[from] ClusterError),
-    #[error("the cluster closed the stream of changes")]
-    Closed,
-    #[error("the cluster's stream of changes does not begin as it should")]
-    NoInit,
-}
-
 /// One stream of changes.
 struct Session<'a> {
     handle: &'a Handle,
@@ -118,18 +106,9 @@ impl Session<'_> {
         seen: &mut Seen,
         due: &mut Option<SystemTime>,
         synced: &mut bool,
-    ) -> Result<Infallible, Ended> {
+    ) -> Result<Infallible, EventsError> {
         let client = self.handle.client();
-        let open = async {
-            let mut events = client.watch(watched(self.cluster)).await?;
-            match next(&mut events).await? {
-                first if first.r#type == Operation::Init as i32 => Ok(events),
-                _ => Err(Ended::NoInit),
-            }
-        };
-        let mut events = tokio::time::timeout(INIT, open)
-            .await
-            .map_err(|_elapsed| Ended::NoInit)??;
+        let mut events = events::begun(client.watch(watched(self.cluster))).await?;
         for kind in AUTHORITIES {
             for authority in client.cert_authorities(kind).await? {
                 self.note(seen, due, &authority);
@@ -138,7 +117,7 @@ impl Session<'_> {
         *synced = true;
         loop {
             let event = tokio::select! {
-                event = next(&mut events) => event?,
+                event = events::next(&mut events) => event?,
                 () = passed(self.clock, *due) => {
                     *due = None;
                     tracing::info!("Authorities of the cluster are being rotated: renewing everything now");
@@ -157,13 +136,6 @@ impl Session<'_> {
             *due = Some(self.clock.now() + DEBOUNCE + SPREAD.mul_f64(jitter()));
         }
     }
-}
-
-async fn next(events: &mut tonic::Streaming<Event>) -> Result<Event, Ended> {
-    let event = events.message().await;
-    event
-        .map_err(ClusterError::call("WatchEvents"))?
-        .ok_or(Ended::Closed)
 }
 
 async fn passed(clock: &Clock, due: Option<SystemTime>) {

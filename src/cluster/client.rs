@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::StreamExt as _;
 use tokio::sync::watch;
 use tonic::metadata::MetadataValue;
 use tonic::service::Interceptor;
@@ -12,12 +13,11 @@ use tonic::{Request, Status, Streaming};
 pub use super::channel::Route;
 use super::channel::{Channel, connect_lazily};
 use super::dial::{self, Dialer, Opening};
+use super::events::Events;
 use super::{ClusterError, Credential, Disposition};
 use crate::crypto::{Suite, pem};
 use crate::pb::proto::auth_service_client::AuthServiceClient;
-use crate::pb::proto::{
-    Certs, Event, GetRoleRequest, PingRequest, PingResponse, UserCertsRequest, Watch,
-};
+use crate::pb::proto::{Certs, GetRoleRequest, PingRequest, PingResponse, UserCertsRequest, Watch};
 use crate::pb::teleport::clusterconfig::v1::GetAuthPreferenceRequest;
 use crate::pb::teleport::clusterconfig::v1::cluster_config_service_client::ClusterConfigServiceClient;
 use crate::pb::teleport::machineid::v1::bot_instance_service_client::BotInstanceServiceClient;
@@ -183,12 +183,12 @@ impl Client {
     }
 
     /// Opens a stream of changes. It has no deadline.
-    pub async fn watch(&self, request: Watch) -> Result<Streaming<Event>, ClusterError> {
-        opened(
-            "WatchEvents",
-            over!(self, AuthServiceClient).watch_events(request),
-        )
-        .await
+    pub async fn watch(&self, request: Watch) -> Result<Events, ClusterError> {
+        const CALL: &str = "WatchEvents";
+        let events = opened(CALL, over!(self, AuthServiceClient).watch_events(request)).await?;
+        Ok(events
+            .map(|event| event.map_err(ClusterError::call(CALL)))
+            .boxed())
     }
 
     /// The cluster's signature algorithm suite. A cluster without the newer call for it says it in

@@ -10,6 +10,7 @@ pub mod client;
 pub mod credential;
 pub mod dial;
 pub mod error;
+pub mod events;
 pub mod feature;
 pub mod network;
 pub mod ping;

@@ -9,13 +9,12 @@ use async_trait::async_trait;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
-use futures_util::StreamExt as _;
-use futures_util::stream::BoxStream;
 use serde::Deserialize;
 use tokio::sync::watch;
 
 use crate::backoff::{Backoff, Loudness, Repeated};
 use crate::clock::Clock;
+use crate::cluster::events::{self, Events, EventsError};
 use crate::cluster::{Client, ClusterError, Disposition};
 use crate::crypto::pem;
 use crate::crypto::x509::Certificate;
@@ -30,8 +29,6 @@ use crate::spiffe::jwt::JwtBundle;
 const AUTHORITY: &str = "spiffe";
 const CA_KIND: &str = "cert_authority";
 const FEDERATION_KIND: &str = "spiffe_federation";
-/// The longest wait for the first event of a watch.
-const INIT: Duration = Duration::from_secs(30);
 /// How often a cluster without a watch is asked again.
 const POLL: Duration = Duration::from_mins(5);
 /// The largest federated bundle that is read, in bytes.
@@ -153,9 +150,6 @@ pub enum BundleError {
     NotReady(TrustDomain),
 }
 
-/// A stream of changes.
-pub type Events = BoxStream<'static, Result<Event, ClusterError>>;
-
 /// Where bundles come from.
 #[async_trait]
 pub trait BundleFeed: Send + Sync + fmt::Debug {
@@ -178,10 +172,7 @@ impl BundleFeed for Client {
     }
 
     async fn watch(&self, watch: Watch) -> Result<Events, ClusterError> {
-        let events = Self::watch(self, watch).await?;
-        Ok(events
-            .map(|event| event.map_err(ClusterError::call("WatchEvents")))
-            .boxed())
+        Self::watch(self, watch).await
     }
 }
 
@@ -231,10 +222,8 @@ enum SessionError {
     Cluster(#[from] ClusterError),
     #[error(transparent)]
     Bundle(#[from] BundleError),
-    #[error("the cluster closed the stream of changes")]
-    Closed,
-    #[error("the cluster's stream of changes does not begin as it should")]
-    NoInit,
+    #[error(transparent)]
+    Events(#[from] EventsError),
 }
 
 struct Follower<'a> {
@@ -259,9 +248,7 @@ impl Follower<'_> {
     ) -> Result<std::convert::Infallible, SessionError> {
         let mut events = match self.opened().await {
             Ok(events) => events,
-            Err(SessionError::Cluster(error))
-                if error.disposition() == Disposition::Unsupported =>
-            {
+            Err(EventsError::Cluster(error)) if error.disposition() == Disposition::Unsupported => {
                 tracing::debug!(%error, "The cluster tells no changes: asking now and then");
                 loop {
                     self.read_all().await?;
@@ -269,17 +256,17 @@ impl Follower<'_> {
                     self.clock.sleep(POLL).await;
                 }
             }
-            Err(error) => return Err(error),
+            Err(error) => return Err(error.into()),
         };
         self.read_all().await?;
         *synced = true;
         loop {
-            let event = events.next().await.ok_or(SessionError::Closed)??;
+            let event = events::next(&mut events).await?;
             self.apply(event);
         }
     }
 
-    async fn opened(&self) -> Result<Events, SessionError> {
+    async fn opened(&self) -> Result<Events, EventsError> {
         let kind = |kind: &str| WatchKind {
             kind: kind.to_owned(),
             ..WatchKind::default()
@@ -294,18 +281,7 @@ impl Follower<'_> {
             ],
             ..Watch::default()
         };
-        let open = async {
-            let mut events = self.feed.watch(watch).await?;
-            let first = events.next().await.ok_or(SessionError::Closed)??;
-            if first.r#type == Operation::Init as i32 {
-                Ok(events)
-            } else {
-                Err(SessionError::NoInit)
-            }
-        };
-        tokio::time::timeout(INIT, open)
-            .await
-            .map_err(|_elapsed| SessionError::NoInit)?
+        events::begun(self.feed.watch(watch)).await
     }
 
     async fn read_all(&self) -> Result<(), SessionError> {

@@ -117,12 +117,11 @@ class Cluster:
         server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
 
-    def configure(self, multiplex=True):
+    def configure(self):
         d = self.dir
-        mode = ", proxy_listener_mode: multiplex" if multiplex else ""
         (d / "teleport.yaml").write_text(f"""version: v3
 teleport: {{nodename: local, data_dir: {d}/data, log: {{output: stderr, severity: INFO}}}}
-auth_service: {{enabled: yes, cluster_name: {NAME}, listen_addr: 127.0.0.1:3025{mode}}}
+auth_service: {{enabled: yes, cluster_name: {NAME}, listen_addr: 127.0.0.1:3025, proxy_listener_mode: multiplex}}
 ssh_service: {{enabled: yes, listen_addr: 127.0.0.1:3022, labels: {{env: test}}}}
 proxy_service:
   enabled: yes

@@ -10,11 +10,12 @@ use tonic::Status;
 use super::*;
 use crate::clock::Clock;
 use crate::cluster::ClusterError;
+use crate::cluster::events::Events;
 use crate::pb::proto::event::Resource;
 use crate::pb::proto::{Event, Operation, Watch};
 use crate::pb::teleport::header::v1::Metadata;
 use crate::pb::teleport::machineid::v1::{SpiffeFederation, SpiffeFederationStatus};
-use crate::workload::bundle::{BundleError, Events, follow};
+use crate::workload::bundle::{BundleError, follow};
 use crate::workload::{BundleFeed, Bundles};
 use std::sync::Arc;
 
