@@ -174,10 +174,10 @@ mod tests {
     use crate::cluster::client::Route;
     use crate::cluster::dial::Tcp;
     use crate::cluster::trust::Trust;
-    use crate::destination::{Destination, DestinationPlan, FileSet, from_uri};
+    use crate::destination::{Destination, DestinationPlan, from_uri};
     use crate::health::{Registry, Status};
-    use crate::identity::{Handle, Issued, Request};
-    use crate::services::{Lifetime, Output, Server};
+    use crate::identity::Handle;
+    use crate::services::{Lifetime, Made, Output, Server};
     use crate::telemetry::metrics::Metrics;
     use crate::yaml::Tree;
 
@@ -257,11 +257,8 @@ mod tests {
         fn destination(&self) -> Arc<dyn Destination> {
             from_uri("memory://").unwrap().build()
         }
-        fn request(&self, _lifetime: Lifetime) -> Request {
+        async fn make(&self, _context: &Context) -> anyhow::Result<Made> {
             panic!("a mistake of the program");
-        }
-        async fn render(&self, _issued: &Issued, _context: &Context) -> anyhow::Result<FileSet> {
-            Ok(FileSet::new())
         }
     }
 

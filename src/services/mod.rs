@@ -1,7 +1,7 @@
 //! What the agent does with its identity: one folder per kind, in two shapes.
 //!
-//! An [`Output`] asks for a certificate and renders it as files; issuing, writing, retries, health
-//! and metrics are the runner's (`output.rs`). A [`Server`] runs until it is told to stop.
+//! An [`Output`] asks for what it shows and renders it as files; writing, retries, health and metrics
+//! are the runner's (`output.rs`). A [`Server`] runs until it is told to stop.
 
 mod authorities;
 pub mod identity;
@@ -11,7 +11,7 @@ pub mod workload_identity_api;
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 pub use trust::Trust;
 
@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::Clock;
 use crate::destination::{Destination, DestinationPlan, FileSet};
 use crate::health::Reporter;
-use crate::identity::{Handle, Issued, Request};
+use crate::identity::Handle;
 use crate::telemetry::metrics::Metrics;
 use crate::yaml::{Fields, Tree};
 
@@ -143,16 +143,28 @@ pub enum Service {
     Server(Box<dyn Server>),
 }
 
-/// A service that turns an issued identity into files.
+/// A service that turns what the cluster issues into files.
 #[async_trait]
 pub trait Output: Send + Sync + fmt::Debug {
     /// Where the files go.
     fn destination(&self) -> Arc<dyn Destination>;
-    /// Which certificate it needs.
-    fn request(&self, lifetime: Lifetime) -> Request;
-    /// The files for an issued identity. Asks the cluster for what the texts need (authorities,
-    /// proxy address) through `context`, and writes nothing.
-    async fn render(&self, issued: &Issued, context: &Context) -> anyhow::Result<FileSet>;
+    /// Asks the cluster for everything that the files need, and renders them. Writes nothing.
+    async fn make(&self, context: &Context) -> anyhow::Result<Made>;
+    /// Waits until what was made last is out of date for another reason than its age (a trust
+    /// bundle changed); the output is made again then. Dropped and called anew at will, so that
+    /// what it has seen belongs into `self`.
+    async fn changed(&self, _context: &Context) {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// A complete set of files, ready to be written.
+#[derive(Debug)]
+pub struct Made {
+    /// The files.
+    pub files: FileSet,
+    /// When the credential among them is over.
+    pub not_after: SystemTime,
 }
 
 /// A service that listens.

@@ -1,4 +1,4 @@
-//! The one runner of outputs: check the destination, issue, render, write, again and again.
+//! The one runner of outputs: check the destination, make, write, again and again.
 //!
 //! What is due when is decided by [`Schedule`], which knows no clock. What was written last stays
 //! until something newer is complete.
@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{Context, Output};
+use super::{Context, Made, Output};
 use crate::backoff::{Backoff, Loudness, Repeated};
 use crate::clock::Clock;
 use crate::crypto::jitter;
@@ -71,6 +71,10 @@ pub async fn run_once(output: Box<dyn Output>, context: Context) -> anyhow::Resu
 trait Renew: Send + Sync {
     /// Renews once and returns when the result is over.
     async fn attempt(&self) -> anyhow::Result<SystemTime>;
+    /// Waits until it has to be renewed before it is due.
+    async fn changed(&self) {
+        std::future::pending::<()>().await;
+    }
 }
 
 struct Renewal {
@@ -83,11 +87,13 @@ impl Renew for Renewal {
     async fn attempt(&self) -> anyhow::Result<SystemTime> {
         let destination = self.output.destination();
         destination.check_writable().await?;
-        let request = self.output.request(self.context.lifetime);
-        let issued = self.context.identity.issue(&request).await?;
-        let files = self.output.render(&issued, &self.context).await?;
+        let Made { files, not_after } = self.output.make(&self.context).await?;
         destination.write(files).await?;
-        Ok(issued.not_after())
+        Ok(not_after)
+    }
+
+    async fn changed(&self) {
+        self.output.changed(&self.context).await;
     }
 }
 
@@ -193,6 +199,10 @@ impl Driver {
                             retries = 0;
                             self.schedule.reload(self.clock.now());
                         }
+                    }
+                    () = renew.changed() => {
+                        retries = 0;
+                        self.schedule.reload(self.clock.now());
                     }
                 }
                 continue;

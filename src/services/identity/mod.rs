@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use self::files::Facts;
 use self::ssh::Ssh;
 use super::authorities::{Authorities, Authority, check_cluster_name};
-use super::{Context, Flag, FlagValue, Lifetime, Output, Service, ServiceKind, ServicePlan};
+use super::{Context, Flag, FlagValue, Lifetime, Made, Output, Service, ServiceKind, ServicePlan};
 use crate::cluster::dial::host_of;
 use crate::cluster::feature::Feature;
 use crate::destination::{self, Destination, DestinationPlan, FileSet};
@@ -69,19 +69,7 @@ impl ServiceKind for Kind {
     }
 
     fn parse(&self, fields: &mut Fields<'_>) -> Option<Box<dyn ServicePlan>> {
-        let destination = destination::read(fields, "destination");
-        let roles = fields.strings("roles").unwrap_or_default();
-        let cluster = fields.string("cluster").filter(|name| !name.is_empty());
-        // Upstream takes an empty value for the default.
-        let ssh_config = fields.one_of("ssh_config", &["on", "off", ""]);
-        let allow_reissue = fields.bool("allow_reissue").unwrap_or(false);
-        Some(Box::new(Settings {
-            destination: destination?,
-            roles,
-            cluster,
-            ssh_config: ssh_config.as_deref() != Some("off"),
-            allow_reissue,
-        }))
+        Some(Box::new(Settings::read(fields)?))
     }
 }
 
@@ -123,6 +111,34 @@ impl ServicePlan for Settings {
     }
 }
 
+impl Settings {
+    fn read(fields: &mut Fields<'_>) -> Option<Self> {
+        let destination = destination::read(fields, "destination");
+        let roles = fields.strings("roles").unwrap_or_default();
+        let cluster = fields.string("cluster").filter(|name| !name.is_empty());
+        // Upstream takes an empty value for the default.
+        let ssh_config = fields.one_of("ssh_config", &["on", "off", ""]);
+        let allow_reissue = fields.bool("allow_reissue").unwrap_or(false);
+        Some(Self {
+            destination: destination?,
+            roles,
+            cluster,
+            ssh_config: ssh_config.as_deref() != Some("off"),
+            allow_reissue,
+        })
+    }
+
+    /// The certificate that these settings ask for.
+    fn request(&self, lifetime: Lifetime) -> Request {
+        Request {
+            roles: self.roles.clone(),
+            ttl: lifetime.ttl,
+            cluster: self.cluster.clone(),
+            reissuable: self.allow_reissue,
+        }
+    }
+}
+
 /// A running identity output.
 #[derive(Debug)]
 struct IdentityOutput {
@@ -138,15 +154,18 @@ impl Output for IdentityOutput {
         Arc::clone(&self.destination)
     }
 
-    fn request(&self, lifetime: Lifetime) -> Request {
-        Request {
-            roles: self.settings.roles.clone(),
-            ttl: lifetime.ttl,
-            cluster: self.settings.cluster.clone(),
-            reissuable: self.settings.allow_reissue,
-        }
+    async fn make(&self, context: &Context) -> anyhow::Result<Made> {
+        let request = self.settings.request(context.lifetime);
+        let issued = context.identity.issue(&request).await?;
+        Ok(Made {
+            files: Box::pin(self.render(&issued, context)).await?,
+            not_after: issued.not_after(),
+        })
     }
+}
 
+impl IdentityOutput {
+    /// The files for `issued`.
     async fn render(&self, issued: &Issued, context: &Context) -> anyhow::Result<FileSet> {
         let client = context.identity.client();
         let endpoints = async {
@@ -174,7 +193,7 @@ impl Output for IdentityOutput {
         if endpoints.is_some() && leaves {
             let request = Request {
                 cluster: None,
-                ..self.request(context.lifetime)
+                ..self.settings.request(context.lifetime)
             };
             let derived = context.identity.derived(&request).await?;
             let leaves = context
@@ -256,11 +275,11 @@ mod tests {
     use super::*;
     use crate::yaml::{Problems, emit, parse};
 
-    fn plan(yaml: &str) -> Result<Box<dyn ServicePlan>, String> {
+    fn plan(yaml: &str) -> Result<Settings, String> {
         let problems = Problems::default();
         let node = parse(yaml).map_err(|problem| problem.to_string())?;
         let mut fields = Fields::new(&node, "services[0]", &problems).unwrap();
-        let plan = Kind.parse(&mut fields);
+        let plan = Settings::read(&mut fields);
         fields.finish();
         let text = problems.render("tbot.yaml");
         plan.filter(|_| text.is_empty()).ok_or(text)
@@ -289,10 +308,7 @@ mod tests {
             "destination:\n  type: memory\nroles:\n  - a\n  - b\ncluster: leaf\n\
              ssh_config: \"off\"\nallow_reissue: true\n"
         );
-        let Service::Output(output) = plan.build() else {
-            panic!("an identity is an output");
-        };
-        let request = output.request(Lifetime::default());
+        let request = plan.request(Lifetime::default());
         assert_eq!(request.roles, ["a", "b"]);
         assert_eq!(request.cluster.as_deref(), Some("leaf"));
         assert!(request.reissuable);
