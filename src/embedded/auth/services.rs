@@ -12,8 +12,8 @@ use crate::embedded::ca::AuthorityType;
 use crate::embedded::caller::{Caller, TlsIdentity};
 use crate::pb::proto::auth_service_server::AuthService;
 use crate::pb::proto::{
-    Certs, Event, GetClusterCaCertResponse, GetRoleRequest, Operation, PingRequest, PingResponse,
-    UserCertsRequest, Watch, event,
+    Certs, Event, GetClusterCaCertResponse, GetRoleRequest, ListResourcesRequest,
+    ListResourcesResponse, Operation, PingRequest, PingResponse, UserCertsRequest, Watch, event,
 };
 use crate::pb::teleport::clusterconfig::v1::GetAuthPreferenceRequest;
 use crate::pb::teleport::clusterconfig::v1::cluster_config_service_server::ClusterConfigService;
@@ -104,6 +104,14 @@ impl AuthService for Auth {
         Ok(Response::new(GetClusterCaCertResponse {
             tlsca: (pem.join("\n") + "\n").into_bytes(),
         }))
+    }
+
+    async fn list_resources(
+        &self,
+        request: Request<ListResourcesRequest>,
+    ) -> Result<Response<ListResourcesResponse>, Status> {
+        self.authorized(caller(&request)?).await?;
+        Ok(Response::new(ListResourcesResponse::default()))
     }
 
     async fn get_role(
@@ -245,6 +253,16 @@ fn watched(watch: &Watch, cluster: &str) -> Result<BTreeSet<AuthorityType>, Refu
 
 #[tonic::async_trait]
 impl TrustService for Auth {
+    async fn generate_host_cert(
+        &self,
+        request: Request<trust::GenerateHostCertRequest>,
+    ) -> Result<Response<trust::GenerateHostCertResponse>, Status> {
+        self.authorized(caller(&request)?).await?;
+        Err(Status::unimplemented(
+            "no host certificates are issued here",
+        ))
+    }
+
     async fn get_cert_authority(
         &self,
         request: Request<trust::GetCertAuthorityRequest>,
