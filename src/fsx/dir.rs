@@ -1,9 +1,10 @@
 //! A held directory and what is done in it.
 
-use std::fs::{DirBuilder, File};
+use std::ffi::OsStr;
+use std::fs::File;
 use std::io::{self, Read as _};
-use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
 use std::time::Duration;
 
@@ -65,8 +66,10 @@ pub enum Entry {
 pub trait Folder: Sized {
     /// Makes a directory that only the owner enters, and holds it.
     fn make(&self, name: &str) -> io::Result<Self>;
-    /// Holds a directory below this one; `None` if it is not there.
-    fn enter(&self, name: &str) -> io::Result<Option<Self>>;
+    /// Holds a directory below this one; `None` if it is not there. `follow` goes through a link.
+    fn enter(&self, name: &str, follow: bool) -> io::Result<Option<Self>>;
+    /// Gives the directory itself this access control list, unless it has it.
+    fn grant(&self, acl: &Acl) -> io::Result<()>;
     /// The names in here, sorted.
     fn names(&self) -> io::Result<Vec<String>>;
     /// What `name` is, without following a link; `None` if it is not there.
@@ -108,15 +111,28 @@ impl Dir {
     }
 
     /// Opens a directory after making what is missing of its path, mode 0700 whatever the umask.
+    /// Each part is made in its held parent, so that no link put there meanwhile leads elsewhere.
     pub fn open_or_make(path: &Path, symlinks: Symlinks) -> io::Result<Self> {
-        match Self::open(path, symlinks) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                DirBuilder::new().recursive(true).mode(0o700).create(path)?;
-                let made = Self::open(path, symlinks)?;
-                fchmod(&made.0, Mode::from_raw_mode(0o700))?;
-                Ok(made)
+        let missing = match Self::open(path, symlinks) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => error,
+            opened => return opened,
+        };
+        // `a/..` and names that are not text are for whoever makes directories by hand.
+        let Some(name) = path.file_name().and_then(OsStr::to_str) else {
+            return Err(missing);
+        };
+        let parent = match path.parent() {
+            None => return Err(missing),
+            Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+            Some(parent) => parent,
+        };
+        let parent = Self::open_or_make(parent, symlinks)?;
+        match parent.make(name) {
+            // Someone else was faster, or it is a link to nowhere.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                parent.enter(name, symlinks.follows())?.ok_or(error)
             }
-            opened => opened,
+            made => made,
         }
     }
 
@@ -128,11 +144,6 @@ impl Dir {
             owner: Some((stat.st_uid, stat.st_gid)),
             acl: Acl::of(&self.0)?,
         })
-    }
-
-    /// Gives the directory itself an access control list.
-    pub fn set_acl(&self, acl: &Acl) -> io::Result<()> {
-        acl.set(&self.0)
     }
 
     /// The bytes of a file; `None` if it is not there. A link at `name` is `ELOOP` unless `follow`.
@@ -211,11 +222,20 @@ fn fill(file: &File, content: &[u8], access: &Access) -> io::Result<()> {
         }
     }
     match &access.acl {
-        Some(acl) => acl.set(file)?,
+        Some(acl) => give(file, acl)?,
         None => fchmod(file, Mode::from_raw_mode(access.mode))?,
     }
     file.write_all_at(content, 0)?;
     Ok(fsync(file)?)
+}
+
+/// Gives a file or directory a list and reads it back: some file systems take one and keep less.
+fn give(file: impl AsFd + Copy, acl: &Acl) -> io::Result<()> {
+    acl.set(file)?;
+    if Acl::of(file)?.as_ref() == Some(acl) {
+        return Ok(());
+    }
+    Err(io::Error::other("the access control list was not kept"))
 }
 
 fn replace_content(file: &File, content: &[u8]) -> io::Result<()> {
@@ -227,18 +247,25 @@ fn replace_content(file: &File, content: &[u8]) -> io::Result<()> {
 impl Folder for Dir {
     fn make(&self, name: &str) -> io::Result<Self> {
         mkdirat(&self.0, name, Mode::from_raw_mode(0o700))?;
-        let made = self.enter(name)?.ok_or(Errno::NOENT)?;
+        let made = self.enter(name, false)?.ok_or(Errno::NOENT)?;
         fchmod(&made.0, Mode::from_raw_mode(0o700))?;
         Ok(made)
     }
 
-    fn enter(&self, name: &str) -> io::Result<Option<Self>> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        match openat(&self.0, name, flags, Mode::empty()) {
+    fn enter(&self, name: &str, follow: bool) -> io::Result<Option<Self>> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        match openat(&self.0, name, flags | no_follow(follow), Mode::empty()) {
             Ok(fd) => Ok(Some(Self(fd))),
             Err(Errno::NOENT) => Ok(None),
             Err(error) => Err(error.into()),
         }
+    }
+
+    fn grant(&self, acl: &Acl) -> io::Result<()> {
+        if Acl::of(&self.0)?.as_ref() == Some(acl) {
+            return Ok(());
+        }
+        give(&self.0, acl)
     }
 
     fn names(&self) -> io::Result<Vec<String>> {
@@ -305,8 +332,10 @@ impl Folder for Dir {
         let old = self.read(name, follow).unwrap_or(None);
         let flags = OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | no_follow(follow);
         let file = File::from(openat(&self.0, name, flags, Mode::empty())?);
-        if let Some(acl) = acl {
-            acl.set(&file)?;
+        if let Some(acl) = acl
+            && Acl::of(&file)?.as_ref() != Some(acl)
+        {
+            give(&file, acl)?;
         }
         let written = replace_content(&file, content);
         if let (Err(_), Some(old)) = (&written, old) {

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use super::set::{self, Failure, Rules};
 use super::{AclMode, Settings};
 use crate::destination::{Destination, DestinationError, FileSet, Lock};
-use crate::fsx::acl::Acl;
+use crate::fsx::acl::{self, Acl};
 use crate::fsx::{Access, Dir, Entry, FileLock, Folder as _, clean, unique};
 use crate::secret::Secret;
 
@@ -142,10 +142,20 @@ impl Inner {
         work(&dir, rules)
     }
 
+    fn read(&self, dir: &Dir, name: &str) -> Result<Option<Secret<Vec<u8>>>, DestinationError> {
+        let follow = self.settings.symlinks.follows();
+        match set::within(dir, name, follow, |dir, name| dir.read(name, follow)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            read => read.map_err(|error| self.explain("read", Some(name), error)),
+        }
+    }
+
     fn prepare(&self, dir: &Dir) -> Result<Rules, DestinationError> {
+        let readers = self.readers(dir)?;
         let rules = Rules {
             follow: self.settings.symlinks.follows(),
-            acl: self.acl(dir)?,
+            acl: readers.as_deref().map(Acl::for_file),
+            folder_acl: readers.as_deref().map(Acl::for_folder),
         };
         set::finish(dir, &rules).map_err(|failure| self.failure(failure))?;
         if let Err(Failure::Io { name, source, .. }) = set::clean(dir) {
@@ -154,8 +164,8 @@ impl Inner {
         Ok(rules)
     }
 
-    /// The access control list that files are to get, after proving that it can be given.
-    fn acl(&self, dir: &Dir) -> Result<Option<Acl>, DestinationError> {
+    /// Who is to read every file, after proving that it can be granted.
+    fn readers(&self, dir: &Dir) -> Result<Option<Vec<acl::Reader>>, DestinationError> {
         let settings = &self.settings;
         let path = self.path_of(None);
         let required = settings.acls == AclMode::Required;
@@ -203,11 +213,12 @@ impl Inner {
             );
             return Ok(None);
         }
-        let file = Acl::for_file(&readers);
-        if let Err(error) = test_acl(dir, &file) {
+        if let Err(error) = test_acl(dir, &Acl::for_file(&readers)) {
             if required {
                 return Err(unsuitable(format!(
-                    "acls is required, but the file system does not take them: {error}"
+                    "acls is required, but access control lists cannot be set here ({error}): \
+                     mount a file system that has them (ext4, xfs, btrfs or tmpfs, not mounted with \
+                     noacl), choose another directory, or set acls: try"
                 )));
             }
             tracing::warn!(
@@ -217,12 +228,9 @@ impl Inner {
             );
             return Ok(None);
         }
-        let folder = Acl::for_folder(&readers);
-        if access.acl.as_ref() != Some(&folder) {
-            dir.set_acl(&folder)
-                .map_err(|error| self.explain("set the access control list of", None, error))?;
-        }
-        Ok(Some(file))
+        dir.grant(&Acl::for_folder(&readers))
+            .map_err(|error| self.explain("set the access control list of", None, error))?;
+        Ok(Some(readers))
     }
 
     /// Warns of bot storage that others can read: whoever reads it is the bot.
@@ -314,9 +322,7 @@ impl Destination for Place {
         self.blocking(move |inner| {
             let settings = &inner.settings;
             match Dir::open(&settings.path, settings.symlinks) {
-                Ok(dir) => dir
-                    .read(&name, settings.symlinks.follows())
-                    .map_err(|error| inner.explain("read", Some(&name), error)),
+                Ok(dir) => inner.read(&dir, &name),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
                 Err(error) => Err(inner.explain("open", None, error)),
             }

@@ -25,19 +25,25 @@ const TEMPORARY: &str = ".tbot-tmp-";
 /// How long readers that hold the directory's shared lock are waited for.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Files of a key and its certificates. They are moved one right after the other.
+/// Files of a key and its certificates, in the order in which they are moved: a key between or beside
+/// its certificates, so that as little as possible lies between the two renames of a pair.
 const PAIRED: &[&str] = &[
-    "key",
-    "key-cert.pub",
     "key.pub",
-    "ssh_host",
-    "ssh_host-cert.pub",
-    "svid.pem",
-    "svid_key.pem",
-    "tls.crt",
-    "tls.key",
+    "key-cert.pub",
+    "key",
     "tlscert",
+    "ssh_host-cert.pub",
+    "ssh_host",
+    "svid_key.pem",
+    "svid.pem",
+    "tls.key",
+    "tls.crt",
+    "node.key",
+    "node.crt",
 ];
+
+/// Stands for the slash of a name in a draft, which is flat. No name has it: see [`check_name`].
+const SLASH: &str = "\u{1f}";
 
 /// How files are made and replaced.
 #[derive(Debug, Clone, Default)]
@@ -46,6 +52,8 @@ pub(super) struct Rules {
     pub(super) follow: bool,
     /// The access control list that every file gets; without one, a file keeps its access.
     pub(super) acl: Option<Acl>,
+    /// The one that directories below the destination get.
+    pub(super) folder_acl: Option<Acl>,
 }
 
 impl Rules {
@@ -100,7 +108,7 @@ pub(super) fn write<F: Folder>(folder: &F, files: &FileSet, rules: &Rules) -> Re
             content,
             access,
         };
-        match folder.look(name).map_err(Failure::io("read", name))? {
+        match look(folder, name, rules).map_err(Failure::io("read", name))? {
             None => changed.push(item(rules.new_file())),
             Some(Entry::File {
                 content: old,
@@ -134,11 +142,14 @@ pub(super) fn write<F: Folder>(folder: &F, files: &FileSet, rules: &Rules) -> Re
             }
         }
     }
+    for item in &changed {
+        make_room(folder, item.name, rules)?;
+    }
     changed.sort_by_key(|item| rank(item.name));
     let mut refusal = None;
     let left = match changed.as_slice() {
         [] => Vec::new(),
-        [_] => replace_one(folder, changed, &mut refusal)?,
+        [_] => replace_one(folder, changed, rules, &mut refusal)?,
         _ => replace_many(folder, changed, rules, &mut refusal)?,
     };
     in_place.extend(left);
@@ -147,21 +158,23 @@ pub(super) fn write<F: Folder>(folder: &F, files: &FileSet, rules: &Rules) -> Re
 
 /// Finishes a set that was committed and not moved out completely.
 pub(super) fn finish<F: Folder>(folder: &F, rules: &Rules) -> Result<(), Failure> {
-    let Some(staged) = folder.enter(STAGED).map_err(Failure::io("open", STAGED))? else {
+    let entered = folder.enter(STAGED, false);
+    let Some(staged) = entered.map_err(Failure::io("open", STAGED))? else {
         return Ok(());
     };
-    let mut names = staged.names().map_err(Failure::io("list", STAGED))?;
+    let flat = staged.names().map_err(Failure::io("list", STAGED))?;
+    let mut names: Vec<_> = flat.iter().map(|name| name.replace(SLASH, "/")).collect();
     names.sort_by_key(|name| rank(name));
-    let moved = if names.is_empty() {
-        Ok(())
-    } else {
+    if !names.is_empty() {
         locked(folder, || {
             names
                 .iter()
                 .try_for_each(|name| move_out(&staged, folder, name, rules))
-        })
-    };
-    moved?;
+        })?;
+    }
+    for name in &names {
+        sync_below(folder, name, rules)?;
+    }
     folder.sync().map_err(Failure::io("sync", "."))?;
     folder
         .remove_folder(STAGED)
@@ -190,24 +203,85 @@ fn is_made(name: &str, prefix: &str) -> bool {
 
 /// The order of the moves: what others refer to first, pairs together, then the one file that says
 /// everything, then texts that point to the others.
-fn rank(name: &str) -> u8 {
-    if PAIRED.contains(&name) {
-        1
+fn rank(name: &str) -> usize {
+    let name = name.rsplit('/').next().unwrap_or(name);
+    if let Some(place) = PAIRED.iter().position(|paired| *paired == name) {
+        1 + place
     } else if name == "identity" {
-        2
+        1 + PAIRED.len()
+    } else if name.ends_with("ssh_config") || name == "kubeconfig.yaml" {
+        2 + PAIRED.len()
     } else {
-        u8::from(name.ends_with("ssh_config") || name == "kubeconfig.yaml") * 3
+        0
     }
 }
 
+/// Takes `name` and `folder/name`, and nothing that leads out of the destination or into the way of
+/// this module's own names.
 fn check_name(name: &str) -> Result<(), Failure> {
-    if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\0']) {
+    let mut parts = name.split('/');
+    let good = |part: &str| {
+        !matches!(part, "" | "." | "..")
+            && !part.starts_with(".tbot-")
+            && !part.contains(char::is_control)
+    };
+    if parts.clone().count() > 2 || !parts.all(good) {
         return Err(Failure::Unsuitable {
             name: name.to_owned(),
-            problem: "is no file name",
+            problem: "is no name for a file in here: write `name` or `folder/name`, without `..`, \
+                      control characters or a leading `.tbot-`",
         });
     }
     Ok(())
+}
+
+/// Does `work` in the directory that holds `name`, with the name that the file has there.
+pub(super) fn within<F: Folder, T>(
+    folder: &F,
+    name: &str,
+    follow: bool,
+    work: impl FnOnce(&F, &str) -> io::Result<T>,
+) -> io::Result<T> {
+    match name.split_once('/') {
+        None => work(folder, name),
+        Some((below, name)) => {
+            let below = folder.enter(below, follow)?.ok_or(Errno::NOENT)?;
+            work(&below, name)
+        }
+    }
+}
+
+fn look<F: Folder>(folder: &F, name: &str, rules: &Rules) -> io::Result<Option<Entry>> {
+    match within(folder, name, rules.follow, F::look) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        looked => looked,
+    }
+}
+
+/// Makes the directory that `name` is to be in, if it is to be in one, and lets the readers in.
+fn make_room<F: Folder>(folder: &F, name: &str, rules: &Rules) -> Result<(), Failure> {
+    let Some((below, _)) = name.split_once('/') else {
+        return Ok(());
+    };
+    let entered = folder.enter(below, rules.follow);
+    let room = match entered.map_err(Failure::io("open", below))? {
+        Some(room) => room,
+        None => folder.make(below).map_err(Failure::io("create", below))?,
+    };
+    match &rules.folder_acl {
+        Some(acl) => room
+            .grant(acl)
+            .map_err(Failure::io("set the access control list of", below)),
+        None => Ok(()),
+    }
+}
+
+/// Makes the new name of a file in a directory below durable.
+fn sync_below<F: Folder>(folder: &F, name: &str, rules: &Rules) -> Result<(), Failure> {
+    if !name.contains('/') {
+        return Ok(());
+    }
+    within(folder, name, rules.follow, |below, _| below.sync()).map_err(Failure::io("sync", name))
 }
 
 /// Whether nothing can be made or moved here, so that writing over what exists is all that is left:
@@ -228,6 +302,7 @@ fn pinned(error: &io::Error) -> bool {
 fn replace_one<'a, F: Folder>(
     folder: &F,
     items: Vec<Item<'a>>,
+    rules: &Rules,
     refusal: &mut Option<io::Error>,
 ) -> Result<Vec<Item<'a>>, Failure> {
     let temporary = format!("{TEMPORARY}{}", unique());
@@ -240,7 +315,10 @@ fn replace_one<'a, F: Folder>(
             }
             Err(error) => return Err(Failure::io("write", item.name)(error)),
         }
-        if let Err(error) = folder.rename(&temporary, folder, item.name) {
+        let renamed = within(folder, item.name, rules.follow, |below, name| {
+            folder.rename(&temporary, below, name)
+        });
+        if let Err(error) = renamed {
             folder
                 .remove(&temporary)
                 .map_err(Failure::io("remove", &temporary))?;
@@ -250,6 +328,7 @@ fn replace_one<'a, F: Folder>(
             }
             return Err(Failure::io("replace", item.name)(error));
         }
+        sync_below(folder, item.name, rules)?;
         folder.sync().map_err(Failure::io("sync", "."))?;
     }
     Ok(Vec::new())
@@ -278,7 +357,8 @@ fn replace_many<'a, F: Folder>(
         failure
     };
     for item in items {
-        match draft.create(item.name, item.content.expose(), &item.access) {
+        let flat = item.name.replace('/', SLASH);
+        match draft.create(&flat, item.content.expose(), &item.access) {
             Ok(()) => {}
             // The owner of the old file cannot be given to a new one.
             Err(error) if refused(&error) => {
@@ -301,20 +381,35 @@ fn replace_many<'a, F: Folder>(
 
 /// Moves one file of a committed set to its name, or its content where the name is pinned.
 fn move_out<F: Folder>(staged: &F, folder: &F, name: &str, rules: &Rules) -> Result<(), Failure> {
-    match staged.rename(name, folder, name) {
+    // Someone may have removed what was made before the commit.
+    make_room(folder, name, rules)?;
+    let flat = name.replace('/', SLASH);
+    let moved = within(folder, name, rules.follow, |below, name| {
+        staged.rename(&flat, below, name)
+    });
+    match moved {
         Err(error) if pinned(&error) => {
             let Some(Entry::File { content, .. }) =
-                staged.look(name).map_err(Failure::io("read", name))?
+                staged.look(&flat).map_err(Failure::io("read", name))?
             else {
                 return Err(Failure::io("replace", name)(error));
             };
-            folder
-                .overwrite(name, content.expose(), rules.acl.as_ref(), rules.follow)
-                .map_err(Failure::io("write", name))?;
-            staged.remove(name).map_err(Failure::io("remove", name))
+            write_over(folder, name, &content, rules).map_err(Failure::io("write", name))?;
+            staged.remove(&flat).map_err(Failure::io("remove", name))
         }
         moved => moved.map_err(Failure::io("replace", name)),
     }
+}
+
+fn write_over<F: Folder>(
+    folder: &F,
+    name: &str,
+    content: &Secret<Vec<u8>>,
+    rules: &Rules,
+) -> io::Result<()> {
+    within(folder, name, rules.follow, |below, name| {
+        below.overwrite(name, content.expose(), rules.acl.as_ref(), rules.follow)
+    })
 }
 
 /// Writes over existing files: the last resort, during which a reader can see mixed files.
@@ -329,21 +424,14 @@ fn overwrite<F: Folder>(
     }
     locked(folder, || {
         for item in items {
-            folder
-                .overwrite(
-                    item.name,
-                    item.content.expose(),
-                    rules.acl.as_ref(),
-                    rules.follow,
-                )
-                .map_err(|error| {
-                    // A file that is not there is missing because it could not be made.
-                    let cause = match refusal.take() {
-                        Some(refusal) if error.kind() == io::ErrorKind::NotFound => refusal,
-                        _ => error,
-                    };
-                    Failure::io("write", item.name)(cause)
-                })?;
+            write_over(folder, item.name, item.content, rules).map_err(|error| {
+                // A file that is not there is missing because it could not be made.
+                let cause = match refusal.take() {
+                    Some(refusal) if error.kind() == io::ErrorKind::NotFound => refusal,
+                    _ => error,
+                };
+                Failure::io("write", item.name)(cause)
+            })?;
         }
         Ok(())
     })
@@ -368,7 +456,7 @@ fn locked<F: Folder>(
 
 /// Removes a draft and what is in it.
 fn discard<F: Folder>(folder: &F, name: &str) -> io::Result<()> {
-    if let Some(draft) = folder.enter(name)? {
+    if let Some(draft) = folder.enter(name, false)? {
         for file in draft.names()? {
             draft.remove(&file)?;
         }

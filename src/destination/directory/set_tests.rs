@@ -48,8 +48,13 @@ impl Folder for Dying {
         self.step()?;
         self.inner.make(name).map(|dir| self.with(dir))
     }
-    fn enter(&self, name: &str) -> io::Result<Option<Self>> {
-        Ok(self.inner.enter(name)?.map(|dir| self.with(dir)))
+    fn enter(&self, name: &str, follow: bool) -> io::Result<Option<Self>> {
+        let entered = self.inner.enter(name, follow)?;
+        Ok(entered.map(|dir| self.with(dir)))
+    }
+    fn grant(&self, acl: &Acl) -> io::Result<()> {
+        self.step()?;
+        self.inner.grant(acl)
     }
     fn names(&self) -> io::Result<Vec<String>> {
         self.inner.names()
@@ -101,7 +106,9 @@ impl Folder for Dying {
     }
 }
 
-const NAMES: [&str; 5] = [
+const NAMES: [&str; 7] = [
+    "cockroach/node.crt",
+    "cockroach/node.key",
     "identity",
     "key",
     "key-cert.pub",
@@ -127,6 +134,20 @@ fn base() -> (tempfile::TempDir, PathBuf) {
 
 fn open(path: &Path) -> Dir {
     Dir::open(path, Symlinks::Secure).unwrap()
+}
+
+/// The files in a directory and one below.
+fn names(path: &Path) -> Vec<String> {
+    let mut all = Vec::new();
+    for name in open(path).names().unwrap() {
+        if path.join(&name).is_dir() {
+            let below = open(&path.join(&name)).names().unwrap();
+            all.extend(below.iter().map(|below| format!("{name}/{below}")));
+        } else {
+            all.push(name);
+        }
+    }
+    all
 }
 
 /// Which generation each file is of.
@@ -163,12 +184,12 @@ fn a_stop_before_any_operation_leaves_the_old_or_the_new_set() {
         clean(&restarted).unwrap();
         let seen = generations(&path);
         assert!(seen.iter().all(|g| *g == seen[0]), "stop {stop}: {seen:?}");
-        assert_eq!(restarted.names().unwrap(), NAMES, "stop {stop}: leftovers");
+        assert_eq!(names(&path), NAMES, "stop {stop}: leftovers");
         outcomes[usize::from(seen[0] == 2)] += 1;
         write(&restarted, &set(3), &rules).unwrap();
-        assert_eq!(generations(&path), [3; 5]);
+        assert_eq!(generations(&path), [3; 7]);
         if finished {
-            assert_eq!(seen, [2; 5]);
+            assert_eq!(seen, [2; 7]);
             break;
         }
     }
@@ -257,15 +278,18 @@ fn links_and_folders_in_the_way_are_refused_before_anything_changes() {
         write(&open(&path), &set(1), &Rules::default()).unwrap();
         std::fs::rename(path.join("tlscert"), path.join("elsewhere")).unwrap();
         std::os::unix::fs::symlink("elsewhere", path.join("tlscert")).unwrap();
-        let rules = Rules { follow, acl: None };
+        let rules = Rules {
+            follow,
+            ..Rules::default()
+        };
         let written = write(&open(&path), &set(2), &rules);
         if follow {
             written.unwrap();
-            assert_eq!(generations(&path), [2; 5]);
+            assert_eq!(generations(&path), [2; 7]);
             assert!(path.join("tlscert").is_symlink(), "the user's link stays");
         } else {
             assert!(matches!(written, Err(Failure::Unsuitable { .. })));
-            assert_eq!(generations(&path), [1; 5]);
+            assert_eq!(generations(&path), [1; 7]);
         }
         std::fs::remove_file(path.join("tlscert")).unwrap();
         std::fs::create_dir(path.join("tlscert")).unwrap();
@@ -274,6 +298,46 @@ fn links_and_folders_in_the_way_are_refused_before_anything_changes() {
             Err(Failure::Unsuitable { .. })
         ));
     }
+}
+
+#[test]
+fn a_folder_below_is_a_folder_and_nothing_else() {
+    let (_base, path) = base();
+    std::fs::write(path.join("cockroach"), "mine").unwrap();
+    let written = write(&open(&path), &set(1), &Rules::default());
+    assert!(written.is_err());
+    assert_eq!(names(&path), ["cockroach"]);
+    std::fs::remove_file(path.join("cockroach")).unwrap();
+    let (_elsewhere, elsewhere) = base();
+    std::os::unix::fs::symlink(&elsewhere, path.join("cockroach")).unwrap();
+    write(&open(&path), &set(1), &Rules::default()).unwrap_err();
+    assert_eq!(names(&elsewhere), [""; 0], "a link is not followed");
+    let follow = Rules {
+        follow: true,
+        ..Rules::default()
+    };
+    write(&open(&path), &set(1), &follow).unwrap();
+    assert_eq!(names(&elsewhere), ["node.crt", "node.key"]);
+    assert_eq!(generations(&path), [1; 7]);
+    // One file alone goes there too, and one that vanished after the commit is made anew.
+    let one = FileSet::from([("cockroach/node.crt".to_owned(), b"x".to_vec().into())]);
+    write(&open(&path), &one, &follow).unwrap();
+    assert_eq!(std::fs::read(elsewhere.join("node.crt")).unwrap(), b"x");
+}
+
+#[test]
+fn a_committed_set_does_not_need_what_was_removed_since() {
+    let (_base, path) = base();
+    let staged = open(&path).make(STAGED).unwrap();
+    for (name, content) in set(4) {
+        let flat = name.replace('/', SLASH);
+        staged
+            .create(&flat, content.expose(), &Access::PRIVATE)
+            .unwrap();
+    }
+    finish(&open(&path), &Rules::default()).unwrap();
+    assert_eq!(generations(&path), [4; 7]);
+    assert_eq!(names(&path), NAMES);
 }
 
 #[test]
@@ -304,9 +368,24 @@ fn a_failed_write_leaves_no_draft_behind() {
 }
 
 #[test]
-fn names_with_slashes_are_refused() {
+fn names_that_lead_elsewhere_are_refused() {
     let (_base, path) = base();
-    for name in ["", ".", "..", "a/b", "/etc/passwd", "a\0b"] {
+    for name in [
+        "",
+        ".",
+        "..",
+        "a/b/c",
+        "a/",
+        "/a",
+        "../a",
+        "a/..",
+        "/etc/passwd",
+        "a\0b",
+        "a\nb",
+        ".tbot-set",
+        "a/.tbot-set",
+        "a\u{1f}b",
+    ] {
         let files = FileSet::from([(name.to_owned(), b"x".to_vec().into())]);
         assert!(
             write(&open(&path), &files, &Rules::default()).is_err(),
@@ -327,8 +406,12 @@ impl Folder for Fixed {
         }
         Ok(Self(self.0.make(name)?, self.1, self.2))
     }
-    fn enter(&self, name: &str) -> io::Result<Option<Self>> {
-        Ok(self.0.enter(name)?.map(|dir| Self(dir, self.1, self.2)))
+    fn enter(&self, name: &str, follow: bool) -> io::Result<Option<Self>> {
+        let entered = self.0.enter(name, follow)?;
+        Ok(entered.map(|dir| Self(dir, self.1, self.2)))
+    }
+    fn grant(&self, acl: &Acl) -> io::Result<()> {
+        self.0.grant(acl)
     }
     fn names(&self) -> io::Result<Vec<String>> {
         self.0.names()
@@ -389,9 +472,9 @@ fn files_that_cannot_be_replaced_are_written_over() {
         write(&fixed, &set(2), &Rules::default()).unwrap();
         let one = FileSet::from([("key".to_owned(), set(2)["key"].clone())]);
         write(&fixed, &one, &Rules::default()).unwrap();
-        assert_eq!(generations(&path), [2; 5], "{errno}");
+        assert_eq!(generations(&path), [2; 7], "{errno}");
         assert_eq!(std::fs::metadata(path.join("key")).unwrap().ino(), inode);
-        assert_eq!(open(&path).names().unwrap(), NAMES, "{errno}: leftovers");
+        assert_eq!(names(&path), NAMES, "{errno}: leftovers");
     }
 }
 
