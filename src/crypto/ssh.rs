@@ -179,17 +179,29 @@ impl SshCertificate {
     }
 }
 
-/// A user certificate to be made (OpenSSH `PROTOCOL.certkeys`).
+/// Whom an SSH certificate is for (OpenSSH `PROTOCOL.certkeys`, field `type`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Holder {
+    /// Somebody who logs in.
+    User = 1,
+    /// A server.
+    Host = 2,
+}
+
+/// A certificate to be made (OpenSSH `PROTOCOL.certkeys`).
 ///
 /// It is encoded here because `ssh-key`'s builder verifies what it signed with a second
 /// crypto provider, which this program does not carry.
 #[derive(Debug, Clone)]
-pub struct UserCertificate<'a> {
+pub struct NewCertificate<'a> {
+    /// Whom it is for.
+    pub holder: Holder,
     /// The certified key as SubjectPublicKeyInfo DER.
     pub spki: &'a [u8],
     /// Serial number.
     pub serial: u64,
-    /// Key ID: the user's name.
+    /// Key ID: the user's name; empty for hosts.
     pub key_id: &'a str,
     /// Names that the certificate is good for.
     pub principals: &'a [String],
@@ -201,7 +213,7 @@ pub struct UserCertificate<'a> {
     pub extensions: &'a BTreeMap<String, String>,
 }
 
-impl UserCertificate<'_> {
+impl NewCertificate<'_> {
     /// Signs with the authority's key and returns the `authorized_keys` line with its newline.
     ///
     /// # Errors
@@ -221,7 +233,7 @@ impl UserCertificate<'_> {
         wire.0
             .extend(after_first_string(&plain).ok_or(SshError::Unsupported)?);
         wire.0.extend(self.serial.to_be_bytes());
-        wire.0.extend(1_u32.to_be_bytes());
+        wire.0.extend((self.holder as u32).to_be_bytes());
         wire.string(self.key_id.as_bytes());
         let mut principals = Wire::default();
         for principal in self.principals {
@@ -330,7 +342,8 @@ mod tests {
                     .unwrap()
                     .starts_with("ecdsa-sha2-nistp256 ")
             );
-            let line = UserCertificate {
+            let line = NewCertificate {
+                holder: Holder::User,
                 spki: &subject.public_spki(),
                 serial: 7,
                 key_id: "bot-example",

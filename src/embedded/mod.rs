@@ -7,6 +7,7 @@
 //!   services share.
 //! - [`store`]: resources in SQLite, with revisions, expiry and transactions.
 //! - [`resources`]: resource files, checked and applied as `tctl create` does.
+//! - [`expression`]: the grammar of the predicate language.
 //! - [`workload_identity`]: who may have which SVID, and the making of it.
 //! - [`audit`]: one JSON line for each join, certificate, refusal and administrative change.
 //! - [`auth`]: joins, certificates, authorities and what else agents call.
@@ -15,12 +16,14 @@
 //! - [`admin`]: commands over a unix socket in the data directory.
 //! - [`instant`]: points in time as resources and audit lines write them.
 
+mod access;
 pub mod admin;
 pub mod audit;
 pub mod auth;
 pub mod ca;
 pub mod caller;
 mod cluster;
+pub mod expression;
 mod files;
 pub mod instant;
 mod listener;

@@ -11,7 +11,7 @@ use x509_cert::time::Validity;
 use x509_cert::{Certificate, TbsCertificate, Version};
 
 use super::Identity;
-use crate::crypto::ssh::UserCertificate;
+use crate::crypto::ssh::{Holder, NewCertificate};
 use crate::crypto::{KeyAlgorithm, PrivateKey, pem, random};
 
 /// Where the certificates of these identities begin to be valid.
@@ -78,7 +78,8 @@ impl Authority {
         let issuer = format!("O={0},CN={0}", self.cluster);
         let life = Duration::from_hours(1);
         let tls = certificate(&key, &subject, &self.key, &issuer, (from, life), None);
-        let ssh = UserCertificate {
+        let ssh = NewCertificate {
+            holder: Holder::User,
             spki: &key.public_spki(),
             serial: 1,
             key_id: "bot-example",

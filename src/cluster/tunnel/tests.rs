@@ -9,7 +9,7 @@ use aws_lc_rs::rand::SystemRandom;
 
 use super::packet::{Seal, cipher};
 use super::*;
-use crate::crypto::ssh::{UserCertificate, sign};
+use crate::crypto::ssh::{Holder, NewCertificate, sign};
 use crate::crypto::ssh_host::is_signed;
 use crate::crypto::ssh_host::tests::certify;
 use crate::crypto::{KeyAlgorithm, sha256};
@@ -66,7 +66,8 @@ impl Proxy {
     }
 
     fn identity(&self) -> SshIdentity {
-        let certificate = UserCertificate {
+        let certificate = NewCertificate {
+            holder: Holder::User,
             spki: &self.bot.public_spki(),
             serial: 1,
             key_id: "bot-example",

@@ -9,7 +9,7 @@ use x509_cert::name::RdnSequence;
 
 use super::refusal::Refusal;
 use super::roles::RoleSet;
-use crate::crypto::ssh::UserCertificate;
+use crate::crypto::ssh::{Holder, NewCertificate};
 use crate::crypto::x509::{COMMON_NAME, ORGANIZATION};
 use crate::crypto::{pem, random};
 use crate::embedded::ca::mint::{self, CLIENT_AUTH, MintError, SERVER_AUTH, Subject, Template};
@@ -111,7 +111,8 @@ impl Identity<'_> {
         };
         let ssh = match &keys.ssh {
             None => Vec::new(),
-            Some(spki) => UserCertificate {
+            Some(spki) => NewCertificate {
+                holder: Holder::User,
                 spki,
                 serial: u64::from_be_bytes(random()),
                 key_id: self.user,

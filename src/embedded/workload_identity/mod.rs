@@ -9,7 +9,6 @@
 //! - [`issue`]: the making of X.509- and JWT-SVIDs.
 //! - [`bundle`]: the trust bundle and the JWT keys, for the web side.
 
-mod access;
 pub mod attrs;
 pub mod bundle;
 pub mod decision;

@@ -9,13 +9,13 @@ use async_trait::async_trait;
 use serde_json::{Map, Value, json};
 use tonic::{Request, Response, Status};
 
-use super::access::{Access, matches};
 use super::attrs::{Attrs, UserFacts};
 use super::bundle::issuer;
 use super::decision::{Contents, decide};
 use super::issue::{self, IssueError};
 use super::resource::{KIND, spec_from_json};
 use crate::embedded::ClusterState;
+use crate::embedded::access::{Access, matches};
 use crate::embedded::auth::{Refusal, authorize, blocking, caller};
 use crate::embedded::ca::AuthorityType;
 use crate::embedded::caller::{Caller, TlsIdentity};
@@ -25,6 +25,8 @@ use crate::spiffe::{SpiffeId, TrustDomain};
 use wire::workload_identity_issuance_service_server::WorkloadIdentityIssuanceService;
 use wire::{credential, issue_workload_identities_request, issue_workload_identity_request};
 
+/// What roles select workload identities by.
+const LABELS: &str = "workload_identity_labels";
 /// The most SVIDs that one request by labels may get.
 const MAX_BY_LABELS: usize = 10;
 
@@ -83,8 +85,10 @@ pub(super) fn admit(
     verbs: &[&str],
 ) -> Result<(TlsIdentity, Access), Refusal> {
     let identity = authorize(state, caller)?;
-    let access = Access::of(&state.store, &identity)?;
-    match verbs.iter().find(|verb| !access.may(verb)) {
+    let access = state
+        .store
+        .transaction(|tx| Access::of(tx, &identity.roles))?;
+    match verbs.iter().find(|verb| !access.may(KIND, verb)) {
         None => Ok((identity, access)),
         Some(verb) => Err(Refusal::denied(format!(
             "access denied to perform action {verb:?} on {KIND:?}: give the bot a role that allows it"
@@ -142,7 +146,7 @@ fn by_name(
         .map_err(Refusal::from)?;
     let resource = stored
         .ok_or_else(|| Refusal::not_found(format!("{KIND} {:?} is not found", request.name)))?;
-    if !run.access.sees(&resource.labels) {
+    if !run.access.sees(LABELS, &resource.labels) {
         return Err(Refusal::denied(format!(
             "access to {KIND} {:?} denied: no role of yours matches its labels",
             request.name
@@ -182,7 +186,7 @@ fn by_labels(
     let selector: BTreeMap<_, _> = selectors.map(|one| (one.key, one.values)).collect();
     let mut decided = Vec::new();
     for resource in state.store.list(KIND).map_err(Refusal::from)? {
-        if run.access.sees(&resource.labels)
+        if run.access.sees(LABELS, &resource.labels)
             && matches(&selector, &resource.labels)
             && let Ok(one) = run.decide(resource)
         {

@@ -1,8 +1,8 @@
 //! A syntax tree to a checked one: names resolved, types known.
 
 use super::functions::{FUNCTIONS, Function, METHODS, RULE_FUNCTIONS, Signature};
-use super::parser::{Raw, RawKind};
 use super::{Mode, ParseError, Type, Value};
+use crate::embedded::expression::{Raw, RawKind};
 use crate::embedded::workload_identity::attrs::resolve;
 use crate::embedded::workload_identity::attrs::schema::Kind;
 
@@ -61,19 +61,6 @@ fn unknown(at: usize, what: &'static str, name: impl Into<String>) -> ParseError
     }
 }
 
-/// The names of `a.b.c`; `None` for anything else.
-fn dotted(raw: &Raw) -> Option<Vec<&str>> {
-    match &raw.kind {
-        RawKind::Name(name) => Some(vec![name]),
-        RawKind::Member(object, name) => {
-            let mut names = dotted(object)?;
-            names.push(name);
-            Some(names)
-        }
-        _ => None,
-    }
-}
-
 struct Checker {
     mode: Mode,
 }
@@ -86,7 +73,7 @@ impl Checker {
             RawKind::Name(name) if matches!(name.as_str(), "true" | "false") => {
                 Ok((Node::Literal(Value::Flag(name == "true")), Type::Flag))
             }
-            RawKind::Name(_) | RawKind::Member(..) => match dotted(raw) {
+            RawKind::Name(_) | RawKind::Member(..) => match raw.dotted() {
                 Some(path) => self.attribute(raw.at, &path),
                 None => self.member(raw),
             },
@@ -180,7 +167,7 @@ impl Checker {
 
     fn index(&self, object: &Raw, key: &Raw) -> Result<Typed, ParseError> {
         let key = self.typed(key, Type::Text)?;
-        if let Some(names) = dotted(object) {
+        if let Some(names) = object.dotted() {
             let found = resolve(&names).map_err(|name| unknown(object.at, "attribute", name))?;
             if matches!(found.kind, Kind::Map | Kind::Traits) && found.rest.is_empty() {
                 return Ok(self.entry(found.names, found.kind, key));
@@ -194,7 +181,7 @@ impl Checker {
     }
 
     fn call(&self, callee: &Raw, arguments: &[Raw]) -> Result<Typed, ParseError> {
-        if let Some(names) = dotted(callee) {
+        if let Some(names) = callee.dotted() {
             let name = names.join(".");
             match name.as_str() {
                 "ifelse" => return self.ifelse(callee.at, arguments),
@@ -217,11 +204,11 @@ impl Checker {
             }
         }
         let RawKind::Member(object, name) = &callee.kind else {
-            let name = dotted(callee).unwrap_or_default().join(".");
+            let name = callee.dotted().unwrap_or_default().join(".");
             return Err(unknown(callee.at, "function", name));
         };
         // An unknown dotted name is more likely a misspelt function than a method of nothing.
-        let receiver = self.value(object).map_err(|error| match dotted(callee) {
+        let receiver = self.value(object).map_err(|error| match callee.dotted() {
             Some(names) if matches!(error, ParseError::Unknown { .. }) => {
                 unknown(callee.at, "function", names.join("."))
             }
@@ -261,7 +248,7 @@ impl Checker {
                 return wrong(argument.at, "choose() takes option()s");
             };
             let ([condition, value], Some(["option"])) =
-                (option.as_slice(), dotted(callee).as_deref())
+                (option.as_slice(), callee.dotted().as_deref())
             else {
                 return wrong(argument.at, "expected option(condition, value)");
             };

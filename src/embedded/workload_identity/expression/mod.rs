@@ -1,7 +1,6 @@
 //! The expressions of rules and templates: Teleport's predicate language over attributes.
 //!
-//! The grammar is that of Go expressions, cut down (upstream `lib/expression/parser.go`):
-//! `==`, `!=`, `&&`, `||`, `!`, literals, dotted attributes, `m["key"]`, functions and methods.
+//! The grammar is in [`crate::embedded::expression`]; here names are attributes and functions.
 //! An expression is checked when it is parsed: unknown attributes and functions and wrong types
 //! are found when a resource is written, not when a workload asks.
 //!
@@ -11,8 +10,6 @@
 mod check;
 mod eval;
 mod functions;
-mod lexer;
-mod parser;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -20,54 +17,14 @@ use std::fmt;
 use time::OffsetDateTime;
 
 use super::attrs::Attrs;
+pub use crate::embedded::expression::ParseError;
+use crate::embedded::expression::parse;
 use check::Node;
 
-/// The longest expression, in bytes.
-pub const MAX_SOURCE: usize = 4096;
-/// How deep an expression may nest.
-pub const MAX_DEPTH: usize = 64;
 /// The longest text that evaluation makes, in bytes.
 pub const MAX_TEXT: usize = 16 * 1024;
 /// The largest set or dictionary that evaluation makes.
 pub const MAX_ELEMENTS: usize = 1024;
-
-/// Why a text is no expression.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum ParseError {
-    /// The text is longer than [`MAX_SOURCE`].
-    #[error("the expression is longer than {MAX_SOURCE} bytes")]
-    TooLong,
-    /// Parentheses, calls or operators nest deeper than [`MAX_DEPTH`].
-    #[error("the expression nests deeper than {MAX_DEPTH} levels")]
-    TooDeep,
-    /// The text does not follow the grammar.
-    #[error("character {at} of the expression: {problem}")]
-    Syntax {
-        /// Character, from 1.
-        at: usize,
-        /// What is wrong there.
-        problem: String,
-    },
-    /// No attribute or function has this name.
-    #[error("character {at} of the expression: unknown {what} {name:?}")]
-    Unknown {
-        /// Character, from 1.
-        at: usize,
-        /// `attribute`, `function` or `method`.
-        what: &'static str,
-        /// The name.
-        name: String,
-    },
-    /// A value is of another type than its place wants.
-    #[error("character {at} of the expression: {problem}")]
-    Type {
-        /// Character, from 1.
-        at: usize,
-        /// What is wanted and what is there.
-        problem: String,
-    },
-}
 
 /// Why an expression has no value for these attributes.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -191,10 +148,7 @@ impl Expression {
     /// # Errors
     /// [`ParseError`].
     pub fn parse(source: &str, mode: Mode) -> Result<Self, ParseError> {
-        if source.len() > MAX_SOURCE {
-            return Err(ParseError::TooLong);
-        }
-        let raw = parser::parse(lexer::tokens(source)?, source.chars().count())?;
+        let raw = parse(source)?;
         let (root, kind) = check::check(&raw, mode)?;
         Ok(Self { root, kind })
     }

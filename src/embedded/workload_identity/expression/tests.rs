@@ -3,6 +3,7 @@ use std::collections::{BTreeMap, HashMap};
 use serde_json::json;
 
 use super::*;
+use crate::embedded::expression::MAX_SOURCE;
 use crate::embedded::workload_identity::attrs::UserFacts;
 use crate::pb::teleport::workloadidentity::v1 as wire;
 

@@ -1,13 +1,11 @@
-//! What a caller's roles let it do with workload identities.
+//! What roles let their holder do: verbs on kinds, and resources by their labels.
 
 use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use super::resource::KIND;
-use crate::embedded::caller::TlsIdentity;
-use crate::embedded::pattern::fits;
-use crate::embedded::store::{Resource, Store, StoreError};
+use super::pattern::fits;
+use super::store::{Resource, StoreError, Tx};
 
 /// The roles of a caller, as they are now; a role that no longer exists grants nothing.
 #[derive(Debug)]
@@ -16,37 +14,43 @@ pub(super) struct Access {
 }
 
 impl Access {
-    pub(super) fn of(store: &Store, identity: &TlsIdentity) -> Result<Self, StoreError> {
+    /// Reads the roles with these names.
+    pub(super) fn of(tx: &Tx<'_>, names: &[String]) -> Result<Self, StoreError> {
         let mut roles = Vec::new();
-        for name in &identity.roles {
-            roles.extend(store.get("role", name)?);
+        for name in names {
+            roles.extend(tx.get("role", name)?);
         }
         Ok(Self { roles })
     }
 
-    /// Whether a role allows `verb` on workload identities, and none denies it.
-    pub(super) fn may(&self, verb: &str) -> bool {
-        let has = |side: &str| {
-            self.roles.iter().any(|role| {
-                let rules = role.spec.pointer(&format!("/{side}/rules"));
-                let rules = rules.and_then(Value::as_array).into_iter().flatten();
-                rules
-                    .filter(|rule| lists(rule, "resources", KIND))
-                    .any(|rule| lists(rule, "verbs", verb))
-            })
-        };
-        has("allow") && !has("deny")
+    /// Whether a role allows `verb` on resources of `kind`, and none denies it.
+    pub(super) fn may(&self, kind: &str, verb: &str) -> bool {
+        self.rules("allow", kind, verb) && !self.denies(kind, verb)
     }
 
-    /// Whether a role allows a workload identity with these labels, and none denies it or may deny
-    /// it: what is not understood among denials denies.
-    pub(super) fn sees(&self, labels: &BTreeMap<String, String>) -> bool {
+    /// Whether a role denies `verb` on resources of `kind`: for what everybody may do otherwise.
+    pub(super) fn denies(&self, kind: &str, verb: &str) -> bool {
+        self.rules("deny", kind, verb)
+    }
+
+    fn rules(&self, side: &str, kind: &str, verb: &str) -> bool {
+        self.roles.iter().any(|role| {
+            let rules = role.spec.pointer(&format!("/{side}/rules"));
+            let rules = rules.and_then(Value::as_array).into_iter().flatten();
+            rules
+                .filter(|rule| lists(rule, "resources", kind))
+                .any(|rule| lists(rule, "verbs", verb))
+        })
+    }
+
+    /// Whether the selector `key` of a role, for example `app_labels`, allows a resource with
+    /// these labels, and none denies it or may deny it: what is not understood among denials
+    /// denies.
+    pub(super) fn sees(&self, key: &str, labels: &BTreeMap<String, String>) -> bool {
         let has = |side: &str, fits: fn(&str, &str) -> bool| {
             self.roles.iter().any(|role| {
-                let selector = role
-                    .spec
-                    .pointer(&format!("/{side}/workload_identity_labels"))
-                    .and_then(Value::as_object);
+                let selector = role.spec.pointer(&format!("/{side}/{key}"));
+                let selector = selector.and_then(Value::as_object);
                 selector.is_some_and(|selector| {
                     let selector = selector.iter();
                     let selector = selector.map(|(key, values)| (key.clone(), texts(values)));
@@ -111,6 +115,8 @@ mod tests {
 
     use super::*;
 
+    const SELECTOR: &str = "workload_identity_labels";
+
     fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
         let pairs = pairs.iter();
         pairs
@@ -159,18 +165,24 @@ mod tests {
             "rules": [{"resources": ["*"], "verbs": ["list"]}]}}));
         let all = role(json!({"allow": {"rules": [{"resources": ["*"], "verbs": ["*"]}]}}));
         let nobody = Access { roles: vec![] };
-        assert!(!nobody.may("read") && !nobody.sees(&labels(&[])));
+        assert!(!nobody.may("workload_identity", "read") && !nobody.sees(SELECTOR, &labels(&[])));
         let issuer = Access {
             roles: vec![allow.clone()],
         };
-        assert!(issuer.may("read") && !issuer.may("list"));
-        assert!(issuer.sees(&labels(&[])));
+        assert!(
+            issuer.may("workload_identity", "read") && !issuer.may("workload_identity", "list")
+        );
+        assert!(issuer.sees(SELECTOR, &labels(&[])));
         let narrowed = Access {
             roles: vec![allow, deny, all],
         };
-        assert!(narrowed.may("read") && narrowed.may("create") && !narrowed.may("list"));
-        assert!(narrowed.sees(&labels(&[("env", "dev")])));
-        assert!(!narrowed.sees(&labels(&[("env", "prod")])));
+        assert!(
+            narrowed.may("workload_identity", "read")
+                && narrowed.may("workload_identity", "create")
+                && !narrowed.may("workload_identity", "list")
+        );
+        assert!(narrowed.sees(SELECTOR, &labels(&[("env", "dev")])));
+        assert!(!narrowed.sees(SELECTOR, &labels(&[("env", "prod")])));
         // Nobody can tell what these deny, so they deny; the same among allowances allows nothing.
         for odd in ["^(prod$", "{{internal.env}}"] {
             let side =
@@ -178,12 +190,15 @@ mod tests {
             let denied = Access {
                 roles: vec![narrowed.roles[0].clone(), side("deny")],
             };
-            assert!(!denied.sees(&labels(&[("env", "prod")])), "{odd}");
-            assert!(denied.sees(&labels(&[("team", "a")])), "{odd}");
+            assert!(!denied.sees(SELECTOR, &labels(&[("env", "prod")])), "{odd}");
+            assert!(denied.sees(SELECTOR, &labels(&[("team", "a")])), "{odd}");
             let allowed = Access {
                 roles: vec![side("allow")],
             };
-            assert!(!allowed.sees(&labels(&[("env", "prod")])), "{odd}");
+            assert!(
+                !allowed.sees(SELECTOR, &labels(&[("env", "prod")])),
+                "{odd}"
+            );
         }
     }
 }

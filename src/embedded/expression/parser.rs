@@ -5,14 +5,15 @@ use super::{MAX_DEPTH, ParseError};
 
 /// A node of the syntax tree, where it starts, and how deep it is.
 #[derive(Debug)]
-pub(super) struct Raw {
-    pub(super) at: usize,
-    pub(super) kind: RawKind,
+pub(in crate::embedded) struct Raw {
+    /// The character where it starts, from 1.
+    pub(in crate::embedded) at: usize,
+    pub(in crate::embedded) kind: RawKind,
     depth: usize,
 }
 
 #[derive(Debug)]
-pub(super) enum RawKind {
+pub(in crate::embedded) enum RawKind {
     Text(String),
     Integer(i64),
     Name(String),
@@ -27,6 +28,21 @@ pub(super) enum RawKind {
         right: Box<Raw>,
         negated: bool,
     },
+}
+
+impl Raw {
+    /// The names of `a.b.c`; `None` for anything else.
+    pub(in crate::embedded) fn dotted(&self) -> Option<Vec<&str>> {
+        match &self.kind {
+            RawKind::Name(name) => Some(vec![name]),
+            RawKind::Member(object, name) => {
+                let mut names = object.dotted()?;
+                names.push(name);
+                Some(names)
+            }
+            _ => None,
+        }
+    }
 }
 
 struct Parser {
