@@ -339,6 +339,28 @@ impl Tx<'_> {
             .collect()
     }
 
+    /// Hands unexpired resources of `kind` to `take`, by name and from the name `start` on, until
+    /// it says that it has enough. Holds one of them at a time.
+    pub fn each_from(
+        &self,
+        kind: &str,
+        start: &str,
+        mut take: impl FnMut(Resource) -> bool,
+    ) -> Result<(), StoreError> {
+        let query =
+            format!("SELECT {COLUMNS} FROM resources WHERE kind = ?1 AND name >= ?2 ORDER BY name");
+        let failed = |e| self.sqlite(e);
+        let mut statement = self.sql.prepare(&query).map_err(failed)?;
+        let mut rows = statement.query([kind, start]).map_err(failed)?;
+        while let Some(row) = rows.next().map_err(failed)? {
+            let stored = Stored::read(row).map_err(failed)?;
+            if self.is_alive(&stored) && !take(stored.parse()?) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
     /// As [`Store::put`].
     pub fn put(&self, mut resource: Resource, put: &Put) -> Result<Resource, StoreError> {
         let (kind, name) = (resource.kind.clone(), resource.name.clone());

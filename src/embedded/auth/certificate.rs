@@ -9,14 +9,16 @@ use x509_cert::name::RdnSequence;
 
 use super::refusal::Refusal;
 use super::roles::RoleSet;
+use super::served::Routes;
 use crate::crypto::ssh::{Holder, NewCertificate};
 use crate::crypto::x509::{COMMON_NAME, ORGANIZATION};
 use crate::crypto::{pem, random};
+use crate::embedded::SERVER_VERSION;
 use crate::embedded::ca::mint::{self, CLIENT_AUTH, MintError, SERVER_AUTH, Subject, Template};
 use crate::embedded::ca::{Authorities, AuthorityType, BACKDATE, leaf_usage};
 use crate::embedded::caller::oid;
 use crate::embedded::instant::rfc3339;
-use crate::pb::proto::{Certs, RouteToDatabase};
+use crate::pb::proto::Certs;
 
 /// A login that every bot certificate has, for joining through a proxy.
 const JOIN_LOGIN: &str = "-teleport-internal-join";
@@ -36,8 +38,8 @@ pub(super) struct Identity<'a> {
     pub(super) traits: &'a BTreeMap<String, Vec<String>>,
     /// This cluster.
     pub(super) cluster: &'a str,
-    /// The database that the certificate is for.
-    pub(super) database: Option<&'a RouteToDatabase>,
+    /// What the certificate is for.
+    pub(super) routes: &'a Routes,
     /// The address that asks.
     pub(super) client_ip: String,
     /// Whether it may renew itself.
@@ -173,10 +175,18 @@ impl Identity<'_> {
             oid::KUBERNETES_GROUP,
             &self.roles.kubernetes_groups,
         )?;
+        subject = subject.one(oid::KUBERNETES_CLUSTER, &self.routes.kube_cluster)?;
+        if let Some(route) = &self.routes.app {
+            subject = subject
+                .one(oid::APP_SESSION, &route.session)?
+                .one(oid::APP_PUBLIC_ADDR, &route.public_addr)?
+                .one(oid::APP_CLUSTER, self.cluster)?
+                .one(oid::APP_NAME, &route.name)?;
+        }
         subject = subject
             .one(oid::CLUSTER, self.cluster)?
             .one(oid::CLIENT_IP, &self.client_ip)?;
-        if let Some(route) = self.database {
+        if let Some(route) = &self.routes.database {
             subject = subject
                 .one(oid::DATABASE_SERVICE, &route.service_name)?
                 .one(oid::DATABASE_PROTOCOL, &route.protocol)?
@@ -264,7 +274,20 @@ impl Identity<'_> {
         add("kubernetes_groups", json!(self.roles.kubernetes_groups));
         add("database_names", json!(self.roles.database_names));
         add("database_users", json!(self.roles.database_users));
-        if let Some(route) = self.database {
+        add(
+            "kubernetes_cluster",
+            self.routes.kube_cluster.clone().into(),
+        );
+        if let Some(route) = &self.routes.app {
+            let route = json!({
+                "name": route.name,
+                "public_addr": route.public_addr,
+                "cluster_name": self.cluster,
+                "session_id": route.session,
+            });
+            add("route_to_app", route);
+        }
+        if let Some(route) = &self.routes.database {
             let route = json!({
                 "service_name": route.service_name,
                 "protocol": route.protocol,
@@ -290,5 +313,23 @@ impl Identity<'_> {
             "identity": identity,
             "user_agent": user_agent,
         })
+    }
+    /// The event that tells of the session with an application, if the certificate is for one.
+    pub(super) fn session_event(&self) -> Option<Value> {
+        let route = self.routes.app.as_ref()?;
+        Some(json!({
+            "event": "app.session.start",
+            "code": "T2007I",
+            "sid": route.session,
+            "app_name": route.name,
+            "app_public_addr": route.public_addr,
+            "public_addr": route.public_addr,
+            "namespace": "default",
+            "server_version": SERVER_VERSION,
+            "user": self.user,
+            "user_kind": 2,
+            "bot_name": self.bot_name,
+            "bot_instance_id": self.bot_instance,
+        }))
     }
 }

@@ -5,11 +5,12 @@ use std::collections::BTreeSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::{Auth, Refusal, WhileAllowed, authorize, blocking, caller, user_agent};
+use super::{Auth, Refusal, WhileAllowed, authorize, blocking, caller, served, user_agent};
 use crate::crypto::pem;
 use crate::embedded::SERVER_VERSION;
 use crate::embedded::ca::AuthorityType;
 use crate::embedded::caller::{Caller, TlsIdentity};
+use crate::embedded::store::Tx;
 use crate::pb::proto::auth_service_server::AuthService;
 use crate::pb::proto::{
     Certs, Event, GetClusterCaCertResponse, GetRoleRequest, ListResourcesRequest,
@@ -110,8 +111,14 @@ impl AuthService for Auth {
         &self,
         request: Request<ListResourcesRequest>,
     ) -> Result<Response<ListResourcesResponse>, Status> {
-        self.authorized(caller(&request)?).await?;
-        Ok(Response::new(ListResourcesResponse::default()))
+        let identity = self.authorized(caller(&request)?).await?;
+        let state = std::sync::Arc::clone(&self.state);
+        let page = blocking(move || {
+            let request = request.into_inner();
+            let list = |tx: &Tx<'_>| served::list(&state, tx, &identity.roles, &request);
+            state.store.transaction(list)
+        });
+        Ok(Response::new(page.await?))
     }
 
     async fn get_role(
@@ -257,10 +264,12 @@ impl TrustService for Auth {
         &self,
         request: Request<trust::GenerateHostCertRequest>,
     ) -> Result<Response<trust::GenerateHostCertResponse>, Status> {
-        self.authorized(caller(&request)?).await?;
-        Err(Status::unimplemented(
-            "no host certificates are issued here",
-        ))
+        let identity = self.authorized(caller(&request)?).await?;
+        let auth = self.clone();
+        let made = blocking(move || auth.host_cert(&identity, &request.into_inner()));
+        Ok(Response::new(trust::GenerateHostCertResponse {
+            ssh_certificate: made.await?,
+        }))
     }
 
     async fn get_cert_authority(

@@ -1,6 +1,8 @@
+mod host_certs;
 mod join_v1;
 mod joins;
 mod locks;
+mod served;
 
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

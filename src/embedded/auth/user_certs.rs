@@ -11,6 +11,7 @@ use super::instance::{self, Authentication, Decision, Presented};
 use super::locks::{self, Targets};
 use super::refusal::Refusal;
 use super::roles::{RoleSet, may_impersonate};
+use super::served::Routes;
 use super::{Auth, authorize};
 use crate::crypto::{spki_from_pem, ssh};
 use crate::embedded::ClusterState;
@@ -23,7 +24,7 @@ use crate::pb::proto::{Certs, UserCertsRequest};
 /// The life of a certificate whose request names none.
 const DEFAULT_TTL: Duration = Duration::from_hours(1);
 /// No certificate of a bot lives longer.
-const MAX_TTL: Duration = Duration::from_hours(7 * 24);
+pub(super) const MAX_TTL: Duration = Duration::from_hours(7 * 24);
 /// The smallest SubjectPublicKeyInfo of an RSA key with 2048 bits, in bytes.
 const RSA_2048: usize = 290;
 /// The longest public key, in bytes of its text: RSA keys with 16384 bits have 3 KiB.
@@ -208,7 +209,7 @@ impl Issue<'_> {
             logins: &logins(&roles),
             traits: &traits,
             cluster: &self.state.name,
-            database: None,
+            routes: &Routes::default(),
             client_ip: self.client_ip.clone(),
             renewable: self.renewable,
             generation,
@@ -315,12 +316,14 @@ impl Auth {
                 |_tx, _instance| Ok(()),
             );
         }
-        let (certs, event) = state.store.transaction(|tx| {
+        let (certs, events) = state.store.transaction(|tx| {
             derived(
                 state, tx, &identity, request, &keys, requested, user_agent, now,
             )
         })?;
-        state.audit.emit(event);
+        for event in events {
+            state.audit.emit(event);
+        }
         Ok(certs)
     }
 }
@@ -358,29 +361,6 @@ fn check(identity: &TlsIdentity, request: &UserCertsRequest, cluster: &str) -> R
         let text = format!("remote cluster {:?} not found", request.route_to_cluster);
         return Err(Refusal::not_found(text));
     }
-    if !request.kubernetes_cluster.is_empty() {
-        return Err(Refusal::bad_parameter(format!(
-            "Kubernetes cluster {:?} is not registered in this Teleport cluster; \
-             the embedded cluster has none",
-            request.kubernetes_cluster
-        )));
-    }
-    if let Some(app) = request
-        .route_to_app
-        .as_ref()
-        .filter(|app| !app.name.is_empty())
-    {
-        return Err(Refusal::not_found(format!("app {:?} not found", app.name)));
-    }
-    if let Some(route) = &request.route_to_database
-        && route.protocol == "mongodb"
-        && route.username.is_empty()
-    {
-        return Err(Refusal::bad_parameter(format!(
-            "must provide database user name to generate certificate for database {:?}",
-            route.service_name
-        )));
-    }
     if request.usage != 0 {
         return Err(Refusal::unimplemented(
             "certificates of limited use are not made here",
@@ -403,7 +383,7 @@ fn derived(
     requested: SystemTime,
     user_agent: &str,
     now: SystemTime,
-) -> Result<(Certs, Value), Refusal> {
+) -> Result<(Certs, Vec<Value>), Refusal> {
     let user = tx
         .get("user", &caller.user)?
         .ok_or_else(|| Refusal::denied("access denied"))?;
@@ -443,14 +423,14 @@ fn derived(
     if !impersonates {
         expires = expires.min(caller.expires);
     }
-    let route = request.route_to_database.as_ref();
+    let routes = Routes::of(state, tx, &roles, request)?;
     let identity = Identity {
         user: &caller.user,
         roles: &roles,
         logins: &logins(&roles),
         traits: &traits,
         cluster: &state.name,
-        database: route.filter(|route| !route.service_name.is_empty()),
+        routes: &routes,
         client_ip: caller.client_ip.clone(),
         renewable: false,
         generation: 0,
@@ -466,5 +446,7 @@ fn derived(
         expires,
     };
     let certs = identity.sign(&state.authorities, keys, false, now)?;
-    Ok((certs, identity.event(user_agent)))
+    let mut events = vec![identity.event(user_agent)];
+    events.extend(identity.session_event());
+    Ok((certs, events))
 }

@@ -150,10 +150,7 @@ pub fn remove(
     if let Some(event) = event(&found, Verb::Delete, by) {
         audit.emit(event);
     }
-    Ok(match kind {
-        "workload_identity" => format!("Workload identity {name:?} has been deleted"),
-        _ => format!("{kind} {name:?} has been deleted"),
-    })
+    Ok(format!("{} {name:?} has been deleted", title(kind)))
 }
 
 /// Where what stays of a used token says which bot instance it let in.
@@ -311,9 +308,21 @@ fn message(resource: &Resource, known: bool) -> String {
     let name = &resource.name;
     match resource.kind.as_str() {
         "token" => format!("provision_token {name:?} has been created"),
-        "workload_identity" => format!("Workload identity {name:?} has been created"),
-        "role" if known => format!("role {name:?} has been updated"),
-        kind => format!("{kind} {name:?} has been created"),
+        kind @ ("role" | "app" | "db" | "kube_cluster" | "node") if known => {
+            format!("{} {name:?} has been updated", title(kind))
+        }
+        kind => format!("{} {name:?} has been created", title(kind)),
+    }
+}
+
+/// How `tctl` calls a resource of this kind.
+fn title(kind: &str) -> &str {
+    match kind {
+        "app" => "application",
+        "db" => "database",
+        "kube_cluster" => "kubernetes cluster",
+        "workload_identity" => "Workload identity",
+        kind => kind,
     }
 }
 
@@ -388,6 +397,21 @@ fn event(resource: &Resource, verb: Verb, by: &str) -> Option<Value> {
             ("lock.created", "TLK00I"),
             ("lock.deleted", "TLK01I"),
         ],
+        "app" => [
+            ("app.create", "TAP03I"),
+            ("app.update", "TAP04I"),
+            ("app.delete", "TAP05I"),
+        ],
+        "db" => [
+            ("db.create", "TDB03I"),
+            ("db.update", "TDB04I"),
+            ("db.delete", "TDB05I"),
+        ],
+        "kube_cluster" => [
+            ("kube.create", "T3010I"),
+            ("kube.update", "T3011I"),
+            ("kube.delete", "T3012I"),
+        ],
         "workload_identity" => [
             ("workload_identity.create", "WID001I"),
             ("workload_identity.update", "WID002I"),
@@ -429,6 +453,19 @@ fn event(resource: &Resource, verb: Verb, by: &str) -> Option<Value> {
         "lock" => {
             set(&mut event, "target", spec("target"));
             set(&mut event, "message", spec("message"));
+        }
+        "app" if verb != Verb::Delete => {
+            set(&mut event, "app_labels", json!(resource.labels));
+            set(&mut event, "app_uri", spec("uri"));
+            set(&mut event, "app_public_addr", spec("public_addr"));
+        }
+        "db" if verb != Verb::Delete => {
+            set(&mut event, "db_labels", json!(resource.labels));
+            set(&mut event, "db_protocol", spec("protocol"));
+            set(&mut event, "db_uri", spec("uri"));
+        }
+        "kube_cluster" if verb != Verb::Delete => {
+            set(&mut event, "kube_labels", json!(resource.labels));
         }
         "workload_identity" if verb != Verb::Delete => {
             set(&mut event, "workload_identity_data", view(resource));

@@ -11,6 +11,7 @@ mod bot;
 mod lock;
 mod revocation;
 mod role;
+mod served;
 mod token;
 mod workload_identity;
 
@@ -24,6 +25,7 @@ use crate::yaml::{self, Fields, Node, Problem, Problems, Severity};
 
 pub use apply::{Applied, ApplyError, Mode, SPENT_BY, apply, remove, seed, spent};
 pub use bot::user_name as bot_user_name;
+pub use served::is_label_key;
 pub use token::{METHODS, safe_name};
 
 /// A resource file that cannot be used.
@@ -59,14 +61,34 @@ struct Kind {
 /// The kinds that files may hold, by name.
 const KINDS: &[Kind] = &[
     Kind {
+        name: "app",
+        versions: &["v3"],
+        check: served::check_app,
+    },
+    Kind {
         name: "bot",
         versions: &["v1"],
         check: bot::check,
     },
     Kind {
+        name: "db",
+        versions: &["v3"],
+        check: served::check_database,
+    },
+    Kind {
+        name: "kube_cluster",
+        versions: &["v3"],
+        check: served::check_kube_cluster,
+    },
+    Kind {
         name: "lock",
         versions: &["v2"],
         check: lock::check,
+    },
+    Kind {
+        name: "node",
+        versions: &["v2"],
+        check: served::check_node,
     },
     Kind {
         name: "role",
@@ -95,9 +117,14 @@ const DERIVED: &[&str] = &["bot_instance", "user"];
 
 /// Every kind that may be read by people, and the short forms that `tctl` knows.
 const ALIASES: &[(&str, &str)] = &[
+    ("apps", "app"),
     ("bots", "bot"),
     ("bot_instances", "bot_instance"),
+    ("databases", "db"),
+    ("dbs", "db"),
+    ("kube_clusters", "kube_cluster"),
     ("locks", "lock"),
+    ("nodes", "node"),
     ("roles", "role"),
     ("tokens", "token"),
     ("users", "user"),

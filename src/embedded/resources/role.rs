@@ -18,21 +18,25 @@ const PATTERNS: &str = "write a text, a text with `*`, or a `^regular expression
 /// Sessions of a role that says nothing else, as a cluster fills it in.
 const DEFAULT_TTL: &str = "30h0m0s";
 
+/// The labels by which this cluster decides who may see what.
+const SELECTORS: &[&str] = &[
+    "app_labels",
+    "db_labels",
+    "kubernetes_labels",
+    "workload_identity_labels",
+];
+
 /// What `allow` and `deny` may hold beside what this cluster decides by (upstream
 /// `api/types/role.go` and its JSON names). Kept as it is; anything else is a misspelling, and a
 /// misspelt denial would deny nothing.
 const KEPT: &[&str] = &[
     "account_assignments",
-    "app_labels",
-    "app_labels_expression",
     "aws_role_arns",
     "azure_identities",
     "beam_labels",
     "beam_labels_expression",
     "cluster_labels",
     "cluster_labels_expression",
-    "db_labels",
-    "db_labels_expression",
     "db_names",
     "db_permissions",
     "db_roles",
@@ -48,8 +52,6 @@ const KEPT: &[&str] = &[
     "host_sudoers",
     "join_sessions",
     "kubernetes_groups",
-    "kubernetes_labels",
-    "kubernetes_labels_expression",
     "kubernetes_resources",
     "kubernetes_users",
     "logins",
@@ -160,17 +162,18 @@ pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource) {
 }
 
 fn check_conditions(mut fields: Fields<'_>, deny: bool, conditions: &mut Value) {
-    const LABELS: &str = "workload_identity_labels";
-    if let Some(labels) = labels(&mut fields, LABELS) {
-        set(conditions, LABELS, json!(labels));
-    }
-    let expression = "workload_identity_labels_expression";
-    if fields.string(expression).is_some() {
-        fields.error(
-            expression,
-            "label expressions are not supported by this cluster",
-            Some("use `workload_identity_labels`"),
-        );
+    for key in SELECTORS {
+        if let Some(labels) = labels(&mut fields, key) {
+            set(conditions, key, json!(labels));
+        }
+        let expression = format!("{key}_expression");
+        if fields.string(&expression).is_some() {
+            fields.error(
+                &expression,
+                "label expressions are not supported by this cluster",
+                Some(&format!("use `{key}`")),
+            );
+        }
     }
     for mut rule in fields.sections("rules").unwrap_or_default() {
         for key in ["resources", "verbs"] {
