@@ -25,6 +25,7 @@ pub mod renewal;
 pub mod secret;
 pub mod services;
 pub mod spiffe;
+mod ssh;
 pub mod telemetry;
 pub mod websocket;
 pub mod workload;

@@ -6,7 +6,7 @@
 mod key;
 pub mod pem;
 pub mod ssh;
-pub(crate) mod ssh_host;
+pub(crate) mod ssh_cert;
 pub(crate) mod ssh_wire;
 pub mod suite;
 pub mod x509;

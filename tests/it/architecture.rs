@@ -19,6 +19,7 @@ const RINGS: &[&[&str]] = &[
         "renewal",
         "secret",
         "spiffe",
+        "ssh",
         "telemetry",
         "websocket",
         "yaml",

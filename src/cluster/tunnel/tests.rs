@@ -7,12 +7,14 @@ use std::time::SystemTime;
 use aws_lc_rs::agreement::{self, EphemeralPrivateKey, UnparsedPublicKey, X25519};
 use aws_lc_rs::rand::SystemRandom;
 
-use super::packet::{Seal, cipher};
 use super::*;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, ReadHalf, WriteHalf};
+
 use crate::crypto::ssh::{Holder, NewCertificate, sign};
-use crate::crypto::ssh_host::is_signed;
-use crate::crypto::ssh_host::tests::certify;
+use crate::crypto::ssh_cert::is_signed;
+use crate::crypto::ssh_cert::tests::certify;
 use crate::crypto::{KeyAlgorithm, sha256};
+use crate::ssh::packet::{Incoming, Outgoing, Seal, cipher};
 
 /// What the server does other than it should.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,7 +99,7 @@ impl Proxy {
         }
     }
 
-    async fn serve(self, io: DuplexStream) -> Result<(), TunnelError> {
+    async fn serve(self, io: DuplexStream) -> Result<(), ConnectionError> {
         let (mut read, mut write) = tokio::io::split(io);
         let greeting = match self.fault {
             Fault::NoSsh => "HTTP/1.1 400 Bad Request\r\n\r\n<html>\r\n",
@@ -224,7 +226,7 @@ impl Proxy {
     }
 
     /// Whether the bot holds the key of its certificate.
-    fn check(&self, login: &[u8], session: &[u8]) -> Result<(), TunnelError> {
+    fn check(&self, login: &[u8], session: &[u8]) -> Result<(), ConnectionError> {
         let mut reader = expect(login, message::USERAUTH_REQUEST, "")?;
         assert_eq!(reader.text()?, "-teleport-internal-join");
         assert_eq!(reader.text()?, "ssh-connection");
@@ -244,7 +246,7 @@ impl Proxy {
         self,
         mut incoming: Incoming<ReadHalf<DuplexStream>>,
         mut outgoing: Outgoing<WriteHalf<DuplexStream>>,
-    ) -> Result<(), TunnelError> {
+    ) -> Result<(), ConnectionError> {
         const SMALL: u32 = 5000;
         let ask = incoming.packet().await?;
         let mut reader = expect(&ask, message::CHANNEL_OPEN, "")?;

@@ -16,7 +16,7 @@ const TAG: usize = 16;
 const BLOCK: usize = 16;
 
 /// A cipher, by its name in negotiations.
-pub(super) fn cipher(name: &str) -> Option<&'static Algorithm> {
+pub(crate) fn cipher(name: &str) -> Option<&'static Algorithm> {
     match name {
         "aes256-gcm@openssh.com" => Some(&AES_256_GCM),
         "aes128-gcm@openssh.com" => Some(&AES_128_GCM),
@@ -27,7 +27,7 @@ pub(super) fn cipher(name: &str) -> Option<&'static Algorithm> {
 /// The key of one direction. The nonce counts packets and never repeats: the peer asks for new keys
 /// long before, and that ends the connection.
 #[derive(Debug)]
-pub(super) struct Seal {
+pub(crate) struct Seal {
     key: LessSafeKey,
     fixed: [u8; 4],
     counter: u64,
@@ -35,7 +35,7 @@ pub(super) struct Seal {
 
 impl Seal {
     /// `iv` has 12 bytes; of `key` as many count as the cipher needs.
-    pub(super) fn new(algorithm: &'static Algorithm, key: &[u8], iv: &[u8]) -> Option<Self> {
+    pub(crate) fn new(algorithm: &'static Algorithm, key: &[u8], iv: &[u8]) -> Option<Self> {
         let key = UnboundKey::new(algorithm, key.get(..algorithm.key_len())?).ok()?;
         let (fixed, counter) = iv.get(..12)?.split_first_chunk()?;
         Some(Self {
@@ -61,14 +61,14 @@ fn broken(problem: &str) -> io::Error {
 
 /// The receiving direction.
 #[derive(Debug)]
-pub(super) struct Incoming<R> {
-    pub(super) io: R,
-    pub(super) seal: Option<Seal>,
+pub(crate) struct Incoming<R> {
+    pub(crate) io: R,
+    pub(crate) seal: Option<Seal>,
 }
 
 impl<R: AsyncRead + Unpin> Incoming<R> {
     /// The next packet's payload.
-    pub(super) async fn packet(&mut self) -> io::Result<Vec<u8>> {
+    pub(crate) async fn packet(&mut self) -> io::Result<Vec<u8>> {
         let head = self.io.read_u32().await?;
         let length = usize::try_from(head).unwrap_or(usize::MAX);
         if !(8..=MAX_PACKET).contains(&length) {
@@ -98,14 +98,14 @@ impl<R: AsyncRead + Unpin> Incoming<R> {
 
 /// The sending direction.
 #[derive(Debug)]
-pub(super) struct Outgoing<W> {
-    pub(super) io: W,
-    pub(super) seal: Option<Seal>,
+pub(crate) struct Outgoing<W> {
+    pub(crate) io: W,
+    pub(crate) seal: Option<Seal>,
 }
 
 impl<W: AsyncWrite + Unpin> Outgoing<W> {
     /// Sends `payload` as one packet.
-    pub(super) async fn send(&mut self, payload: &[u8]) -> io::Result<()> {
+    pub(crate) async fn send(&mut self, payload: &[u8]) -> io::Result<()> {
         // A plain packet is aligned with its length, a sealed one without.
         let counted = payload.len() + if self.seal.is_some() { 1 } else { 5 };
         let mut padding = BLOCK - counted % BLOCK;

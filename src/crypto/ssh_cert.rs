@@ -1,4 +1,4 @@
-//! Host certificates of SSH (OpenSSH `PROTOCOL.certkeys`), and signatures verified.
+//! Certificates of SSH as a peer shows them (OpenSSH `PROTOCOL.certkeys`), and signatures verified.
 
 use std::time::{Duration, SystemTime};
 
@@ -7,31 +7,30 @@ use aws_lc_rs::signature::{
     RsaParameters, RsaPublicKeyComponents, UnparsedPublicKey,
 };
 
-use super::ssh::SshError;
+use super::ssh::{Holder, SshError};
 use super::ssh_wire::{Reader, Writer};
 
-/// The kind of certificate that hosts have.
-const HOST: u32 = 2;
-
-/// What matters of a host certificate.
+/// What matters of a certificate whose signature was verified.
 #[derive(Debug, Clone)]
-pub(crate) struct HostCertificate {
+pub(crate) struct SignedCertificate {
     /// The certified key in its plain binary form.
     pub(crate) key: Vec<u8>,
+    /// The names that it is good for.
+    pub(crate) principals: Vec<String>,
     /// The authority's key in its binary form.
     authority: Vec<u8>,
     valid_after: SystemTime,
     valid_before: SystemTime,
 }
 
-impl HostCertificate {
+impl SignedCertificate {
     /// Reads a certificate and verifies that the authority which it names signed it. Whether that
     /// authority is trusted is another question: see [`Self::is_good`].
     ///
     /// # Errors
-    /// [`SshError::Malformed`] if it is no host certificate, or the signature does not verify;
+    /// [`SshError::Malformed`] if it is no certificate of a `holder`, or the signature does not verify;
     /// [`SshError::Unsupported`] for keys other than RSA, P-256 and Ed25519.
-    pub(crate) fn parse(wire: &[u8]) -> Result<Self, SshError> {
+    pub(crate) fn parse(wire: &[u8], holder: Holder) -> Result<Self, SshError> {
         let mut reader = Reader(wire);
         let name = reader.text()?;
         let _nonce = reader.string()?;
@@ -48,14 +47,18 @@ impl HostCertificate {
             key = key.string(reader.string()?);
         }
         let _serial = reader.u64()?;
-        if reader.u32()? != HOST {
+        if reader.u32()? != holder as u32 {
             return Err(SshError::Malformed);
         }
         let _key_id = reader.string()?;
-        let _principals = reader.string()?;
+        let mut names = Reader(reader.string()?);
+        let mut principals = Vec::new();
+        while !names.0.is_empty() {
+            principals.push(names.text()?.to_owned());
+        }
         let valid_after = time(reader.u64()?);
         let valid_before = time(reader.u64()?);
-        // Nothing that a host could be restricted by is known here.
+        // Nothing that it could be restricted by is known here.
         if !reader.string()?.is_empty() {
             return Err(SshError::Unsupported);
         }
@@ -70,6 +73,7 @@ impl HostCertificate {
         }
         Ok(Self {
             key: key.0,
+            principals,
             authority,
             valid_after,
             valid_before,
@@ -176,8 +180,8 @@ pub(crate) mod tests {
             let authority = PrivateKey::generate(algorithm).unwrap();
             let known = wire_of_line(&authority.public_ssh_line().unwrap()).unwrap();
             let key = PrivateKey::generate(algorithm).unwrap();
-            let wire = certify(&key, &authority, HOST, (100, 200));
-            let certificate = HostCertificate::parse(&wire).unwrap();
+            let wire = certify(&key, &authority, 2, (100, 200));
+            let certificate = SignedCertificate::parse(&wire, Holder::Host).unwrap();
             assert_eq!(
                 certificate.key,
                 wire_of_line(&key.public_ssh_line().unwrap()).unwrap()
@@ -190,8 +194,11 @@ pub(crate) mod tests {
             for position in 0..wire.len() {
                 let mut other = wire.clone();
                 other[position] ^= 1;
-                assert!(HostCertificate::parse(&other).is_err(), "{position}");
-                assert!(HostCertificate::parse(&wire[..position]).is_err());
+                assert!(
+                    SignedCertificate::parse(&other, Holder::Host).is_err(),
+                    "{position}"
+                );
+                assert!(SignedCertificate::parse(&wire[..position], Holder::Host).is_err());
             }
         }
     }
@@ -200,9 +207,10 @@ pub(crate) mod tests {
     fn a_users_certificate_is_no_hosts() {
         let key = PrivateKey::generate(KeyAlgorithm::Ed25519).unwrap();
         let wire = certify(&key, &key, 1, (0, u64::MAX));
-        assert!(HostCertificate::parse(&wire).is_err());
-        let forever = certify(&key, &key, HOST, (0, u64::MAX));
-        let forever = HostCertificate::parse(&forever).unwrap();
+        assert!(SignedCertificate::parse(&wire, Holder::Host).is_err());
+        assert!(SignedCertificate::parse(&wire, Holder::User).is_ok());
+        let forever = certify(&key, &key, 2, (0, u64::MAX));
+        let forever = SignedCertificate::parse(&forever, Holder::Host).unwrap();
         let known = [wire_of_line(&key.public_ssh_line().unwrap()).unwrap()];
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(2_000_000_000);
         assert!(forever.is_good(&known, now));
