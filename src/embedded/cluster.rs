@@ -17,11 +17,11 @@ use super::admin::{self, AdminError};
 use super::audit::{Audit, AuditError};
 use super::auth::{self, StsError};
 use super::ca::{self, Authorities, AuthorityError, Step};
-use super::listener::{Port, Server};
+use super::listener::{Port, Server, Sockets};
 use super::resources::{self, Applied, CreateError, Mode};
 use super::store::{Put, Resource, Store, StoreError};
 use super::tls::{Tls, TlsError, WebCertificate};
-use super::web::Web;
+use super::web::{Ports, Web};
 use super::{ClusterState, SWEEP, files, workload_identity};
 use crate::clock::Clock;
 use crate::crypto::Suite;
@@ -44,6 +44,9 @@ pub struct Config {
     pub listen: SocketAddr,
     /// The port of the auth service alone, for agents with `auth_server`.
     pub auth_listen: Option<SocketAddr>,
+    /// The port for SSH tunnels to the auth service. With it, the shared port does not lead there, as
+    /// at a proxy without TLS routing.
+    pub tunnel_listen: Option<SocketAddr>,
     /// How agents reach the shared port: host names or addresses, with or without port. The first
     /// is told to them.
     pub public_addrs: Vec<String>,
@@ -72,6 +75,7 @@ impl Config {
             cluster_name: None,
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             auth_listen: None,
+            tunnel_listen: None,
             public_addrs: Vec::new(),
             tls: None,
             resources: Vec::new(),
@@ -158,11 +162,11 @@ pub enum ClusterError {
 pub struct Cluster {
     state: Arc<ClusterState>,
     server: Arc<Server>,
-    shared: TcpListener,
-    auth: Option<TcpListener>,
+    sockets: Sockets,
     admin: admin::Server,
     web_addr: SocketAddr,
     auth_addr: Option<SocketAddr>,
+    tunnel_addr: Option<SocketAddr>,
     web_ca: Option<PathBuf>,
     /// Held as long as the cluster: one process per data directory.
     _lock: File,
@@ -175,13 +179,11 @@ impl Cluster {
     pub async fn open(config: Config) -> Result<Self, ClusterError> {
         let shared = bind(config.listen).await?;
         let web_addr = local(&shared, config.listen)?;
-        let auth = match config.auth_listen {
-            Some(address) => Some(bind(address).await?),
-            None => None,
-        };
-        let auth_addr = match (&auth, config.auth_listen) {
-            (Some(auth), Some(address)) => Some(local(auth, address)?),
-            _ => None,
+        let (auth, auth_addr) = bind_optional(config.auth_listen).await?;
+        let (ssh, tunnel_addr) = bind_optional(config.tunnel_listen).await?;
+        let ports = Ports {
+            shared: web_addr,
+            ssh: tunnel_addr,
         };
         let (join_v1, trust_v1) = (config.join_v1, config.trust_v1);
         let opened = tokio::task::spawn_blocking(move || open(config, web_addr))
@@ -197,7 +199,10 @@ impl Cluster {
             cluster: state.name.clone(),
             tls: opened.tls,
             auth: workload_identity::add_services(services, &state),
-            web: Arc::new(Web::new(Arc::clone(&state), join.clone(), web_addr)),
+            web: Arc::new(Web::new(Arc::clone(&state), join.clone(), ports)),
+            ssh_names: opened.hosts,
+            tls_routing: ssh.is_none(),
+            authorities: state.authorities.clone(),
             join,
             clock: state.clock.clone(),
             audit: state.audit.clone(),
@@ -205,11 +210,11 @@ impl Cluster {
         Ok(Self {
             state,
             server,
-            shared,
-            auth,
+            sockets: Sockets { shared, auth, ssh },
             admin,
             web_addr,
             auth_addr,
+            tunnel_addr,
             web_ca: opened.web_ca,
             _lock: opened.lock,
         })
@@ -243,6 +248,12 @@ impl Cluster {
         self.auth_addr
     }
 
+    /// The address of the port for SSH tunnels, if there is one.
+    #[must_use]
+    pub fn tunnel_addr(&self) -> Option<SocketAddr> {
+        self.tunnel_addr
+    }
+
     /// What agents pin to trust this cluster: `sha256:…` of the host authority's key.
     #[must_use]
     pub fn ca_pin(&self) -> String {
@@ -266,13 +277,12 @@ impl Cluster {
         let Self {
             state,
             server,
-            shared,
-            auth,
+            sockets,
             admin,
             ..
         } = self;
         tokio::join!(
-            server.serve(shared, auth, shutdown.clone()),
+            server.serve(sockets, shutdown.clone()),
             admin.serve(shutdown.clone()),
             sweep(&state, &shutdown),
             rotate(&state, &shutdown),
@@ -298,6 +308,17 @@ impl AuthPort {
         let forever = CancellationToken::new();
         Box::pin(self.0.connection(stream, peer, Port::Auth, forever)).await
     }
+}
+
+async fn bind_optional(
+    address: Option<SocketAddr>,
+) -> Result<(Option<TcpListener>, Option<SocketAddr>), ClusterError> {
+    let Some(address) = address else {
+        return Ok((None, None));
+    };
+    let listener = bind(address).await?;
+    let bound = local(&listener, address)?;
+    Ok((Some(listener), Some(bound)))
 }
 
 async fn bind(address: SocketAddr) -> Result<TcpListener, ClusterError> {
@@ -374,6 +395,8 @@ struct Opened {
     state: ClusterState,
     tls: Tls,
     data_dir: PathBuf,
+    /// Names and addresses of the proxy.
+    hosts: Vec<String>,
     web_ca: Option<PathBuf>,
     lock: File,
 }
@@ -398,8 +421,9 @@ fn open(config: Config, web_addr: SocketAddr) -> Result<Opened, ClusterError> {
         (web, Some(export))
     };
     let names = hosts
-        .into_iter()
-        .filter(|host| host.parse::<std::net::IpAddr>().is_err());
+        .iter()
+        .filter(|host| host.parse::<std::net::IpAddr>().is_err())
+        .cloned();
     let tls = Tls::new(&authorities, &web, names.collect(), &clock)?;
     if let Some(endpoint) = &config.sts_endpoint {
         tracing::warn!(
@@ -424,6 +448,7 @@ fn open(config: Config, web_addr: SocketAddr) -> Result<Opened, ClusterError> {
         state,
         tls,
         data_dir: config.data_dir,
+        hosts,
         web_ca,
         lock,
     })

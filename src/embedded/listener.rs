@@ -4,11 +4,12 @@
 //! |---|---|---|
 //! | `teleport-auth@…` | host authority, client certificates count | the auth service |
 //! | `teleport-proxy-grpc` among them | web | joining only |
-//! | `teleport-reversetunnel…` among them | web | nothing: a probe, answered and closed |
+//! | `teleport-reversetunnel…` among them | web | SSH, and in it the auth service |
 //! | anything else, or none | web | HTTPS, and tunnels to all of the above |
 //!
 //! A second listener may serve the auth service without looking at ALPN, for agents that are
-//! configured with `auth_server`.
+//! configured with `auth_server`; a third SSH without TLS around it, and then the first one serves
+//! joining and HTTPS only, as a proxy does whose ports do not tell protocols apart.
 //!
 //! Nobody holds a connection for nothing: whoever has no certificate has to call something now and
 //! then, whoever has one has to answer pings, and one peer has a share of all connections only.
@@ -31,7 +32,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use rustls::pki_types::CertificateDer;
 use rustls::server::Acceptor;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -47,9 +48,11 @@ use activity::{Activity, Answer};
 use peers::Peers;
 
 use super::audit::Audit;
+use super::ca::Authorities;
 use super::caller::{Caller, Listener, TlsIdentity};
 use super::tls::Tls;
-use super::upgrade::{Slot, Tunnel};
+use super::tunnel::Gate;
+use super::upgrade::Slot;
 use super::web::Web;
 use crate::clock::Clock;
 
@@ -81,6 +84,8 @@ const CONNECTION_WINDOW: u32 = 256 * 1024;
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// All headers of one request.
 const MAX_HEADERS: u32 = 32 * 1024;
+/// Bytes on their way between SSH and the auth service, in each direction.
+const TUNNEL_BUFFER: usize = 64 * 1024;
 /// After the system had no more file descriptors.
 const NO_DESCRIPTORS: Duration = Duration::from_millis(100);
 
@@ -93,8 +98,8 @@ pub(super) enum Route {
     OtherCluster,
     /// Joining through the proxy.
     Join,
-    /// To know whether ALPN passes unharmed.
-    Probe,
+    /// SSH, or to know whether ALPN passes unharmed.
+    Ssh,
     /// HTTPS.
     Web,
 }
@@ -121,7 +126,7 @@ pub(super) fn route<'a>(offered: impl Iterator<Item = &'a [u8]> + Clone, cluster
             return Route::Join;
         }
         if protocol.starts_with(b"teleport-reversetunnel") {
-            return Route::Probe;
+            return Route::Ssh;
         }
     }
     Route::Web
@@ -135,8 +140,20 @@ pub(super) struct Server {
     pub(super) auth: Routes,
     pub(super) join: Routes,
     pub(super) web: Arc<Web>,
+    /// How the proxy's SSH side is reached.
+    pub(super) ssh_names: Vec<String>,
+    /// Whether the shared port leads to the auth service.
+    pub(super) tls_routing: bool,
+    pub(super) authorities: Authorities,
     pub(super) clock: Clock,
     pub(super) audit: Audit,
+}
+
+/// What is spoken inside of TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Inside {
+    Http(Listener),
+    Ssh,
 }
 
 /// Which socket accepted.
@@ -146,6 +163,16 @@ pub(super) enum Port {
     /// The shared port, inside of a tunnel; there is no tunnel inside of it.
     Tunnel,
     Auth,
+    /// SSH without TLS around it.
+    Ssh,
+}
+
+/// The sockets of a cluster.
+#[derive(Debug)]
+pub(super) struct Sockets {
+    pub(super) shared: TcpListener,
+    pub(super) auth: Option<TcpListener>,
+    pub(super) ssh: Option<TcpListener>,
 }
 
 /// What a connection runs on: TCP, or whatever a test brings.
@@ -155,12 +182,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin + Send + 'static> Transport for T {}
 
 impl Server {
     /// Serves until `shutdown`; then waits a few seconds for calls in flight.
-    pub(super) async fn serve(
-        self: Arc<Self>,
-        shared: TcpListener,
-        auth: Option<TcpListener>,
-        shutdown: CancellationToken,
-    ) {
+    pub(super) async fn serve(self: Arc<Self>, sockets: Sockets, shutdown: CancellationToken) {
+        let Sockets { shared, auth, ssh } = sockets;
         let limit = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let peers = Peers::new(MAX_OF_PEER);
         let mut connections = JoinSet::new();
@@ -169,6 +192,7 @@ impl Server {
                 () = shutdown.cancelled() => break,
                 accepted = shared.accept() => (accepted, Port::Shared),
                 accepted = accept(auth.as_ref()) => (accepted, Port::Auth),
+                accepted = accept(ssh.as_ref()) => (accepted, Port::Ssh),
                 Some(_done) = connections.join_next(), if !connections.is_empty() => continue,
             };
             let (stream, peer) = match accepted {
@@ -198,7 +222,7 @@ impl Server {
                 drop((permit, admission));
             });
         }
-        drop((shared, auth));
+        drop((shared, auth, ssh));
         let drained = async { while connections.join_next().await.is_some() {} };
         if tokio::time::timeout(DRAIN, drained).await.is_err() {
             connections.shutdown().await;
@@ -213,12 +237,19 @@ impl Server {
         port: Port,
         shutdown: CancellationToken,
     ) -> io::Result<()> {
+        if port == Port::Ssh {
+            return self.ssh(stream, peer, shutdown).await;
+        }
         let handshake = Box::pin(self.handshake(stream, port));
         let Some((listener, stream)) = tokio::time::timeout(HANDSHAKE, handshake)
             .await
             .map_err(|_elapsed| io::Error::from(io::ErrorKind::TimedOut))??
         else {
             return Ok(());
+        };
+        let listener = match listener {
+            Inside::Ssh => return self.ssh(stream, peer, shutdown).await,
+            Inside::Http(listener) => listener,
         };
         let caller = |identity| Caller {
             addr: peer,
@@ -242,7 +273,7 @@ impl Server {
                 let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
                 self.run(stream, http2, service, None, &shutdown).await?;
                 match slot.take().await? {
-                    Some(tunnel) => self.tunnel(tunnel, peer, shutdown).await,
+                    Some(tunnel) => self.inside(tunnel, peer, Port::Tunnel, shutdown).await,
                     None => Ok(()),
                 }
             }
@@ -262,19 +293,38 @@ impl Server {
         }
     }
 
-    /// Answers what comes through a tunnel. Boxed: it is a connection inside of a connection.
-    fn tunnel(
+    /// Lets a bot through to the auth service.
+    async fn ssh(
         self: &Arc<Self>,
-        tunnel: Tunnel,
+        stream: impl Transport,
         peer: SocketAddr,
+        shutdown: CancellationToken,
+    ) -> io::Result<()> {
+        let gate = Gate {
+            authorities: &self.authorities,
+            names: &self.ssh_names,
+            now: self.clock.now(),
+        };
+        let (connection, channel) = Box::pin(gate.open(stream)).await?;
+        let (near, far) = tokio::io::duplex(TUNNEL_BUFFER);
+        let (carried, answered) = tokio::join!(
+            channel.run(connection, far),
+            self.inside(near, peer, Port::Auth, shutdown),
+        );
+        answered?;
+        Ok(carried?)
+    }
+
+    /// Answers a connection inside of a connection; boxed because of that.
+    fn inside(
+        self: &Arc<Self>,
+        stream: impl Transport,
+        peer: SocketAddr,
+        port: Port,
         shutdown: CancellationToken,
     ) -> BoxFuture<'static, io::Result<()>> {
         let server = Arc::clone(self);
-        Box::pin(async move {
-            server
-                .connection(tunnel, peer, Port::Tunnel, shutdown)
-                .await
-        })
+        Box::pin(async move { server.connection(stream, peer, port, shutdown).await })
     }
 
     fn identity(&self, chain: &[CertificateDer<'_>]) -> Result<Option<TlsIdentity>, Status> {
@@ -287,32 +337,32 @@ impl Server {
         &self,
         stream: S,
         port: Port,
-    ) -> io::Result<Option<(Listener, TlsStream<S>)>> {
+    ) -> io::Result<Option<(Inside, TlsStream<S>)>> {
         let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
         let route = match port {
             Port::Auth => Route::Auth,
-            Port::Shared | Port::Tunnel => {
+            Port::Shared | Port::Tunnel | Port::Ssh => {
                 let hello = start.client_hello();
                 let offered: Vec<&[u8]> = hello.alpn().into_iter().flatten().collect();
                 route(offered.into_iter(), &self.cluster)
             }
         };
-        let (listener, config) = match route {
-            Route::Auth => (Some(Listener::Auth), self.tls.auth()?),
+        let http = Inside::Http;
+        let (inside, config) = match route {
+            Route::Auth if self.leads_to_auth(port) => (http(Listener::Auth), self.tls.auth()?),
+            Route::Ssh if self.leads_to_auth(port) => (Inside::Ssh, self.tls.ssh()),
             // Whoever comes through a tunnel has seen a web certificate outside; here the proxy
             // shows that it belongs to a cluster.
-            Route::Join if port == Port::Tunnel => (Some(Listener::ProxyJoin), self.tls.auth()?),
-            Route::Join => (Some(Listener::ProxyJoin), self.tls.join()),
-            Route::Web => (Some(Listener::Web), self.tls.web()),
-            Route::Probe => (None, self.tls.probe()),
-            Route::OtherCluster => return Ok(None),
+            Route::Join if port == Port::Tunnel => (http(Listener::ProxyJoin), self.tls.auth()?),
+            Route::Join => (http(Listener::ProxyJoin), self.tls.join()),
+            Route::Web => (http(Listener::Web), self.tls.web()),
+            Route::Auth | Route::Ssh | Route::OtherCluster => return Ok(None),
         };
-        let stream = start.into_stream(config).await?;
-        let Some(listener) = listener else {
-            let mut stream = stream;
-            return stream.shutdown().await.map(|()| None);
-        };
-        Ok(Some((listener, stream)))
+        Ok(Some((inside, start.into_stream(config).await?)))
+    }
+
+    fn leads_to_auth(&self, port: Port) -> bool {
+        self.tls_routing || port == Port::Auth
     }
 
     /// Serves HTTP until the peer ends it, does nothing for too long, or `shutdown`. The caller is
@@ -474,9 +524,9 @@ mod tests {
             (&["h2", "teleport-proxy-grpc"], Route::Join),
             (
                 &["teleport-reversetunnelv2", "teleport-reversetunnel"],
-                Route::Probe,
+                Route::Ssh,
             ),
-            (&["teleport-reversetunnel"], Route::Probe),
+            (&["teleport-reversetunnel"], Route::Ssh),
             (&["teleport-proxy-grpc-mtls"], Route::Web),
         ];
         for (offered, expected) in cases {

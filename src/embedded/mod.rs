@@ -31,6 +31,7 @@ mod pattern;
 pub mod resources;
 pub mod store;
 mod tls;
+mod tunnel;
 mod upgrade;
 mod web;
 pub mod workload_identity;

@@ -245,7 +245,7 @@ pub(super) struct Tls {
     auth: Mutex<Auth>,
     web: Arc<ServerConfig>,
     join: Arc<ServerConfig>,
-    probe: Arc<ServerConfig>,
+    ssh: Arc<ServerConfig>,
 }
 
 /// The configuration of the auth side, which follows the authorities.
@@ -277,7 +277,7 @@ impl Tls {
             auth: Mutex::new(auth),
             web: config(&["h2", "http/1.1"])?,
             join: config(&["h2"])?,
-            probe: config(&["teleport-reversetunnelv2", "teleport-reversetunnel"])?,
+            ssh: config(&["teleport-reversetunnelv2", "teleport-reversetunnel"])?,
         })
     }
 
@@ -299,8 +299,8 @@ impl Tls {
         Arc::clone(&self.join)
     }
 
-    pub(super) fn probe(&self) -> Arc<ServerConfig> {
-        Arc::clone(&self.probe)
+    pub(super) fn ssh(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.ssh)
     }
 
     /// Who showed these certificates; checked against the authorities as they are now.

@@ -31,7 +31,16 @@ const BODY: Duration = Duration::from_secs(10);
 pub(super) struct Web {
     state: Arc<ClusterState>,
     join: Routes,
-    listen: SocketAddr,
+    ports: Ports,
+}
+
+/// Where the proxy listens.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ports {
+    /// The shared port.
+    pub(super) shared: SocketAddr,
+    /// The port for SSH, where the shared one does not lead to the auth service.
+    pub(super) ssh: Option<SocketAddr>,
 }
 
 /// A refusal as the web API words it: a status and a text.
@@ -39,13 +48,9 @@ pub(super) struct Web {
 pub(super) struct Refusal(pub(super) StatusCode, pub(super) String);
 
 impl Web {
-    /// `join` are the services for joining, `listen` is the address of the shared port.
-    pub(super) fn new(state: Arc<ClusterState>, join: Routes, listen: SocketAddr) -> Self {
-        Self {
-            state,
-            join,
-            listen,
-        }
+    /// `join` are the services for joining, `ports` are told to agents.
+    pub(super) fn new(state: Arc<ClusterState>, join: Routes, ports: Ports) -> Self {
+        Self { state, join, ports }
     }
 
     pub(super) async fn answer(
@@ -86,9 +91,9 @@ impl Web {
             return host_credentials::join(self.join.clone(), &body, caller).await;
         }
         let value = match path {
-            "/webapi/find" => find(&self.state, self.listen),
-            "/webapi/ping" => ping(&self.state, self.listen),
-            _ if path.starts_with("/webapi/ping/") => ping(&self.state, self.listen),
+            "/webapi/find" => find(&self.state, self.ports),
+            "/webapi/ping" => ping(&self.state, self.ports),
+            _ if path.starts_with("/webapi/ping/") => ping(&self.state, self.ports),
             _ => document(&self.state, path)?,
         };
         expect(request.method(), &[Method::GET, Method::HEAD])?;
@@ -125,7 +130,7 @@ fn expect(method: &Method, allowed: &[Method]) -> Result<(), Refusal> {
 }
 
 /// What `/webapi/find` answers.
-pub(super) fn find(state: &ClusterState, listen: SocketAddr) -> Value {
+pub(super) fn find(state: &ClusterState, ports: Ports) -> Value {
     let auth = json!({
         "type": "",
         "private_key_policy": "",
@@ -136,11 +141,11 @@ pub(super) fn find(state: &ClusterState, listen: SocketAddr) -> Value {
         "default_session_ttl": "0s",
         "signature_algorithm_suite": state.authorities.suite().name(),
     });
-    discovery(state, listen, &auth)
+    discovery(state, ports, &auth)
 }
 
 /// What `/webapi/ping` answers.
-pub(super) fn ping(state: &ClusterState, listen: SocketAddr) -> Value {
+pub(super) fn ping(state: &ClusterState, ports: Ports) -> Value {
     let auth = json!({
         "type": "local",
         "second_factor": "otp",
@@ -154,24 +159,27 @@ pub(super) fn ping(state: &ClusterState, listen: SocketAddr) -> Value {
         "default_session_ttl": "12h0m0s",
         "signature_algorithm_suite": state.authorities.suite().name(),
     });
-    discovery(state, listen, &auth)
+    discovery(state, ports, &auth)
 }
 
-fn discovery(state: &ClusterState, listen: SocketAddr, auth: &Value) -> Value {
-    let listen = listen.to_string();
+fn discovery(state: &ClusterState, ports: Ports, auth: &Value) -> Value {
+    let listen = ports.shared.to_string();
+    let ssh = ports
+        .ssh
+        .map_or_else(|| listen.clone(), |ssh| ssh.to_string());
     json!({
         "auth": auth,
         "proxy": {
             "kube": {"enabled": false, "listen_addr": listen},
             "ssh": {
                 "listen_addr": listen,
-                "tunnel_listen_addr": listen,
+                "tunnel_listen_addr": ssh,
                 "web_listen_addr": listen,
                 "public_addr": state.public_addr,
                 "dial_timeout": 30_000_000_000_u64,
             },
             "db": {"postgres_listen_addr": listen, "mysql_listen_addr": listen},
-            "tls_routing_enabled": true,
+            "tls_routing_enabled": ports.ssh.is_none(),
         },
         "server_version": SERVER_VERSION,
         "min_client_version": MIN_CLIENT_VERSION,

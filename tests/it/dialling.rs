@@ -268,6 +268,38 @@ fn a_load_balancer_that_hides_alpn_is_passed_through() {
 }
 
 #[test]
+fn a_proxy_without_tls_routing_is_passed_by_ssh() {
+    let sandbox = Sandbox::new();
+    let web = Web::new(&sandbox);
+    let listen = format!("127.0.0.1:{}", free_port());
+    let mut arguments = web.arguments().to_vec();
+    arguments.extend(["--tunnel-listen", &listen]);
+    let cluster = Cluster::start_with(&sandbox, RESOURCES, free_port(), &arguments);
+    let token = cluster.invite("example", "10m");
+    let server = format!("proxy_server: {}", cluster.proxy());
+    let mut agent = Agent::start(&sandbox, &web, &server, &token, |_| {});
+    agent.lives();
+    // OpenSSH believes the host by the authority in the output, and is not let in as anybody.
+    let file = |name: &str| sandbox.path("out").join(name).display().to_string();
+    let mut ssh = sandbox.command("ssh");
+    ssh.args(["-v", "-F", "none", "-l", "root", "-o", "BatchMode=yes"])
+        .args(["-o", "StrictHostKeyChecking=yes"])
+        .args(["-o", "HostKeyAlias=localhost"])
+        .args(["-o", &format!("UserKnownHostsFile={}", file("known_hosts"))])
+        .args(["-o", &format!("CertificateFile={}", file("key-cert.pub"))])
+        .args(["-i", &file("key")])
+        .args(["-p", listen.rsplit(':').next().unwrap()])
+        .args(["127.0.0.1", "true"]);
+    let shown = ssh.output().unwrap();
+    let log = String::from_utf8_lossy(&shown.stderr);
+    assert!(
+        log.contains("Host 'localhost' is known and matches the ECDSA-CERT host certificate"),
+        "{log}"
+    );
+    assert!(log.contains("Permission denied (publickey)"), "{log}");
+}
+
+#[test]
 fn the_variable_of_upgrades_goes_before_the_probe() {
     let sandbox = Sandbox::new();
     let web = Web::new(&sandbox);

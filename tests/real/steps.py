@@ -255,7 +255,7 @@ def locks(t):
 
 @step
 def go_agent_on_our_cluster(t):
-    """the Go agent joins our embedded cluster by IAM, writes its identity and serves an SVID"""
+    """the Go agent joins our embedded cluster by IAM, directly and through the proxy (SSH), writes its identity and serves an SVID"""
     d = t.dir / "embedded"
     d.mkdir()
     (d / "resources.yaml").write_text("---\n".join(
@@ -270,11 +270,13 @@ def go_agent_on_our_cluster(t):
                                     "https://localhost:4080/webapi/ping", check=False).returncode == 0)
     told = run(t.tbot, "cluster", "--data-dir", d / "cluster", "status").stdout
     pins = re.findall("sha256:[0-9a-f]+", told)
-    # Through a proxy the Go agent of 18.0 needs an SSH tunnel, which our cluster does not serve.
     direct = "auth_server: localhost:4025"
-    for go in (True, False):
-        t.oneshot("go-on-ours" if go else "ours-on-ours", direct, go=go, pins=pins)
-    same(t, "go-on-ours", "ours-on-ours")
+    # The Go agent of 18.0 goes through a proxy by SSH, ours by TLS routing.
+    through_proxy = "proxy_server: localhost:4080"
+    for way, at, pinned in (("direct", direct, pins), ("proxy", through_proxy, ())):
+        for go in (True, False):
+            t.oneshot(f"{'go' if go else 'ours'}-on-ours-{way}", at, go=go, pins=pinned)
+        same(t, f"go-on-ours-{way}", f"ours-on-ours-{way}")
     t.config("go-api", direct, pins=pins, api=True)
     agent = t.agent("go-api", go=True)
     socket = f"unix://{t.dir}/go-api/workload.sock"

@@ -21,6 +21,10 @@ pub struct ServeArgs {
     /// Address of a second port for agents with `auth_server`
     #[arg(long, value_name = "ADDR")]
     auth_listen: Option<SocketAddr>,
+    /// Address of a port for SSH tunnels to the auth service; agents come through it only, as at a
+    /// proxy without TLS routing
+    #[arg(long, value_name = "ADDR")]
+    tunnel_listen: Option<SocketAddr>,
     /// Name of the cluster and its trust domain; fixed at the first start [default: the host name]
     #[arg(long, value_name = "NAME")]
     cluster_name: Option<String>,
@@ -53,6 +57,7 @@ pub(super) async fn run(args: ServeArgs, data_dir: PathBuf) -> anyhow::Result<()
         cluster_name: args.cluster_name,
         listen: args.listen,
         auth_listen: args.auth_listen,
+        tunnel_listen: args.tunnel_listen,
         public_addrs: args.public_addr,
         tls: args.tls_cert.zip(args.tls_key),
         resources: args.resources,
@@ -73,6 +78,9 @@ pub(super) async fn run(args: ServeArgs, data_dir: PathBuf) -> anyhow::Result<()
     );
     if let Some(address) = cluster.auth_addr() {
         tracing::info!(listen = %address, "Auth service is serving");
+    }
+    if let Some(address) = cluster.tunnel_addr() {
+        tracing::info!(listen = %address, "SSH tunnels are serving");
     }
     if let Some(path) = cluster.web_ca() {
         tracing::info!(

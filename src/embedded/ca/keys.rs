@@ -323,7 +323,7 @@ impl Authority {
         })
     }
 
-    fn lacks(&self, what: &'static str) -> AuthorityError {
+    pub(super) fn lacks(&self, what: &'static str) -> AuthorityError {
         AuthorityError::Damaged {
             kind: self.kind.name().to_owned(),
             what,

@@ -22,8 +22,9 @@ use x509_cert::ext::pkix::KeyUsages;
 
 use super::caller::{IdentityError, TlsIdentity};
 use super::store::{Put, Store, StoreError};
+use crate::crypto::ssh::{Holder, NewCertificate, wire_of_line};
 use crate::crypto::x509::{COMMON_NAME, Certificate, ORGANIZATION};
-use crate::crypto::{KeyError, PrivateKey, Purpose, Suite, sha256_hex};
+use crate::crypto::{KeyAlgorithm, KeyError, PrivateKey, Purpose, Suite, random, sha256_hex};
 use crate::pb::types as wire;
 
 /// The kind under which authorities are stored. Their `spec` holds private keys: no command and
@@ -35,6 +36,8 @@ pub const API_DOMAIN: &str = "teleport.cluster.local";
 
 /// How far back certificates start, for clocks that are behind.
 pub const BACKDATE: Duration = Duration::from_mins(1);
+/// The life of the certificate that the proxy's SSH side shows to one connection.
+const SSH_HOST_LIFE: Duration = Duration::from_hours(1);
 
 /// What an authority signs. The names are the wire's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -122,7 +125,7 @@ pub enum AuthorityError {
 /// The certificate and key of one of the cluster's servers.
 #[derive(Debug, Clone)]
 pub struct HostIdentity {
-    /// The certificate, DER.
+    /// The certificate: DER, or SSH's binary form.
     pub certificate: Vec<u8>,
     /// Its key.
     pub key: PrivateKey,
@@ -349,6 +352,36 @@ impl Authorities {
         }
         .sign(signer.issuer())
         .map_err(mint)?;
+        Ok(HostIdentity { certificate, key })
+    }
+
+    /// A certificate for the proxy's SSH side, in its binary form, good for `names`. It is made for one
+    /// connection.
+    ///
+    /// # Errors
+    /// [`AuthorityError`] if a key cannot be made.
+    pub fn ssh_host_identity(
+        &self,
+        names: &[String],
+        now: SystemTime,
+    ) -> Result<HostIdentity, AuthorityError> {
+        let kind = AuthorityType::Host.name();
+        let key = PrivateKey::generate(KeyAlgorithm::EcdsaP256)
+            .map_err(|source| AuthorityError::Key { kind, source })?;
+        let authority = self.get(AuthorityType::Host);
+        let certificate = NewCertificate {
+            holder: Holder::Host,
+            spki: &key.public_spki(),
+            serial: u64::from_be_bytes(random()),
+            key_id: "",
+            principals: names,
+            valid_after: now - BACKDATE,
+            valid_before: now + SSH_HOST_LIFE,
+            extensions: &BTreeMap::new(),
+        }
+        .sign(authority.server_ssh_signer()?)
+        .and_then(|line| wire_of_line(&line))
+        .map_err(|_source| authority.lacks("no SSH key that can sign"))?;
         Ok(HostIdentity { certificate, key })
     }
 

@@ -17,6 +17,7 @@ use std::time::{Duration, SystemTime};
 use uuid::Uuid;
 
 use super::{Authority, AuthorityError, KeySet, TlsAuthority};
+use crate::crypto::PrivateKey;
 use crate::embedded::store::StoreError;
 use crate::pb::types as wire;
 
@@ -156,6 +157,17 @@ impl Authority {
         match (self.phase(), self.additional.tls.first()) {
             (Phase::UpdateClients, Some(old)) => Ok(old),
             _ => self.signer(),
+        }
+    }
+
+    /// The SSH key that signs for the cluster's own servers.
+    ///
+    /// # Errors
+    /// [`AuthorityError::Damaged`] if there is none.
+    pub fn server_ssh_signer(&self) -> Result<&PrivateKey, AuthorityError> {
+        match (self.phase(), self.additional.ssh.first()) {
+            (Phase::UpdateClients, Some(old)) => Ok(old),
+            _ => self.ssh_signer(),
         }
     }
 
