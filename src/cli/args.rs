@@ -157,6 +157,8 @@ pub(super) enum Command {
     Start(AgentFlags),
     /// Print the configuration file that `start` with the same flags stands for
     Configure(ConfigureArgs),
+    /// Prepare an output's directory for an agent that runs as another user
+    Init(InitArgs),
     /// Print a configuration of the old format v1 in the current one
     Migrate {
         /// Write to a file instead of standard output
@@ -215,6 +217,51 @@ pub(super) struct ConfigureArgs {
     /// The same flags as `start`.
     #[command(flatten)]
     pub(super) flags: AgentFlags,
+}
+
+/// `init`.
+#[derive(Debug, Args)]
+pub(super) struct InitArgs {
+    /// Which of several destinations to prepare, as its path is written in the configuration
+    #[arg(long, value_name = "DIR")]
+    pub(super) init_dir: Option<String>,
+    /// Replace all services of the configuration by an identity output to this directory
+    #[arg(long, value_name = "DIR")]
+    pub(super) destination_dir: Option<String>,
+    /// Who is to own everything; the bot user by default
+    #[arg(long, value_name = "USER:GROUP")]
+    pub(super) owner: Option<String>,
+    /// The user that the agent runs as
+    #[arg(long, value_name = "USER")]
+    pub(super) bot_user: Option<String>,
+    /// The user that reads the files
+    #[arg(long, value_name = "USER")]
+    pub(super) reader_user: Option<String>,
+    /// Remove everything from the directory that no agent writes
+    #[arg(long, overrides_with = "no_clean")]
+    clean: bool,
+    #[arg(long, hide = true)]
+    no_clean: bool,
+    #[arg(
+        help = "Address of an auth service [env: TELEPORT_AUTH_SERVER]",
+        short,
+        long,
+        value_name = "HOST:PORT"
+    )]
+    pub(super) auth_server: Option<String>,
+    #[arg(
+        help = "Address of a proxy [env: TELEPORT_PROXY]",
+        long,
+        value_name = "HOST:PORT"
+    )]
+    pub(super) proxy_server: Option<String>,
+}
+
+impl InitArgs {
+    /// `--clean`, unless `--no-clean` came after it.
+    pub(super) fn clean(&self) -> bool {
+        typed(self.clean, self.no_clean).unwrap_or_default()
+    }
 }
 
 /// `install`.

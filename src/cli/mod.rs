@@ -6,6 +6,7 @@ mod completion;
 mod configure;
 mod exit;
 mod flags;
+mod init;
 mod install;
 mod man;
 mod migrate;
@@ -80,6 +81,7 @@ fn run(cli: &Cli, env: &Env) -> Result<(), Failure> {
             start::run(globals, flags, env)
         }
         Command::Configure(args) => configure::run(globals, args, env),
+        Command::Init(args) => init::run(globals, args, env),
         Command::Migrate { output } => migrate::run(globals, output.as_deref(), env),
         Command::Install { target } => match target {
             InstallTarget::Systemd(args) => install::run(globals, args, env),

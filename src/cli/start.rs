@@ -33,7 +33,7 @@ pub(super) fn run(globals: &Globals, flags: &AgentFlags, env: &Env) -> Result<()
 }
 
 /// Logs what the user should know although the plan can be used.
-fn report(loaded: &Loaded) {
+pub(super) fn report(loaded: &Loaded) {
     for warning in &loaded.warnings {
         tracing::warn!("{warning}");
     }

@@ -5,9 +5,10 @@
 #[cfg(test)]
 mod contract;
 mod directory;
+mod kubernetes_secret;
 mod memory;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
@@ -19,10 +20,11 @@ use crate::secret::Secret;
 use crate::yaml::{Fields, Tree};
 
 /// The kinds of destination, by their YAML `type`.
-pub const KINDS: &[&dyn DestinationKind] = &[&directory::Directory, &memory::Memory];
-
-/// Kinds that upstream has, so that one missing here is refused by its name.
-const UPSTREAM: &[&str] = &["directory", "memory", "kubernetes_secret"];
+pub const KINDS: &[&dyn DestinationKind] = &[
+    &directory::Directory,
+    &kubernetes_secret::KubernetesSecret,
+    &memory::Memory,
+];
 
 /// Reads the section under `key` of `fields`; problems go to `fields`, and `None` comes back then.
 /// Its absence is a problem.
@@ -40,7 +42,7 @@ pub fn read(fields: &mut Fields<'_>, key: &str) -> Option<Arc<dyn DestinationPla
     let name = section.string("type").unwrap_or_default();
     let Some(kind) = KINDS.iter().find(|kind| kind.name() == name) else {
         let here: Vec<&str> = KINDS.iter().map(|kind| kind.name()).collect();
-        section.unknown_kind("type", "destination types", &name, &here, UPSTREAM);
+        section.unknown_kind("type", "destination types", &name, &here, &[]);
         return None;
     };
     let plan = kind.parse(&mut section);
@@ -48,7 +50,8 @@ pub fn read(fields: &mut Fields<'_>, key: &str) -> Option<Arc<dyn DestinationPla
     plan
 }
 
-/// Reads a command line form such as `/path`, `file:///path` or `memory://`.
+/// Reads a command line form such as `/path`, `file:///path`, `kubernetes-secret:///name` or
+/// `memory://`.
 ///
 /// # Errors
 /// What is wrong with it, as text for the user.
@@ -58,7 +61,8 @@ pub fn from_uri(uri: &str) -> Result<Arc<dyn DestinationPlan>, String> {
         .find_map(|kind| kind.parse_uri(uri))
         .unwrap_or_else(|| {
             Err(format!(
-                "{uri:?} is no destination: write a path, `file:///path` or `memory://`"
+                "{uri:?} is no destination: write a path, `file:///path`, \
+                 `kubernetes-secret:///name` or `memory://`"
             ))
         })
 }
@@ -91,6 +95,29 @@ pub trait DestinationPlan: Send + Sync + fmt::Debug + fmt::Display {
     fn emit(&self) -> Tree;
     /// The destination itself. Touches nothing before [`Destination::init`].
     fn build(&self) -> Arc<dyn Destination>;
+    /// Makes it ready for an agent that another user runs (`tbot init`). Blocks.
+    fn prepare(&self, _how: &Preparation) -> Result<(), DestinationError> {
+        Err(DestinationError::Unsuitable {
+            path: self.to_string(),
+            problem: "only a directory can be prepared; this needs no `tbot init`".to_owned(),
+        })
+    }
+}
+
+/// How a destination is made ready for an agent that another user runs. Users and groups are names
+/// or numbers.
+#[derive(Debug, Clone, Default)]
+pub struct Preparation {
+    /// What the agent will write: `name` or `folder/name`. What is missing is made, empty.
+    pub files: BTreeSet<String>,
+    /// Who the agent runs as.
+    pub bot_user: Option<String>,
+    /// Who reads what it writes.
+    pub reader_user: Option<String>,
+    /// `user:group` to own everything; the bot's by default.
+    pub owner: Option<String>,
+    /// Whether everything that no agent writes is removed.
+    pub clean: bool,
 }
 
 /// A set of files, by name, that a reader sees whole or not at all where the kind allows it.
@@ -111,7 +138,8 @@ pub enum DestinationError {
         #[source]
         source: std::io::Error,
     },
-    /// The destination is not what the configuration asks for (symlink, owner, mode, type).
+    /// The destination is not what the configuration asks for (symlink, owner, mode, type), or the
+    /// service that keeps it refuses. The text holds nothing of its content.
     #[error("{path}: {problem}")]
     Unsuitable {
         /// The path or object.

@@ -50,30 +50,44 @@ pub struct Acl(Vec<Entry>);
 impl Acl {
     /// Owner reads and writes, each reader reads, nobody else does anything. `stat` shows 0640.
     pub fn for_file(readers: &[Reader]) -> Self {
-        Self::new(readers, READ | WRITE, READ)
+        Self::shared_file(&[], readers)
     }
 
     /// Owner does everything, each reader lists and enters, nobody else does. `stat` shows 0750.
     pub fn for_folder(readers: &[Reader]) -> Self {
-        Self::new(readers, READ | WRITE | EXECUTE, READ | EXECUTE)
+        Self::shared_folder(&[], readers)
     }
 
-    fn new(readers: &[Reader], owner: u16, reader: u16) -> Self {
+    /// As [`Acl::for_file`]; each writer does what the owner does.
+    pub fn shared_file(writers: &[Reader], readers: &[Reader]) -> Self {
+        Self::new(writers, readers, READ | WRITE, READ)
+    }
+
+    /// As [`Acl::for_folder`]; each writer does what the owner does.
+    pub fn shared_folder(writers: &[Reader], readers: &[Reader]) -> Self {
+        Self::new(writers, readers, READ | WRITE | EXECUTE, READ | EXECUTE)
+    }
+
+    fn new(writers: &[Reader], readers: &[Reader], all: u16, some: u16) -> Self {
         let entry = |tag, id, permissions| Entry {
             tag,
             id,
             permissions,
         };
+        let named = |who: &Reader, permissions| match who {
+            Reader::User(id) => entry(USER, *id, permissions),
+            Reader::Group(id) => entry(GROUP, *id, permissions),
+        };
+        let mask = if writers.is_empty() { some } else { all };
         let mut entries = vec![
-            entry(USER_OBJ, NOBODY, owner),
+            entry(USER_OBJ, NOBODY, all),
             entry(GROUP_OBJ, NOBODY, 0),
-            entry(MASK, NOBODY, reader),
+            entry(MASK, NOBODY, mask),
             entry(OTHER, NOBODY, 0),
         ];
-        entries.extend(readers.iter().map(|who| match who {
-            Reader::User(id) => entry(USER, *id, reader),
-            Reader::Group(id) => entry(GROUP, *id, reader),
-        }));
+        entries.extend(writers.iter().map(|who| named(who, all)));
+        let readers = readers.iter().filter(|who| !writers.contains(who));
+        entries.extend(readers.map(|who| named(who, some)));
         Self::sorted(entries)
     }
 

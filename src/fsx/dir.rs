@@ -146,6 +146,44 @@ impl Dir {
         })
     }
 
+    /// Gives the directory itself this owner and access.
+    pub fn adjust(&self, access: &Access) -> io::Result<()> {
+        adjust(&self.0, access)
+    }
+
+    /// Gives a file this owner and access. A link is `ELOOP`; a file that has another name too is
+    /// refused, because that name may be one that must not change hands.
+    pub fn adjust_file(&self, name: &str, access: &Access) -> io::Result<()> {
+        let file = File::from(openat(
+            &self.0,
+            name,
+            READ | OFlags::NOFOLLOW,
+            Mode::empty(),
+        )?);
+        let metadata = file.metadata()?;
+        if !metadata.is_file() || metadata.nlink() != 1 {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "not a regular file with one name",
+            ));
+        }
+        adjust(&file, access)
+    }
+
+    /// Removes a file, or a directory with everything in it. Links are removed, not followed.
+    pub fn remove_all(&self, name: &str) -> io::Result<()> {
+        match unlinkat(&self.0, name, AtFlags::empty()) {
+            Err(Errno::ISDIR | Errno::PERM) => {}
+            removed => return Ok(removed?),
+        }
+        if let Some(inner) = self.enter(name, false)? {
+            for below in inner.names()? {
+                inner.remove_all(&below)?;
+            }
+        }
+        self.remove_folder(name)
+    }
+
     /// The bytes of a file; `None` if it is not there. A link at `name` is `ELOOP` unless `follow`.
     pub fn read(&self, name: &str, follow: bool) -> io::Result<Option<Secret<Vec<u8>>>> {
         match openat(&self.0, name, READ | no_follow(follow), Mode::empty()) {
@@ -211,22 +249,27 @@ fn read_file(file: &File) -> io::Result<(Secret<Vec<u8>>, Access)> {
 }
 
 fn fill(file: &File, content: &[u8], access: &Access) -> io::Result<()> {
+    adjust(file, access)?;
+    file.write_all_at(content, 0)?;
+    Ok(fsync(file)?)
+}
+
+/// Gives an open file or directory its owner, then its list or mode.
+fn adjust(file: impl AsFd + Copy, access: &Access) -> io::Result<()> {
     if let Some((user, group)) = access.owner {
-        let made = file.metadata()?;
-        if (made.uid(), made.gid()) != (user, group) {
+        let stat = rustix::fs::fstat(file)?;
+        if (stat.st_uid, stat.st_gid) != (user, group) {
             fchown(
                 file,
-                (made.uid() != user).then(|| Uid::from_raw(user)),
-                (made.gid() != group).then(|| Gid::from_raw(group)),
+                (stat.st_uid != user).then(|| Uid::from_raw(user)),
+                (stat.st_gid != group).then(|| Gid::from_raw(group)),
             )?;
         }
     }
     match &access.acl {
-        Some(acl) => give(file, acl)?,
-        None => fchmod(file, Mode::from_raw_mode(access.mode))?,
+        Some(acl) => give(file, acl),
+        None => Ok(fchmod(file, Mode::from_raw_mode(access.mode))?),
     }
-    file.write_all_at(content, 0)?;
-    Ok(fsync(file)?)
 }
 
 /// Gives a file or directory a list and reads it back: some file systems take one and keep less.

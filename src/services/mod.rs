@@ -128,6 +128,11 @@ pub trait ServicePlan: Send + Sync + fmt::Debug {
     fn label(&self) -> String;
     /// Where it writes, for services that write.
     fn destination(&self) -> Option<&Arc<dyn DestinationPlan>>;
+    /// The files that it writes, as far as their names are known beforehand: `name` or
+    /// `folder/name`. `tbot init` makes them.
+    fn files(&self) -> Vec<String> {
+        Vec::new()
+    }
     /// The section as written in a configuration file, defaults included, without `type`.
     fn emit(&self) -> Vec<(String, Tree)>;
     /// The running form.

@@ -5,6 +5,7 @@
 //! that lies is tried where it is decided: a proof signed 15 minutes ago in `join::iam::verify`,
 //! wrong certificates in `identity::material`, a storage torn at each write in `identity::store`.
 
+mod attack;
 mod cluster;
 mod destinations;
 mod join;

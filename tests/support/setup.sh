@@ -9,7 +9,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 # command:Debian package
 missing=()
 for need in systemctl:systemd dbus-daemon:dbus unshare:util-linux nsenter:util-linux openssl:openssl \
-    ssh-keygen:openssh-client python3:python3 curl:curl; do
+    ssh-keygen:openssh-client python3:python3 curl:curl setfacl:acl kubectl:kubernetes-client strace:strace; do
     command -v "${need%%:*}" > /dev/null || missing+=("${need##*:}")
 done
 if [ ${#missing[@]} -gt 0 ]; then

@@ -1,13 +1,14 @@
 //! A directory of the file system, written as whole sets.
 
 mod place;
+mod prepare;
 mod set;
 
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::{Destination, DestinationKind, DestinationPlan};
+use super::{Destination, DestinationError, DestinationKind, DestinationPlan, Preparation};
 use crate::fsx::{Symlinks, acl, clean};
 use crate::yaml::{Fields, Tree};
 
@@ -46,6 +47,11 @@ enum Reader {
 impl Reader {
     /// The reader's number. Numbers need not exist, names must.
     fn resolve(&self) -> Result<acl::Reader, String> {
+        self.number()
+            .map_err(|problem| format!("readers: {problem}"))
+    }
+
+    fn number(&self) -> Result<acl::Reader, String> {
         let (what, name) = match self {
             Self::User(name) => ("user", name),
             Self::Group(name) => ("group", name),
@@ -62,12 +68,8 @@ impl Reader {
         match (self, id) {
             (Self::User(_), Ok(Some(id))) => Ok(acl::Reader::User(id)),
             (Self::Group(_), Ok(Some(id))) => Ok(acl::Reader::Group(id)),
-            (_, Ok(None)) => Err(format!(
-                "readers: there is no {what} {name:?} on this machine"
-            )),
-            (_, Err(error)) => Err(format!(
-                "readers: cannot look up the {what} {name:?}: {error}"
-            )),
+            (_, Ok(None)) => Err(format!("there is no {what} {name:?} on this machine")),
+            (_, Err(error)) => Err(format!("cannot look up the {what} {name:?}: {error}")),
         }
     }
 }
@@ -214,6 +216,10 @@ impl DestinationPlan for Settings {
 
     fn build(&self) -> Arc<dyn Destination> {
         Arc::new(place::Place::new(self.clone()))
+    }
+
+    fn prepare(&self, how: &Preparation) -> Result<(), DestinationError> {
+        prepare::prepare(&place::Inner::new(self.clone()), how)
     }
 }
 

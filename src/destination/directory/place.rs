@@ -17,7 +17,7 @@ use crate::secret::Secret;
 /// Proves that the directory can be written; always empty, never removed.
 const WRITE_TEST: &str = ".write-test";
 /// The file whose lock keeps a second process off.
-const LOCK: &str = "lock";
+pub(super) const LOCK: &str = "lock";
 
 /// A directory of files.
 #[derive(Debug)]
@@ -26,9 +26,10 @@ pub(super) struct Place {
     absolute: PathBuf,
 }
 
+/// The directory's settings and what was found out about it.
 #[derive(Debug)]
-struct Inner {
-    settings: Settings,
+pub(super) struct Inner {
+    pub(super) settings: Settings,
     /// What [`Inner::prepare`] found out; also keeps two writers of this process apart.
     rules: Mutex<Option<Rules>>,
 }
@@ -41,10 +42,7 @@ impl Place {
             std::path::absolute(&settings.path).unwrap_or_else(|_error| settings.path.clone());
         Self {
             absolute: clean(&absolute),
-            inner: Arc::new(Inner {
-                settings,
-                rules: Mutex::new(None),
-            }),
+            inner: Arc::new(Inner::new(settings)),
         }
     }
 
@@ -68,19 +66,26 @@ impl Place {
 }
 
 impl Inner {
-    fn open(&self) -> Result<Dir, DestinationError> {
+    pub(super) fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            rules: Mutex::new(None),
+        }
+    }
+
+    pub(super) fn open(&self) -> Result<Dir, DestinationError> {
         Dir::open_or_make(&self.settings.path, self.settings.symlinks)
             .map_err(|error| self.explain("open", None, error))
     }
 
-    fn path_of(&self, name: Option<&str>) -> String {
+    pub(super) fn path_of(&self, name: Option<&str>) -> String {
         match name {
             None | Some(".") => self.settings.path.display().to_string(),
             Some(name) => self.settings.path.join(name).display().to_string(),
         }
     }
 
-    fn explain(
+    pub(super) fn explain(
         &self,
         action: &'static str,
         name: Option<&str>,
@@ -113,7 +118,7 @@ impl Inner {
         }
     }
 
-    fn failure(&self, failure: Failure) -> DestinationError {
+    pub(super) fn failure(&self, failure: Failure) -> DestinationError {
         match failure {
             Failure::Io {
                 action,
@@ -266,7 +271,7 @@ impl Inner {
 }
 
 /// Gives a file that nobody looks for the list, and reads it back.
-fn test_acl(dir: &Dir, acl: &Acl) -> io::Result<()> {
+pub(super) fn test_acl(dir: &Dir, acl: &Acl) -> io::Result<()> {
     let name = format!(".tbot-tmp-{}", unique());
     let access = Access {
         acl: Some(acl.clone()),

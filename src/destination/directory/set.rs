@@ -218,7 +218,7 @@ fn rank(name: &str) -> usize {
 
 /// Takes `name` and `folder/name`, and nothing that leads out of the destination or into the way of
 /// this module's own names.
-fn check_name(name: &str) -> Result<(), Failure> {
+pub(super) fn check_name(name: &str) -> Result<(), Failure> {
     let mut parts = name.split('/');
     let good = |part: &str| {
         !matches!(part, "" | "." | "..")
@@ -259,7 +259,7 @@ fn look<F: Folder>(folder: &F, name: &str, rules: &Rules) -> io::Result<Option<E
 }
 
 /// Makes the directory that `name` is to be in, if it is to be in one, and lets the readers in.
-fn make_room<F: Folder>(folder: &F, name: &str, rules: &Rules) -> Result<(), Failure> {
+pub(super) fn make_room<F: Folder>(folder: &F, name: &str, rules: &Rules) -> Result<(), Failure> {
     let Some((below, _)) = name.split_once('/') else {
         return Ok(());
     };

@@ -73,6 +73,15 @@ impl ServiceKind for Kind {
     }
 }
 
+/// The identity and its parts.
+const CREDENTIALS: &[&str] = &["identity", "key", "key-cert.pub", "key.pub", "tlscert"];
+/// The cluster's authorities.
+const AUTHORITIES: &[&str] = &[
+    "teleport-database-ca.crt",
+    "teleport-host-ca.crt",
+    "teleport-user-ca.crt",
+];
+
 impl ServicePlan for Settings {
     fn label(&self) -> String {
         format!("identity-output ({})", self.destination)
@@ -80,6 +89,16 @@ impl ServicePlan for Settings {
 
     fn destination(&self) -> Option<&Arc<dyn DestinationPlan>> {
         Some(&self.destination)
+    }
+
+    fn files(&self) -> Vec<String> {
+        let ssh: &[&str] = if self.ssh_config {
+            &["known_hosts", "ssh_config"]
+        } else {
+            &[]
+        };
+        let names = CREDENTIALS.iter().chain(AUTHORITIES).chain(ssh);
+        names.map(|name| (*name).to_owned()).collect()
     }
 
     fn emit(&self) -> Vec<(String, Tree)> {

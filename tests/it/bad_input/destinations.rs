@@ -1,6 +1,6 @@
 //! Outputs that cannot be written.
 
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -45,14 +45,19 @@ fn a_path_that_can_never_be_written_is_named_before_the_token_is_used() {
     once(&sandbox, &config(&sandbox.path("out"))).success();
 }
 
-/// A file system of a few pages, unmounted when dropped.
-struct Tiny(PathBuf);
+/// A file system of its own, unmounted when dropped.
+struct Mounted(PathBuf);
 
-impl Tiny {
-    fn mount(path: PathBuf) -> Option<Self> {
+impl Mounted {
+    /// A few pages.
+    fn tiny(path: PathBuf) -> Option<Self> {
+        Self::mount(path, "tmpfs", "size=16k")
+    }
+
+    fn mount(path: PathBuf, kind: &str, options: &str) -> Option<Self> {
         std::fs::create_dir(&path).unwrap();
         let mounted = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=16k", "tmpfs"])
+            .args(["-t", kind, "-o", options, "tbot-test"])
             .arg(&path)
             .output()
             .unwrap();
@@ -60,7 +65,7 @@ impl Tiny {
     }
 }
 
-impl Drop for Tiny {
+impl Drop for Mounted {
     fn drop(&mut self) {
         drop(Command::new("umount").arg("-l").arg(&self.0).status());
     }
@@ -69,7 +74,7 @@ impl Drop for Tiny {
 #[test]
 fn a_full_disk_fails_its_output_and_no_other() {
     let sandbox = Sandbox::new();
-    let Some(full) = Tiny::mount(sandbox.path("full")) else {
+    let Some(full) = Mounted::tiny(sandbox.path("full")) else {
         return skip("mounting a small file system needs root");
     };
     let cluster = Cluster::start(&sandbox, RESOURCES);
@@ -136,4 +141,107 @@ fn an_output_that_cannot_be_made_at_the_start_stops_no_other() {
         std::fs::metadata(bad.join("identity"))
     });
     agent.check_running();
+}
+
+#[test]
+fn a_read_only_file_system_keeps_what_it_has_until_it_can_be_written() {
+    let sandbox = Sandbox::new();
+    let Some(mounted) = Mounted::mount(sandbox.path("disk"), "tmpfs", "size=1m") else {
+        return skip("mounting needs root");
+    };
+    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let token = cluster.invite("example", "10m");
+    let config = cluster.config(&token, "bot") + "outputs:\n" + &output(&mounted.0.join("out"));
+    once(&sandbox, &config).success();
+    let remount = |options: &str| {
+        let mut mount = Command::new("mount");
+        mount.args(["-o", &format!("remount,{options}")]);
+        assert!(mount.arg(&mounted.0).status().unwrap().success());
+    };
+    remount("ro");
+    let before = snapshot(&mounted.0);
+    let refused = once(&sandbox, &config);
+    assert_refused(&refused, &["1 of the outputs failed: identity-1"]);
+    assert!(
+        refused.text().contains("Read-only file system")
+            && refused.text().contains(mounted.0.to_str().unwrap()),
+        "{}",
+        refused.text()
+    );
+    assert_eq!(snapshot(&mounted.0), before);
+    remount("rw");
+    once(&sandbox, &config).success();
+    assert_ne!(snapshot(&mounted.0), before);
+}
+
+#[test]
+fn a_file_system_without_access_control_lists_is_told_or_refused() {
+    let sandbox = Sandbox::new();
+    let Some(mounted) = Mounted::mount(sandbox.path("disk"), "ramfs", "mode=755") else {
+        return skip("mounting needs root");
+    };
+    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let token = cluster.invite("example", "10m");
+    let out = mounted.0.join("out");
+    let config = |acls: &str| {
+        cluster.config(&token, "bot")
+            + "outputs:\n"
+            + &output(&out).replace(
+                &format!("path: {}", out.display()),
+                &format!(
+                    "path: {}, acls: {acls}, readers: [{{user: 52002}}]",
+                    out.display()
+                ),
+            )
+    };
+    let refused = once(&sandbox, &config("required"));
+    assert_refused(
+        &refused,
+        &[out.to_str().unwrap(), "acls is required", "acls: try"],
+    );
+    assert!(!out.join("key").exists());
+    let text = once(&sandbox, &config("try")).success();
+    assert!(text.contains("readers get no access"), "{text}");
+    let mode = std::fs::metadata(out.join("key")).unwrap().permissions();
+    assert_eq!(mode.mode() & 0o777, 0o600);
+}
+
+#[test]
+fn a_directory_of_another_user_is_named() {
+    if !rustix::process::geteuid().is_root() {
+        return skip("other users need root");
+    }
+    let sandbox = Sandbox::new();
+    let everybody = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(sandbox.path(""), everybody.clone()).unwrap();
+    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let token = cluster.invite("example", "10m");
+    let (foreign, own) = (sandbox.path("foreign"), sandbox.path("own"));
+    for path in [&foreign, &own, &sandbox.path("bot")] {
+        std::fs::create_dir(path).unwrap();
+        std::fs::set_permissions(path, everybody.clone()).unwrap();
+    }
+    for path in [&own, &sandbox.path("bot")] {
+        std::os::unix::fs::chown(path, Some(52001), Some(52001)).unwrap();
+    }
+    let config = cluster.config(&token, "bot") + "outputs:\n" + &output(&foreign) + &output(&own);
+    let file = sandbox.write("once.yaml", config);
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).unwrap();
+    let mut agent = sandbox.command("setpriv");
+    agent
+        .args(["--reuid", "52001", "--regid", "52001", "--clear-groups"])
+        .arg(env!("CARGO_BIN_EXE_tbot"))
+        .args(["start", "--oneshot", "-c"])
+        .arg(file);
+    let refused = agent.output().unwrap();
+    assert_refused(&refused, &["1 of the outputs failed: identity-1"]);
+    let text = refused.text();
+    assert!(
+        text.contains("belongs to another user")
+            && text.contains(foreign.to_str().unwrap())
+            && text.contains("Permission denied"),
+        "{text}"
+    );
+    assert!(snapshot(&foreign).is_empty());
+    assert!(own.join("identity").exists(), "{text}");
 }

@@ -1,6 +1,7 @@
 //! What tests share: a place of their own, patience, and real parts to run against.
 
 mod cluster;
+mod kube_api;
 mod moto;
 mod sandbox;
 mod systemd;
@@ -9,6 +10,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 pub(crate) use cluster::{Cluster, wait_until};
+pub(crate) use kube_api::{Fault, KubeApi};
 pub(crate) use moto::Moto;
 pub(crate) use sandbox::{OutputText, Process, Sandbox, free_port};
 pub(crate) use systemd::Systemd;
