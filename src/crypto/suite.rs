@@ -24,6 +24,10 @@ pub enum Purpose {
     HostIdentity,
     /// The identity of an output.
     BotImpersonated,
+    /// A client of databases.
+    DatabaseClient,
+    /// The key of an SSH server.
+    HostSsh,
     /// A workload's SVID.
     BotSvid,
     /// TLS key of the user, host and SPIFFE authorities.
@@ -71,8 +75,9 @@ impl Suite {
     #[must_use]
     pub fn algorithm(self, purpose: Purpose) -> KeyAlgorithm {
         match (self, purpose) {
-            (Self::Legacy, _) => KeyAlgorithm::Rsa2048,
-            (Self::BalancedV1, Purpose::SshAuthority) => KeyAlgorithm::Ed25519,
+            (Self::Legacy, _) | (_, Purpose::DatabaseClient) => KeyAlgorithm::Rsa2048,
+            (Self::BalancedV1, Purpose::SshAuthority)
+            | (Self::BalancedV1 | Self::HsmV1, Purpose::HostSsh) => KeyAlgorithm::Ed25519,
             (Self::BalancedV1 | Self::FipsV1 | Self::HsmV1, _) => KeyAlgorithm::EcdsaP256,
         }
     }
@@ -134,5 +139,21 @@ mod tests {
             Suite::BalancedV1.algorithm(Purpose::SshAuthority),
             KeyAlgorithm::Ed25519
         );
+    }
+
+    #[test]
+    fn clients_of_databases_have_rsa_and_ssh_servers_ed25519_unless_fips() {
+        for (suite, host) in [
+            (Suite::Legacy, KeyAlgorithm::Rsa2048),
+            (Suite::BalancedV1, KeyAlgorithm::Ed25519),
+            (Suite::FipsV1, KeyAlgorithm::EcdsaP256),
+            (Suite::HsmV1, KeyAlgorithm::Ed25519),
+        ] {
+            assert_eq!(
+                suite.algorithm(Purpose::DatabaseClient),
+                KeyAlgorithm::Rsa2048
+            );
+            assert_eq!(suite.algorithm(Purpose::HostSsh), host, "{suite:?}");
+        }
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::{OnceCell, watch};
 
+use super::recent::Recent;
 use super::{Identity, Issued, MaterialError};
 use crate::clock::Clock;
 use crate::cluster::client::Route;
@@ -14,10 +15,11 @@ use crate::cluster::feature::Lacking;
 use crate::cluster::trust::Trust;
 use crate::cluster::{Client, ClusterError, Credential, Endpoints, ping};
 use crate::crypto::{KeyError, PrivateKey, Purpose, Suite};
-use crate::pb::proto::UserCertsRequest;
+use crate::pb::proto::{RouteToApp, RouteToDatabase, UserCertsRequest};
+use crate::pb::types::CertAuthorityV2;
 
 /// A certificate that a service asks for.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct Request {
     /// Roles to request; empty means every role that the bot may impersonate. Order and repeats do
     /// not matter.
@@ -28,6 +30,85 @@ pub struct Request {
     pub cluster: Option<String>,
     /// Whether the certificate may be re-issued by its holder (`allow_reissue`).
     pub reissuable: bool,
+    /// What the certificate leads to.
+    pub target: Target,
+}
+
+/// What a certificate leads to: the cluster writes it into the certificate, and lets its holder
+/// through to nothing else.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub enum Target {
+    /// The cluster itself and its hosts.
+    #[default]
+    Cluster,
+    /// An application.
+    Application {
+        /// Its name.
+        name: String,
+        /// The host name under which the proxy serves it.
+        public_address: String,
+    },
+    /// A database.
+    Database {
+        /// The name of its service.
+        service: String,
+        /// What it speaks, such as `postgres`.
+        protocol: String,
+        /// The database user; may be empty.
+        user: String,
+        /// The logical database; may be empty.
+        database: String,
+    },
+    /// A Kubernetes cluster.
+    Kubernetes {
+        /// Its name.
+        cluster: String,
+    },
+}
+
+impl Target {
+    /// What a key for it is used for. Clients of databases are the reason for RSA in every suite.
+    fn purpose(&self) -> Purpose {
+        match self {
+            Self::Database { .. } => Purpose::DatabaseClient,
+            Self::Cluster | Self::Application { .. } | Self::Kubernetes { .. } => {
+                Purpose::BotImpersonated
+            }
+        }
+    }
+
+    /// Puts it into a request for certificates of `cluster`.
+    fn route(&self, cluster: &str, request: &mut UserCertsRequest) {
+        match self.clone() {
+            Self::Cluster => {}
+            Self::Application {
+                name,
+                public_address,
+            } => {
+                request.route_to_app = Some(RouteToApp {
+                    name,
+                    public_addr: public_address,
+                    cluster_name: cluster.to_owned(),
+                    ..RouteToApp::default()
+                });
+            }
+            Self::Database {
+                service,
+                protocol,
+                user,
+                database,
+            } => {
+                request.route_to_database = Some(RouteToDatabase {
+                    service_name: service,
+                    protocol,
+                    username: user,
+                    database,
+                    ..RouteToDatabase::default()
+                });
+            }
+            Self::Kubernetes { cluster } => request.kubernetes_cluster = cluster,
+        }
+    }
 }
 
 /// Why an identity could not be had.
@@ -69,6 +150,16 @@ struct Inner {
     lacking: Lacking,
     endpoints: OnceCell<Arc<Endpoints>>,
     derived: Mutex<HashMap<Request, Arc<Derived>>>,
+    recent: Answers,
+}
+
+/// What outputs that are renewed together ask once.
+#[derive(Debug, Default)]
+struct Answers {
+    suite: Recent<Suite>,
+    roles: Recent<Vec<String>>,
+    hosts: Recent<Vec<String>>,
+    authorities: Mutex<HashMap<&'static str, Arc<Recent<Arc<[CertAuthorityV2]>>>>>,
 }
 
 impl Handle {
@@ -102,6 +193,7 @@ impl Handle {
             lacking: Lacking::default(),
             endpoints: OnceCell::new(),
             derived: Mutex::new(HashMap::new()),
+            recent: Answers::default(),
         }))
     }
 
@@ -172,7 +264,38 @@ impl Handle {
 
     /// The cluster's signature algorithm suite, as it is now.
     pub async fn suite(&self) -> Result<Suite, ClusterError> {
-        self.0.client.suite().await
+        let ask = self.0.client.suite();
+        self.recent(&self.0.recent.suite, ask).await
+    }
+
+    /// The TLS certificates of the authority that signs the cluster's servers, one PEM text each.
+    pub async fn host_authorities(&self) -> Result<Vec<String>, ClusterError> {
+        let ask = self.0.client.host_authorities();
+        self.recent(&self.0.recent.hosts, ask).await
+    }
+
+    /// Every authority of one type (`host`, `user`, `db` …), leaf clusters included, without keys.
+    pub async fn authorities(
+        &self,
+        kind: &'static str,
+    ) -> Result<Arc<[CertAuthorityV2]>, ClusterError> {
+        let recent = {
+            let all = &self.0.recent.authorities;
+            let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(all.entry(kind).or_default())
+        };
+        let ask = async { Ok(self.0.client.cert_authorities(kind).await?.into()) };
+        self.recent(&recent, ask).await
+    }
+
+    /// The answer that others had a moment ago, or else that of `ask`.
+    async fn recent<T: Clone, E>(
+        &self,
+        recent: &Recent<T>,
+        ask: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
+        let reload = *self.0.reload.borrow();
+        recent.get(&self.0.clock, reload, ask).await
     }
 
     /// Issues an identity with a new key.
@@ -180,7 +303,8 @@ impl Handle {
         let own = self.current()?;
         let roles = async {
             if request.roles.is_empty() {
-                self.impersonated(&own).await
+                let ask = self.impersonated(&own);
+                self.recent(&self.0.recent.roles, ask).await
             } else {
                 Ok(request.roles.clone())
             }
@@ -188,28 +312,24 @@ impl Handle {
         // What a workload waits for at the start is the longest of the three, not their sum.
         let (roles, suite, hosts) =
             tokio::try_join!(roles, async { Ok(self.suite().await?) }, async {
-                Ok(self.0.client.host_authorities().await?)
+                Ok(self.host_authorities().await?)
             },)?;
-        let key = new_key(suite, Purpose::BotImpersonated).await?;
+        let key = new_key(suite, request.target.purpose()).await?;
         let expires = self.0.clock.now() + request.ttl;
-        let certs = self
-            .0
-            .client
-            .generate_user_certs(UserCertsRequest {
-                username: own.user(),
-                expires: Some(expires.into()),
-                route_to_cluster: request
-                    .cluster
-                    .clone()
-                    .unwrap_or_else(|| own.cluster().to_owned()),
-                role_requests: roles,
-                use_role_requests: true,
-                reissuable_role_impersonation: request.reissuable,
-                ssh_public_key: key.public_ssh_line()?.into_bytes(),
-                tls_public_key: key.public_pem().into_bytes(),
-                ..UserCertsRequest::default()
-            })
-            .await?;
+        let cluster = request.cluster.as_deref().unwrap_or(own.cluster());
+        let mut wanted = UserCertsRequest {
+            username: own.user(),
+            expires: Some(expires.into()),
+            route_to_cluster: cluster.to_owned(),
+            role_requests: roles,
+            use_role_requests: true,
+            reissuable_role_impersonation: request.reissuable,
+            ssh_public_key: key.public_ssh_line()?.into_bytes(),
+            tls_public_key: key.public_pem().into_bytes(),
+            ..UserCertsRequest::default()
+        };
+        request.target.route(cluster, &mut wanted);
+        let certs = self.0.client.generate_user_certs(wanted).await?;
         let issued = Identity::from_certs(key, certs, hosts)?;
         Ok(issued.with_ssh_authorities(own.ssh_authorities().to_vec()))
     }

@@ -11,8 +11,9 @@ pub mod store;
 #[cfg(test)]
 pub(crate) mod fixtures;
 mod handle;
+mod recent;
 
-pub use handle::{Handle, IdentityError, Request};
+pub use handle::{Handle, IdentityError, Request, Target};
 pub use material::{Identity, MaterialError};
 
 /// An identity issued for an output, with the roles and route that were asked for.

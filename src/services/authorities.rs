@@ -5,7 +5,7 @@ use anyhow::{Context as _, ensure};
 use crate::cluster::feature::Feature;
 use crate::crypto::pem;
 use crate::identity::{Handle, Identity};
-use crate::pb::types::{CaKeySet, CertAuthorityV2};
+use crate::pb::types::CertAuthorityV2;
 
 /// Whom an output's reader is to believe.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,12 +22,11 @@ impl Authorities {
     /// As the cluster lists them; one that has no such list is taken at what it sent with the bot's
     /// own certificates.
     pub(crate) async fn fetch(identity: &Handle) -> anyhow::Result<Self> {
-        let client = identity.client();
         let listed = async {
             tokio::try_join!(
-                client.cert_authorities("host"),
-                client.cert_authorities("user"),
-                client.cert_authorities("db"),
+                identity.authorities("host"),
+                identity.authorities("user"),
+                identity.authorities("db"),
             )
         };
         let listed = identity
@@ -35,14 +34,14 @@ impl Authorities {
             .optional(Feature::Authorities, listed.await)?;
         match listed {
             Some((hosts, users, databases)) => Ok(Self {
-                hosts: Authority::read_all(hosts)?,
-                users: Authority::read_all(users)?,
-                databases: Authority::read_all(databases)?,
+                hosts: Authority::read_all(&hosts)?,
+                users: Authority::read_all(&users)?,
+                databases: Authority::read_all(&databases)?,
             }),
             None => {
                 let own = identity.identity().borrow().clone();
                 let own = own.context("the bot has not joined the cluster yet")?;
-                Self::learned(&own, client.host_authorities().await?)
+                Self::learned(&own, identity.host_authorities().await?)
             }
         }
     }
@@ -98,19 +97,16 @@ pub(crate) struct Authority {
 
 impl Authority {
     /// Reads the cluster's answers, in their order.
-    pub(crate) fn read_all(answers: Vec<CertAuthorityV2>) -> anyhow::Result<Vec<Self>> {
-        answers.into_iter().map(Self::read).collect()
+    pub(crate) fn read_all(answers: &[CertAuthorityV2]) -> anyhow::Result<Vec<Self>> {
+        answers.iter().map(Self::read).collect()
     }
 
-    fn read(answer: CertAuthorityV2) -> anyhow::Result<Self> {
+    fn read(answer: &CertAuthorityV2) -> anyhow::Result<Self> {
         let spec = answer
             .spec
+            .as_ref()
             .context("the cluster sent an authority without content")?;
         check_cluster_name(&spec.cluster_name)?;
-        let sets: Vec<CaKeySet> = [spec.active_keys, spec.additional_trusted_keys]
-            .into_iter()
-            .flatten()
-            .collect();
         let unreadable = || {
             format!(
                 "the cluster sent an unreadable authority of {}",
@@ -119,18 +115,19 @@ impl Authority {
         };
         let mut tls = Vec::new();
         let mut ssh = Vec::new();
-        for set in sets {
-            for pair in set.tls {
-                let pem = String::from_utf8(pair.cert).with_context(unreadable)?;
-                tls.push(terminated(pem));
+        let sets = [&spec.active_keys, &spec.additional_trusted_keys];
+        for set in sets.into_iter().flatten() {
+            for pair in &set.tls {
+                let pem = std::str::from_utf8(&pair.cert).with_context(unreadable)?;
+                tls.push(terminated(pem.to_owned()));
             }
-            for pair in set.ssh {
-                let line = String::from_utf8(pair.public_key).with_context(unreadable)?;
-                ssh.push(public_key(&line).with_context(unreadable)?);
+            for pair in &set.ssh {
+                let line = std::str::from_utf8(&pair.public_key).with_context(unreadable)?;
+                ssh.push(public_key(line).with_context(unreadable)?);
             }
         }
         Ok(Self {
-            cluster: spec.cluster_name,
+            cluster: spec.cluster_name.clone(),
             tls,
             ssh,
         })
@@ -177,7 +174,7 @@ pub(crate) fn check_cluster_name(name: &str) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pb::types::{CertAuthoritySpecV2, SshKeyPair, TlsKeyPair};
+    use crate::pb::types::{CaKeySet, CertAuthoritySpecV2, SshKeyPair, TlsKeyPair};
 
     pub(crate) fn answer(cluster: &str, active: &str, additional: Option<&str>) -> CertAuthorityV2 {
         let keys = |tag: &str| CaKeySet {
@@ -204,10 +201,7 @@ mod tests {
 
     #[test]
     fn active_keys_come_before_additional_ones_and_comments_go() {
-        let read = Authority::read_all(vec![
-            answer("c", "new", Some("old")),
-            answer("b", "x", None),
-        ]);
+        let read = Authority::read_all(&[answer("c", "new", Some("old")), answer("b", "x", None)]);
         let read = read.unwrap();
         assert_eq!(read[0].ssh, ["ssh-ed25519 new", "ssh-ed25519 old"]);
         assert_eq!(bundle(&read), "cert new\ncert old\ncert x\n");
@@ -217,14 +211,14 @@ mod tests {
     fn hostile_names_and_keys_are_refused() {
         for name in ["", "a/b", "../x", "a\nHost *", "a b", "a'b", ".hidden"] {
             assert!(
-                Authority::read_all(vec![answer(name, "x", None)]).is_err(),
+                Authority::read_all(&[answer(name, "x", None)]).is_err(),
                 "{name:?}"
             );
         }
         let mut bad = answer("c", "x", None);
         bad.spec.as_mut().unwrap().active_keys.as_mut().unwrap().ssh[0].public_key =
             b"one".to_vec();
-        assert!(Authority::read_all(vec![bad, CertAuthorityV2::default()]).is_err());
+        assert!(Authority::read_all(&[bad, CertAuthorityV2::default()]).is_err());
     }
 
     #[test]

@@ -154,6 +154,7 @@ impl Settings {
             ttl: lifetime.ttl,
             cluster: self.cluster.clone(),
             reissuable: self.allow_reissue,
+            ..Request::default()
         }
     }
 }
@@ -227,7 +228,7 @@ impl IdentityOutput {
                 check_cluster_name(cluster)?;
                 if !hosts.iter().any(|host| host.cluster == *cluster) {
                     let host = client.cert_authority("host", cluster).await?;
-                    hosts.extend(Authority::read_all(vec![host])?);
+                    hosts.extend(Authority::read_all(&[host])?);
                 }
             }
         }

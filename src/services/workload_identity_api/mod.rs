@@ -307,10 +307,8 @@ impl Derived {
         Self {
             handle,
             request: Request {
-                roles: Vec::new(),
                 ttl: lifetime.ttl,
-                cluster: None,
-                reissuable: false,
+                ..Request::default()
             },
         }
     }
