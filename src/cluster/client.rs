@@ -17,7 +17,10 @@ use super::events::Events;
 use super::{ClusterError, Credential, Disposition};
 use crate::crypto::{Suite, pem};
 use crate::pb::proto::auth_service_client::AuthServiceClient;
-use crate::pb::proto::{Certs, GetRoleRequest, PingRequest, PingResponse, UserCertsRequest, Watch};
+use crate::pb::proto::{
+    Certs, GetRoleRequest, ListResourcesRequest, ListResourcesResponse, PingRequest, PingResponse,
+    UserCertsRequest, Watch,
+};
 use crate::pb::teleport::clusterconfig::v1::GetAuthPreferenceRequest;
 use crate::pb::teleport::clusterconfig::v1::cluster_config_service_client::ClusterConfigServiceClient;
 use crate::pb::teleport::machineid::v1::bot_instance_service_client::BotInstanceServiceClient;
@@ -28,7 +31,9 @@ use crate::pb::teleport::machineid::v1::{
 use crate::pb::teleport::presence::v1::ListRemoteClustersRequest;
 use crate::pb::teleport::presence::v1::presence_service_client::PresenceServiceClient;
 use crate::pb::teleport::trust::v1::trust_service_client::TrustServiceClient;
-use crate::pb::teleport::trust::v1::{GetCertAuthoritiesRequest, GetCertAuthorityRequest};
+use crate::pb::teleport::trust::v1::{
+    GenerateHostCertRequest, GetCertAuthoritiesRequest, GetCertAuthorityRequest,
+};
 use crate::pb::teleport::workloadidentity::v1::workload_identity_issuance_service_client::WorkloadIdentityIssuanceServiceClient;
 use crate::pb::teleport::workloadidentity::v1::workload_identity_revocation_service_client::WorkloadIdentityRevocationServiceClient;
 use crate::pb::teleport::workloadidentity::v1::{
@@ -107,6 +112,8 @@ macro_rules! over {
             .max_decoding_message_size(MAX_MESSAGE)
     };
 }
+
+pub mod resources;
 
 impl Client {
     /// A client that follows `credential`. Connects when it is first used.
@@ -226,6 +233,23 @@ impl Client {
         .cert_authorities_v2)
     }
 
+    /// A certificate for the key of an SSH server, as a line of the `authorized_keys` form.
+    pub async fn generate_host_cert(
+        &self,
+        request: GenerateHostCertRequest,
+    ) -> Result<String, ClusterError> {
+        const METHOD: &str = "GenerateHostCert";
+        let answer = unary(
+            METHOD,
+            over!(self, TrustServiceClient).generate_host_cert(timed(request)),
+        )
+        .await?;
+        String::from_utf8(answer.ssh_certificate).map_err(|_source| ClusterError::Answer {
+            call: METHOD,
+            problem: "the certificate is not text".into(),
+        })
+    }
+
     /// One cluster's authority of one type, without keys.
     pub async fn cert_authority(
         &self,
@@ -270,6 +294,18 @@ impl Client {
             page_token = page.next_page_token;
         }
         Err(endless(METHOD))
+    }
+
+    /// One page of resources.
+    async fn list_resources(
+        &self,
+        query: ListResourcesRequest,
+    ) -> Result<ListResourcesResponse, ClusterError> {
+        unary(
+            "ListResources",
+            over!(self, AuthServiceClient).list_resources(timed(query)),
+        )
+        .await
     }
 
     /// Every federated trust domain that the cluster knows.
@@ -371,6 +407,7 @@ pub(crate) async fn unary<T>(
     method: &'static str,
     call: impl Future<Output = Result<tonic::Response<T>, Status>>,
 ) -> Result<T, ClusterError> {
+    tracing::debug!(call = method, "Calling the cluster");
     let late = |_elapsed| {
         let problem = format!("no complete answer within {} s", CALL.as_secs());
         Err(Status::deadline_exceeded(problem))
@@ -388,6 +425,7 @@ async fn opened<T>(
     method: &'static str,
     call: impl Future<Output = Result<tonic::Response<T>, Status>>,
 ) -> Result<T, ClusterError> {
+    tracing::debug!(call = method, "Calling the cluster");
     call.await
         .map(tonic::Response::into_inner)
         .map_err(ClusterError::call(method))

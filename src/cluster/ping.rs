@@ -37,6 +37,9 @@ pub struct Endpoints {
     pub web_address: Option<String>,
     /// Where the proxy wants agents to connect, `host:port`.
     pub tunnel_address: Option<String>,
+    /// Where the proxy serves Kubernetes if it has a port for that alone (no TLS routing),
+    /// `host:port`.
+    pub kubernetes_address: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -60,7 +63,18 @@ struct Proxy {
     #[serde(default)]
     tls_routing_enabled: bool,
     #[serde(default)]
+    kube: Kube,
+    #[serde(default)]
     ssh: Ssh,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Kube {
+    #[serde(rename = "listen_addr")]
+    listen: String,
+    #[serde(rename = "public_addr")]
+    public: String,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -191,9 +205,21 @@ fn parse(body: &[u8]) -> Result<Endpoints, serde_json::Error> {
         suite,
         tls_routing: answer.proxy.tls_routing_enabled,
         tunnel_address: tunnel_address(ssh, answer.proxy.tls_routing_enabled),
+        kubernetes_address: kubernetes_address(&answer.proxy.kube, ssh),
         ssh_address,
         web_address,
     })
+}
+
+/// Where Kubernetes is served without TLS routing: what the proxy says, else the web address's host
+/// with the port that it listens on.
+fn kubernetes_address(kube: &Kube, ssh: &Ssh) -> Option<String> {
+    if !kube.public.is_empty() {
+        return Some(bare(&kube.public).to_owned());
+    }
+    let port = port_of(&kube.listen)?;
+    let web = with_port(first(&[&ssh.public])?, port);
+    Some(join(host_of(&web), port))
 }
 
 /// Where agents connect. A host that is none (`0.0.0.0`) is this machine.
@@ -341,6 +367,35 @@ mod tests {
             assert_eq!(found.tunnel_address.as_deref(), Some(address), "{ssh}");
         }
         assert_eq!(parsed("{}", true).tunnel_address, None);
+    }
+
+    #[test]
+    fn kubernetes_has_an_address_of_its_own_without_tls_routing() {
+        for (kube, ssh, address) in [
+            (
+                r#"{"public_addr":"k.example.org:3026"}"#,
+                "{}",
+                Some("k.example.org:3026"),
+            ),
+            (
+                r#"{"listen_addr":"0.0.0.0:3026"}"#,
+                r#"{"public_addr":"p.example.org:443","ssh_public_addr":"s.example.org:1"}"#,
+                Some("p.example.org:3026"),
+            ),
+            (
+                r#"{"listen_addr":"[::]:3026"}"#,
+                r#"{"public_addr":"[::1]:443"}"#,
+                Some("[::1]:3026"),
+            ),
+            (r#"{"listen_addr":"0.0.0.0:3026"}"#, "{}", None),
+            ("{}", r#"{"public_addr":"p.example.org:443"}"#, None),
+        ] {
+            let (kube, ssh) = (
+                serde_json::from_str(kube).unwrap(),
+                serde_json::from_str(ssh).unwrap(),
+            );
+            assert_eq!(kubernetes_address(&kube, &ssh).as_deref(), address);
+        }
     }
 
     #[test]

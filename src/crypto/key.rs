@@ -3,7 +3,9 @@
 use std::fmt;
 use std::sync::Arc;
 
-use aws_lc_rs::encoding::{AsDer as _, Pkcs8V1Der, PublicKeyX509Der};
+use aws_lc_rs::encoding::{
+    AsBigEndian as _, AsDer as _, Curve25519SeedBin, EcPrivateKeyBin, Pkcs8V1Der, PublicKeyX509Der,
+};
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{
     ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair as _, RSA_PKCS1_SHA256,
@@ -252,6 +254,31 @@ impl PrivateKey {
             KeyAlgorithm::Ed25519 => (ED25519, None),
         };
         AlgorithmIdentifierOwned { oid, parameters }
+    }
+
+    /// The number or seed that the key is, big-endian, as long as the algorithm has it; `None` for
+    /// RSA, whose keys are several numbers.
+    pub(super) fn private_number(&self) -> Option<Secret<Vec<u8>>> {
+        match self.pair.as_ref() {
+            Pair::Rsa(_) => None,
+            Pair::Ecdsa(pair) => {
+                let number: EcPrivateKeyBin<'_> = pair.private_key().as_be_bytes().ok()?;
+                Some(Secret::new(number.as_ref().to_vec()))
+            }
+            Pair::Ed25519(pair) => {
+                let seed: Curve25519SeedBin<'_> = pair.seed().ok()?.as_be_bytes().ok()?;
+                Some(Secret::new(seed.as_ref().to_vec()))
+            }
+        }
+    }
+
+    /// The public half as the algorithm writes it: a point, or PKCS#1 for RSA.
+    pub(super) fn public_point(&self) -> &[u8] {
+        match self.pair.as_ref() {
+            Pair::Rsa(pair) => pair.public_key().as_ref(),
+            Pair::Ecdsa(pair) => pair.public_key().as_ref(),
+            Pair::Ed25519(pair) => pair.public_key().as_ref(),
+        }
     }
 
     /// The PKCS#1 document inside the PKCS#8 one.

@@ -7,6 +7,7 @@ mod key;
 pub mod pem;
 pub mod ssh;
 pub(crate) mod ssh_cert;
+mod ssh_private;
 pub(crate) mod ssh_wire;
 pub mod suite;
 pub mod x509;

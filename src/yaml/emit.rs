@@ -72,11 +72,48 @@ impl From<&Tree> for Node {
     }
 }
 
+/// How documents look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Style {
+    /// As `yaml.v3` writes them: items of a list are indented below their key.
+    V3,
+    /// As `sigs.k8s.io/yaml` (`yaml.v2`) does: items stand below their key, and long text is broken.
+    Kubernetes,
+}
+
+impl Style {
+    /// Characters after which a line is broken at its next space.
+    fn width(self) -> usize {
+        match self {
+            Self::V3 => usize::MAX,
+            Self::Kubernetes => 80,
+        }
+    }
+
+    /// How much deeper than its key `tree` stands.
+    fn step(self, tree: &Tree) -> usize {
+        match (self, tree) {
+            (Self::Kubernetes, Tree::List(_)) => 0,
+            _ => 2,
+        }
+    }
+}
+
 /// The document, ending in a newline.
 #[must_use]
 pub fn emit(tree: &Tree) -> String {
+    document(tree, Style::V3)
+}
+
+/// The document as Kubernetes' own programs write it. The keys of its mappings have to be in order.
+#[must_use]
+pub fn emit_kubernetes(tree: &Tree) -> String {
+    document(tree, Style::Kubernetes)
+}
+
+fn document(tree: &Tree, style: Style) -> String {
     let mut out = String::new();
-    value(tree, 0, &mut out);
+    value(tree, 0, style, &mut out);
     if !out.ends_with('\n') {
         out.push('\n');
     }
@@ -84,7 +121,7 @@ pub fn emit(tree: &Tree) -> String {
 }
 
 /// Writes `tree` where the line already holds `indent` characters or a list dash before it.
-fn value(tree: &Tree, indent: usize, out: &mut String) {
+fn value(tree: &Tree, indent: usize, style: Style, out: &mut String) {
     match tree {
         Tree::List(items) if !items.is_empty() => {
             for (index, item) in items.iter().enumerate() {
@@ -92,7 +129,7 @@ fn value(tree: &Tree, indent: usize, out: &mut String) {
                     pad(indent, out);
                 }
                 out.push_str("- ");
-                value(item, indent + 2, out);
+                value(item, indent + 2, style, out);
                 end_line(out);
             }
         }
@@ -103,13 +140,14 @@ fn value(tree: &Tree, indent: usize, out: &mut String) {
                 }
                 out.push_str(&inline(key));
                 out.push(':');
+                let below = indent + style.step(entry);
                 if is_block(entry) {
                     out.push('\n');
-                    pad(indent + 2, out);
+                    pad(below, out);
                 } else {
                     out.push(' ');
                 }
-                value(entry, indent + 2, out);
+                value(entry, below, style, out);
                 end_line(out);
             }
         }
@@ -117,7 +155,7 @@ fn value(tree: &Tree, indent: usize, out: &mut String) {
         Tree::Bool(value) => out.push_str(if *value { "true" } else { "false" }),
         Tree::Text(text) => match literal(text, indent) {
             Some(block) => out.push_str(&block),
-            None => out.push_str(&inline(text)),
+            None => fold(&inline(text), indent, style.width(), out),
         },
         Tree::Raw(text) => out.push_str(text),
         Tree::List(_) => out.push_str("[]"),
@@ -165,6 +203,30 @@ fn literal(text: &str, indent: usize) -> Option<String> {
         block.push('\n');
     }
     Some(block)
+}
+
+/// Writes a scalar, breaking it at single spaces where a line is longer than `width`. Escapes of
+/// double quoted text could be cut, so that stays whole.
+fn fold(scalar: &str, indent: usize, width: usize, out: &mut String) {
+    let mut column = out.chars().rev().take_while(|c| *c != '\n').count();
+    let content = scalar.trim_matches('\'');
+    let inner = scalar.len() - scalar.trim_start_matches('\'').len();
+    let inner = inner + 1..(inner + content.len()).saturating_sub(1);
+    let whole = scalar.starts_with('"');
+    let mut before = None;
+    let mut rest = scalar.char_indices().peekable();
+    while let Some((at, c)) = rest.next() {
+        let single = before != Some(' ') && rest.peek().is_none_or(|(_, next)| *next != ' ');
+        if c == ' ' && single && column > width && inner.contains(&at) && !whole {
+            out.push('\n');
+            pad(indent, out);
+            column = indent;
+        } else {
+            out.push(c);
+            column += 1;
+        }
+        before = Some(c);
+    }
 }
 
 /// Text in one line: plain, else single quoted, else double quoted.
@@ -276,6 +338,44 @@ mod tests {
     }
 
     #[test]
+    fn kubernetes_style() {
+        let word = "x".repeat(70);
+        let tree = Tree::map([
+            (
+                "args",
+                Some(Tree::texts(["a", "123", "--d=/a b: #c", "it's"])),
+            ),
+            ("data", Some(Tree::text("A".repeat(200)))),
+            ("env", Some(Tree::Null)),
+            (
+                "long",
+                Some(Tree::map([(
+                    "plain",
+                    Some(Tree::text(format!("{word} b c d e  f g"))),
+                )])),
+            ),
+            (
+                "list",
+                Some(Tree::List(vec![Tree::map([(
+                    "quoted",
+                    Some(Tree::text(format!("{word}:  x yy z' "))),
+                )])])),
+            ),
+            ("preferences", Some(Tree::Map(vec![]))),
+        ]);
+        // As sigs.k8s.io/yaml writes it, character for character.
+        assert_eq!(
+            emit_kubernetes(&tree),
+            format!(
+                "args:\n- a\n- \"123\"\n- '--d=/a b: #c'\n- it's\ndata: {}\nenv: null\n\
+                 long:\n  plain: {word} b\n    c d e  f g\n\
+                 list:\n- quoted: '{word}:  x\n    yy z'' '\npreferences: {{}}\n",
+                "A".repeat(200)
+            )
+        );
+    }
+
+    #[test]
     fn quoting() {
         for (text, written) in [
             ("n", "\"n\""),
@@ -330,8 +430,10 @@ mod tests {
                 ("z".into(), Tree::text(text)),
             ]);
             let written = emit(&tree);
-            let node = parse(&written).unwrap_or_else(|e| panic!("{text:?}: {e}\n{written}"));
-            assert_eq!(node.get("z").and_then(Node::text), Some(text), "{written}");
+            for written in [written, emit_kubernetes(&tree)] {
+                let node = parse(&written).unwrap_or_else(|e| panic!("{text:?}: {e}\n{written}"));
+                assert_eq!(node.get("z").and_then(Node::text), Some(text), "{written}");
+            }
         }
     }
 }
