@@ -260,12 +260,11 @@ fn subcommand(kind: &'static dyn ServiceKind) -> Command {
         .visible_aliases(kind.aliases().iter().copied())
         .args(shared(false));
     for flag in kind.flags() {
-        match flag.value {
-            FlagValue::Bool => command = command.args(switch(flag.name, flag.help)),
-            FlagValue::Text | FlagValue::List | FlagValue::Destination | FlagValue::Labels => {
-                command = command.arg(argument(flag));
-            }
-        }
+        command = if flag.value == FlagValue::Bool {
+            command.args(switch(flag.name, flag.help))
+        } else {
+            command.arg(argument(flag))
+        };
         if flag.value == FlagValue::Destination {
             command = command.args([
                 reader("reader-user", "User that may read the files; repeatable"),
@@ -283,9 +282,17 @@ fn argument(flag: &Flag) -> Arg {
         .required(flag.required);
     match flag.value {
         FlagValue::Text | FlagValue::Bool => arg.value_name("TEXT"),
-        FlagValue::List => arg.value_name("TEXT").action(ArgAction::Append),
+        FlagValue::List | FlagValue::NameSelectors => {
+            arg.value_name("TEXT").action(ArgAction::Append)
+        }
         FlagValue::Destination => arg.value_name("URI").value_parser(parse_destination),
-        FlagValue::Labels => arg.value_name("KEY=VALUE,…").value_parser(parse_labels),
+        FlagValue::Labels => arg
+            .value_name("KEY=VALUE,…")
+            .value_parser(parse_label_lists),
+        FlagValue::LabelSelectors => arg
+            .value_name("KEY=VALUE,…")
+            .value_parser(parse_labels)
+            .action(ArgAction::Append),
     }
 }
 
@@ -320,6 +327,14 @@ fn service(kind: &'static dyn ServiceKind, matches: &ArgMatches) -> Result<Servi
                 None => None,
             },
             FlagValue::Labels => one::<Node>(matches, flag.name),
+            FlagValue::NameSelectors => {
+                let names = many::<String>(matches, flag.name).into_iter();
+                appended(&node, flag, "name", names.map(Node::made_text))
+            }
+            FlagValue::LabelSelectors => {
+                let labels = many::<Node>(matches, flag.name).into_iter();
+                appended(&node, flag, "labels", labels)
+            }
         };
         if let Some(value) = value {
             node.set(flag.yaml, value);
@@ -333,17 +348,35 @@ fn service(kind: &'static dyn ServiceKind, matches: &ArgMatches) -> Result<Servi
     })
 }
 
-fn with_readers(mut destination: Node, matches: &ArgMatches) -> Result<Node, Error> {
-    let entry = |kind: &str, name: String| {
-        let mut entry = Node::made(Value::Null);
-        entry.set(kind, Node::made_text(name));
-        entry
+/// The list that `service` has where the flag belongs, with one more item `key: …` for each of
+/// `values`; `None` if there are none.
+fn appended(
+    service: &Node,
+    flag: &Flag,
+    key: &str,
+    values: impl Iterator<Item = Node>,
+) -> Option<Node> {
+    let added: Vec<Node> = values.map(|value| entry(key, value)).collect();
+    let known = match service.get(flag.yaml).map(|node| &node.value) {
+        Some(Value::Sequence(items)) => items.as_slice(),
+        _ => &[],
     };
+    (!added.is_empty()).then(|| list(known.iter().cloned().chain(added)))
+}
+
+/// A mapping with one key.
+fn entry(key: &str, value: Node) -> Node {
+    let mut entry = Node::made(Value::Null);
+    entry.set(key, value);
+    entry
+}
+
+fn with_readers(mut destination: Node, matches: &ArgMatches) -> Result<Node, Error> {
     let users = many::<String>(matches, "reader-user").into_iter();
     let groups = many::<String>(matches, "reader-group").into_iter();
     let readers: Vec<Node> = users
-        .map(|name| entry("user", name))
-        .chain(groups.map(|name| entry("group", name)))
+        .map(|name| entry("user", Node::made_text(name)))
+        .chain(groups.map(|name| entry("group", Node::made_text(name))))
         .collect();
     if readers.is_empty() {
         return Ok(destination);
@@ -376,9 +409,17 @@ fn parse_destination(text: &str) -> Result<Node, String> {
     destination::from_uri(text).map(|plan| Node::from(&plan.emit()))
 }
 
-/// `k=v,k2=v2` with `,` or `;` between, double quotes around what holds one of them; each value is
-/// a list of one.
+/// As [`parse_labels`], and each value is a list of one.
+fn parse_label_lists(text: &str) -> Result<Node, String> {
+    labels(text, |value| list([value]))
+}
+
+/// `k=v,k2=v2` with `,` or `;` between, double quotes around what holds one of them.
 fn parse_labels(text: &str) -> Result<Node, String> {
+    labels(text, |value| value)
+}
+
+fn labels(text: &str, shape: impl Fn(Node) -> Node) -> Result<Node, String> {
     let mut entries: Vec<(Key, Node)> = Vec::new();
     for pair in split_quoted(text)? {
         let (key, value) = pair
@@ -391,7 +432,7 @@ fn parse_labels(text: &str) -> Result<Node, String> {
         if entries.iter().any(|(known, _)| known.text == key) {
             return Err(format!("the key {key:?} is there twice"));
         }
-        entries.push((Key::made(key), list([Node::made_text(value)])));
+        entries.push((Key::made(key), shape(Node::made_text(value))));
     }
     if entries.is_empty() {
         return Err("there is no KEY=VALUE in it".to_owned());
@@ -425,14 +466,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn labels() {
-        let node = parse_labels("env=a,b=\"c,d\"; e=f").unwrap();
+    fn labels_are_pairs() {
+        let node = parse_label_lists("env=a,b=\"c,d\"; e=f").unwrap();
         let Value::Mapping(entries) = &node.value else {
             panic!("a mapping");
         };
         let keys: Vec<&str> = entries.iter().map(|(key, _)| key.text.as_str()).collect();
         assert_eq!(keys, ["env", "b", "e"]);
         assert_eq!(node.get("b"), Some(&list([Node::made_text("c,d")])));
+        let node = parse_labels("b=\"c,d\"").unwrap();
+        assert_eq!(node.get("b"), Some(&Node::made_text("c,d")));
         for bad in ["", "a", "=b", "a=\"b", "a=b,a=c", ",;"] {
             assert!(parse_labels(bad).is_err(), "{bad}");
         }

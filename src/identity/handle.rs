@@ -159,8 +159,10 @@ struct Answers {
     suite: Recent<Suite>,
     roles: Recent<Vec<String>>,
     hosts: Recent<Vec<String>>,
-    authorities: Mutex<HashMap<&'static str, Arc<Recent<Arc<[CertAuthorityV2]>>>>>,
+    authorities: Mutex<HashMap<&'static str, Arc<RecentAuthorities>>>,
 }
+
+type RecentAuthorities = Recent<Arc<[CertAuthorityV2]>>;
 
 impl Handle {
     /// A handle on the identity that `identity` publishes, for a cluster reached by `route`.
@@ -264,13 +266,13 @@ impl Handle {
 
     /// The cluster's signature algorithm suite, as it is now.
     pub async fn suite(&self) -> Result<Suite, ClusterError> {
-        let ask = self.0.client.suite();
+        let ask = Box::pin(self.0.client.suite());
         self.recent(&self.0.recent.suite, ask).await
     }
 
     /// The TLS certificates of the authority that signs the cluster's servers, one PEM text each.
     pub async fn host_authorities(&self) -> Result<Vec<String>, ClusterError> {
-        let ask = self.0.client.host_authorities();
+        let ask = Box::pin(self.0.client.host_authorities());
         self.recent(&self.0.recent.hosts, ask).await
     }
 
@@ -284,7 +286,7 @@ impl Handle {
             let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
             Arc::clone(all.entry(kind).or_default())
         };
-        let ask = async { Ok(self.0.client.cert_authorities(kind).await?.into()) };
+        let ask = Box::pin(async { Ok(self.0.client.cert_authorities(kind).await?.into()) });
         self.recent(&recent, ask).await
     }
 
@@ -303,7 +305,7 @@ impl Handle {
         let own = self.current()?;
         let roles = async {
             if request.roles.is_empty() {
-                let ask = self.impersonated(&own);
+                let ask = Box::pin(self.impersonated(&own));
                 self.recent(&self.0.recent.roles, ask).await
             } else {
                 Ok(request.roles.clone())

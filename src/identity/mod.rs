@@ -13,6 +13,7 @@ pub(crate) mod fixtures;
 mod handle;
 mod recent;
 
+pub(crate) use handle::new_key;
 pub use handle::{Handle, IdentityError, Request, Target};
 pub use material::{Identity, MaterialError};
 

@@ -3,9 +3,20 @@
 //! An [`Output`] asks for what it shows and renders it as files; writing, retries, health and metrics
 //! are the runner's (`output.rs`). A [`Server`] runs until it is told to stop.
 
+pub mod application;
+mod artifacts;
 mod authorities;
+pub mod database;
 pub mod identity;
+mod impersonated;
+pub mod kubernetes;
+pub mod kubernetes_v2;
+mod lookup;
 pub mod output;
+mod program;
+pub mod ssh_host;
+#[cfg(test)]
+mod testing;
 mod trust;
 pub mod workload_identity_api;
 
@@ -26,7 +37,15 @@ use crate::telemetry::metrics::Metrics;
 use crate::yaml::{Fields, Tree};
 
 /// The kinds of service, by their YAML `type`.
-pub const KINDS: &[&dyn ServiceKind] = &[&identity::Kind, &workload_identity_api::Kind];
+pub const KINDS: &[&dyn ServiceKind] = &[
+    &application::Kind,
+    &database::Kind,
+    &identity::Kind,
+    &kubernetes::Kind,
+    &kubernetes_v2::Kind,
+    &ssh_host::Kind,
+    &workload_identity_api::Kind,
+];
 
 /// Kinds that upstream has, so that one missing here is refused by its name.
 pub const UPSTREAM: &[&str] = &[
@@ -100,6 +119,10 @@ pub enum FlagValue {
     Destination,
     /// `k=v,k2=v2`: a map to one-element lists.
     Labels,
+    /// Repeatable; each one more item `name: TEXT` of a list.
+    NameSelectors,
+    /// Repeatable `k=v,k2=v2`; each one more item `labels: {…}` of a list, after the names.
+    LabelSelectors,
 }
 
 /// One kind of service.

@@ -112,6 +112,43 @@ fn configure_prints_what_upstream_prints() {
             ["--name-selector", "n", "--listen", "unix:///x.sock"].as_slice(),
         ),
         ("identity", &["--destination", "/opt/machine-id"]),
+        (
+            "application",
+            &["--destination", "/opt/machine-id", "--app", "a"],
+        ),
+        (
+            "database",
+            &[
+                "--destination",
+                "/opt/machine-id",
+                "--service",
+                "s",
+                "--username",
+                "u",
+                "--database",
+                "d",
+            ],
+        ),
+        (
+            "kubernetes",
+            &[
+                "--destination",
+                "/opt/machine-id",
+                "--kubernetes-cluster",
+                "k",
+            ],
+        ),
+        (
+            "kubernetes/v2",
+            &[
+                "--destination",
+                "/opt/machine-id",
+                "--label-selector",
+                "env=a,b=c",
+                "--name-selector",
+                "n",
+            ],
+        ),
     ] {
         if !tbot::services::KINDS
             .iter()
@@ -124,7 +161,11 @@ fn configure_prints_what_upstream_prints() {
         args.extend(own);
         let output = tbot(&args);
         assert_eq!(output.status.code(), Some(0), "{output:?}");
-        let expected = std::fs::read_to_string(golden(&format!("configure/{kind}.yaml"))).unwrap();
+        let expected = std::fs::read_to_string(golden(&format!(
+            "configure/{}.yaml",
+            kind.replace('/', "-")
+        )))
+        .unwrap();
         assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
         let again = load("configured", expected).unwrap();
         assert!(again.warnings.is_empty(), "{:?}", again.warnings);

@@ -1,22 +1,23 @@
 //! The `identity` output: the files that Teleport's clients, OpenSSH and API programs use.
 
-mod files;
 mod ssh;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use async_trait::async_trait;
 
-use self::files::Facts;
 use self::ssh::Ssh;
+use super::artifacts::Artifacts;
 use super::authorities::{Authorities, Authority, check_cluster_name};
+use super::impersonated::{DESTINATION, Impersonated};
+use super::program::{program, text};
 use super::{Context, Flag, FlagValue, Lifetime, Made, Output, Service, ServiceKind, ServicePlan};
 use crate::cluster::dial::host_of;
 use crate::cluster::feature::Feature;
-use crate::destination::{self, Destination, DestinationPlan, FileSet};
-use crate::identity::{Issued, Request};
+use crate::destination::{Destination, DestinationPlan, FileSet};
+use crate::identity::{Issued, Request, Target};
 use crate::yaml::{Fields, Tree};
 
 /// The kind.
@@ -26,8 +27,7 @@ pub struct Kind;
 /// A configured identity output.
 #[derive(Debug, Clone)]
 struct Settings {
-    destination: Arc<dyn DestinationPlan>,
-    roles: Vec<String>,
+    base: Impersonated,
     cluster: Option<String>,
     ssh_config: bool,
     allow_reissue: bool,
@@ -44,13 +44,7 @@ impl ServiceKind for Kind {
 
     fn flags(&self) -> &'static [Flag] {
         &[
-            Flag {
-                name: "destination",
-                yaml: "destination",
-                value: FlagValue::Destination,
-                required: true,
-                help: "Where to write the files: a path, file:///path or memory://",
-            },
+            DESTINATION,
             Flag {
                 name: "cluster",
                 yaml: "cluster",
@@ -84,11 +78,11 @@ const AUTHORITIES: &[&str] = &[
 
 impl ServicePlan for Settings {
     fn label(&self) -> String {
-        format!("identity-output ({})", self.destination)
+        format!("identity-output ({})", self.base.destination)
     }
 
     fn destination(&self) -> Option<&Arc<dyn DestinationPlan>> {
-        Some(&self.destination)
+        Some(&self.base.destination)
     }
 
     fn files(&self) -> Vec<String> {
@@ -103,28 +97,18 @@ impl ServicePlan for Settings {
 
     fn emit(&self) -> Vec<(String, Tree)> {
         let mode = if self.ssh_config { "on" } else { "off" };
-        [
-            ("destination", Some(self.destination.emit())),
-            (
-                "roles",
-                (!self.roles.is_empty()).then(|| Tree::texts(self.roles.iter())),
-            ),
+        let reissue = self.allow_reissue.then_some(Tree::Bool(true));
+        self.base.emit([
             ("cluster", self.cluster.as_ref().map(Tree::text)),
             ("ssh_config", Some(Tree::text(mode))),
-            (
-                "allow_reissue",
-                self.allow_reissue.then_some(Tree::Bool(true)),
-            ),
-        ]
-        .into_iter()
-        .filter_map(|(key, tree)| Some((key.to_owned(), tree?)))
-        .collect()
+            ("allow_reissue", reissue),
+        ])
     }
 
     fn build(&self) -> Service {
         Service::Output(Box::new(IdentityOutput {
             settings: self.clone(),
-            destination: self.destination.build(),
+            destination: self.base.destination.build(),
             program: program(),
         }))
     }
@@ -132,15 +116,13 @@ impl ServicePlan for Settings {
 
 impl Settings {
     fn read(fields: &mut Fields<'_>) -> Option<Self> {
-        let destination = destination::read(fields, "destination");
-        let roles = fields.strings("roles").unwrap_or_default();
+        let base = Impersonated::read(fields);
         let cluster = fields.string("cluster").filter(|name| !name.is_empty());
         // Upstream takes an empty value for the default.
         let ssh_config = fields.one_of("ssh_config", &["on", "off", ""]);
         let allow_reissue = fields.bool("allow_reissue").unwrap_or(false);
         Some(Self {
-            destination: destination?,
-            roles,
+            base: base?,
             cluster,
             ssh_config: ssh_config.as_deref() != Some("off"),
             allow_reissue,
@@ -150,11 +132,9 @@ impl Settings {
     /// The certificate that these settings ask for.
     fn request(&self, lifetime: Lifetime) -> Request {
         Request {
-            roles: self.roles.clone(),
-            ttl: lifetime.ttl,
             cluster: self.cluster.clone(),
             reissuable: self.allow_reissue,
-            ..Request::default()
+            ..self.base.request(lifetime, Target::Cluster)
         }
     }
 }
@@ -176,7 +156,7 @@ impl Output for IdentityOutput {
 
     async fn make(&self, context: &Context) -> anyhow::Result<Made> {
         let request = self.settings.request(context.lifetime);
-        let issued = context.identity.issue(&request).await?;
+        let issued = Box::pin(context.identity.issue(&request)).await?;
         Ok(Made {
             files: Box::pin(self.render(&issued, context)).await?,
             not_after: issued.not_after(),
@@ -187,107 +167,74 @@ impl Output for IdentityOutput {
 impl IdentityOutput {
     /// The files for `issued`.
     async fn render(&self, issued: &Issued, context: &Context) -> anyhow::Result<FileSet> {
-        let client = context.identity.client();
         let endpoints = async {
-            if self.settings.ssh_config {
-                context.identity.endpoints().await.map(Some)
+            Ok(if self.settings.ssh_config {
+                Some(context.identity.endpoints().await?)
             } else {
-                Ok(None)
-            }
+                None
+            })
         };
         let (authorities, endpoints) =
-            tokio::try_join!(Authorities::fetch(&context.identity), async {
-                Ok(endpoints.await?)
-            },)?;
-        let Authorities {
-            mut hosts,
-            users,
-            databases,
-        } = authorities;
-        let public_line = issued.key().public_ssh_line()?;
+            tokio::try_join!(Box::pin(Authorities::fetch(&context.identity)), endpoints)?;
+        let files = Artifacts::of(issued, &authorities.hosts)?.authorities(&authorities);
+        let Some(endpoints) = endpoints else {
+            return Ok(files.files());
+        };
+        let hosts = self.reached(issued, authorities.hosts, context).await?;
+        let address = endpoints.ssh_address.as_deref().context(
+            "the proxy does not say where its SSH side is reached, which ssh_config needs: set \
+             ssh_config: off",
+        )?;
+        let ssh = Ssh {
+            clusters: hosts,
+            proxy_host: host_of(address),
+            proxy_address: address,
+            tls_routing: endpoints.tls_routing,
+            connection_upgrade: false,
+            program: text(&self.program)?,
+        };
         let directory = self.destination.directory().map(text).transpose()?;
+        Ok(ssh.add_to(files, directory).files())
+    }
 
-        let mut reached = vec![issued.cluster().to_owned()];
+    /// The host authorities of the clusters that the identity reaches: its own, then the leaves that
+    /// its roles see.
+    async fn reached(
+        &self,
+        issued: &Issued,
+        mut hosts: Vec<Authority>,
+        context: &Context,
+    ) -> anyhow::Result<Vec<Authority>> {
+        let mut names = vec![issued.cluster().to_owned()];
         // Every leaf cluster has a host authority here, so a list without others needs no question.
-        let leaves = hosts.iter().any(|host| host.cluster != issued.cluster());
-        if endpoints.is_some() && leaves {
+        if hosts.iter().any(|host| host.cluster != issued.cluster()) {
             let request = Request {
                 cluster: None,
                 ..self.settings.request(context.lifetime)
             };
-            let derived = context.identity.derived(&request).await?;
+            let derived = Box::pin(context.identity.derived(&request)).await?;
             let leaves = context
                 .identity
                 .lacking()
                 .optional(Feature::LeafClusters, derived.remote_clusters().await)?;
-            reached.extend(leaves.unwrap_or_default());
+            names.extend(leaves.unwrap_or_default());
         }
-        let listed = hosts.len();
-        if endpoints.is_some() {
-            for cluster in &reached {
-                check_cluster_name(cluster)?;
-                if !hosts.iter().any(|host| host.cluster == *cluster) {
-                    let host = client.cert_authority("host", cluster).await?;
-                    hosts.extend(Authority::read_all(&[host])?);
-                }
+        let mut reached = Vec::new();
+        for name in &names {
+            check_cluster_name(name)?;
+            if let Some(at) = hosts.iter().position(|host| host.cluster == *name) {
+                reached.push(hosts.swap_remove(at));
+            } else {
+                let host = context
+                    .identity
+                    .client()
+                    .cert_authority("host", name)
+                    .await?;
+                reached.extend(Authority::read_all(&[host])?);
             }
         }
-        let proxy = match &endpoints {
-            Some(endpoints) => {
-                let address = endpoints.ssh_address.as_deref().context(
-                    "the proxy does not say where its SSH side is reached, which ssh_config needs: \
-                     set ssh_config: off",
-                )?;
-                Some((address, endpoints.tls_routing))
-            }
-            None => None,
-        };
-        let program = text(&self.program)?;
-        let ssh = proxy.map(|(address, tls_routing)| Ssh {
-            clusters: reached
-                .iter()
-                .filter_map(|name| hosts.iter().find(|host| host.cluster == *name))
-                .collect(),
-            proxy_host: host_of(address),
-            proxy_address: address,
-            tls_routing,
-            connection_upgrade: false,
-            program,
-        });
-        Ok(files::render(&Facts {
-            identity: issued,
-            public_line,
-            hosts: hosts.get(..listed).unwrap_or_default(),
-            users: &users,
-            databases: &databases,
-            ssh,
-            directory,
-        }))
+        Ok(reached)
     }
-}
-
-fn text(path: &Path) -> anyhow::Result<&str> {
-    path.to_str().with_context(|| {
-        format!(
-            "the path {} is not text and cannot be written down",
-            path.display()
-        )
-    })
-}
-
-/// The path that this program was started by, if that is a link to it: a link survives an update,
-/// the file behind it does not. Otherwise the program's file.
-fn program() -> PathBuf {
-    let file = std::env::current_exe().unwrap_or_else(|_error| PathBuf::from("tbot"));
-    let started = std::env::args_os().next().map(PathBuf::from);
-    stable(started, file)
-}
-
-fn stable(started: Option<PathBuf>, file: PathBuf) -> PathBuf {
-    started
-        .filter(|path| path.is_absolute())
-        .filter(|path| path.canonicalize().is_ok_and(|real| real == file))
-        .unwrap_or(file)
 }
 
 #[cfg(test)]
@@ -347,22 +294,5 @@ mod tests {
             assert!(plan(bad).is_err(), "{bad}");
         }
         assert!(plan("destination: {type: memory}\nssh_config: ''").is_ok());
-    }
-
-    #[test]
-    fn a_link_to_this_program_is_kept() {
-        let base = tempfile::tempdir().unwrap();
-        let base = base.path().canonicalize().unwrap();
-        let (file, link) = (base.join("tbot-1.2"), base.join("tbot"));
-        std::fs::write(&file, "").unwrap();
-        std::os::unix::fs::symlink(&file, &link).unwrap();
-        for (started, expected) in [
-            (Some(link.clone()), &link),
-            (Some(PathBuf::from("tbot")), &file),
-            (Some(base.join("other")), &file),
-            (None, &file),
-        ] {
-            assert_eq!(stable(started, file.clone()), *expected);
-        }
     }
 }

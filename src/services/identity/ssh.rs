@@ -1,12 +1,13 @@
 //! The texts that make OpenSSH use the identity: `known_hosts` and `ssh_config`.
 
+use crate::services::artifacts::Artifacts;
 use crate::services::authorities::Authority;
 
 /// What the texts say.
 #[derive(Debug)]
 pub(super) struct Ssh<'a> {
     /// Host authorities of the clusters to be reached, the own cluster first.
-    pub(super) clusters: Vec<&'a Authority>,
+    pub(super) clusters: Vec<Authority>,
     /// The proxy's host, without port and brackets.
     pub(super) proxy_host: &'a str,
     /// The proxy's SSH address, `host:port`.
@@ -20,8 +21,30 @@ pub(super) struct Ssh<'a> {
 }
 
 impl Ssh<'_> {
+    /// Adds the texts to an output: `known_hosts`, and in a `directory` also those that name paths in
+    /// it.
+    pub(super) fn add_to(&self, files: Artifacts, directory: Option<&str>) -> Artifacts {
+        let mut files = files.add("known_hosts", self.known_hosts());
+        let Some(directory) = directory else {
+            return files;
+        };
+        for authority in &self.clusters {
+            let cluster = &authority.cluster;
+            files = files
+                .add(
+                    format!("{cluster}.ssh_config"),
+                    self.cluster_config(directory, cluster),
+                )
+                .add(
+                    format!("{cluster}.known_hosts"),
+                    Self::cluster_known_hosts(authority),
+                );
+        }
+        files.add("ssh_config", self.config(directory))
+    }
+
     /// `known_hosts` for every cluster.
-    pub(super) fn known_hosts(&self) -> String {
+    fn known_hosts(&self) -> String {
         let mut text = String::new();
         for authority in &self.clusters {
             let cluster = &authority.cluster;
@@ -32,7 +55,7 @@ impl Ssh<'_> {
     }
 
     /// `<cluster>.known_hosts`: any host name, for use with one cluster only.
-    pub(super) fn cluster_known_hosts(authority: &Authority) -> String {
+    fn cluster_known_hosts(authority: &Authority) -> String {
         let mut text = format!(
             "# Cluster specific known_hosts generated for cluster '{}'\n",
             authority.cluster
@@ -42,7 +65,7 @@ impl Ssh<'_> {
     }
 
     /// `ssh_config` for every cluster; `directory` is where all these files are.
-    pub(super) fn config(&self, directory: &str) -> String {
+    fn config(&self, directory: &str) -> String {
         let proxy = self.proxy_host;
         let mut text = format!("# Begin generated Teleport configuration for {proxy} by tbot\n\n");
         for authority in &self.clusters {
@@ -68,7 +91,7 @@ impl Ssh<'_> {
     }
 
     /// `<cluster>.ssh_config`, for `Include` or `-F`.
-    pub(super) fn cluster_config(&self, directory: &str, cluster: &str) -> String {
+    fn cluster_config(&self, directory: &str, cluster: &str) -> String {
         let command = self.proxy_command(directory, cluster);
         let hosts = path(directory, &format!("{cluster}.known_hosts"));
         let [key, certificate] = ["key", "key-cert.pub"].map(|name| path(directory, name));
@@ -138,9 +161,9 @@ mod tests {
         }
     }
 
-    fn ssh(clusters: &[Authority]) -> Ssh<'_> {
+    fn ssh(clusters: &[Authority]) -> Ssh<'static> {
         Ssh {
-            clusters: clusters.iter().collect(),
+            clusters: clusters.to_vec(),
             proxy_host: "example.teleport.sh",
             proxy_address: "example.teleport.sh:3080",
             tls_routing: true,
@@ -214,6 +237,27 @@ mod tests {
         assert!(lines[0].contains("root,*.root ssh-ed25519 NEW type=host"));
         assert!(lines[1].contains("root,*.root ssh-ed25519 OLD type=host"));
         assert!(lines[2].contains("leaf,*.leaf ssh-ed25519 LEAF type=host"));
+    }
+
+    #[test]
+    fn only_a_directory_has_texts_with_paths() {
+        let clusters = [authority("root", &["KEY"])];
+        for (directory, expected) in [
+            (None, &["known_hosts"][..]),
+            (
+                Some("/d"),
+                &[
+                    "known_hosts",
+                    "root.known_hosts",
+                    "root.ssh_config",
+                    "ssh_config",
+                ],
+            ),
+        ] {
+            let files = ssh(&clusters).add_to(Artifacts::default(), directory);
+            let names: Vec<String> = files.files().into_keys().collect();
+            assert_eq!(names, expected);
+        }
     }
 
     #[test]

@@ -1,0 +1,403 @@
+//! The `kubernetes/v2` output: one kubeconfig for every cluster that selectors find, with one
+//! certificate for all of them; the proxy reads from the path which cluster is meant.
+
+mod name;
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+
+use anyhow::bail;
+use async_trait::async_trait;
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+
+use self::name::Template;
+use super::artifacts::Artifacts;
+use super::impersonated::{DESTINATION, Impersonated};
+use super::kubernetes::access::{Address, Logins, trusted};
+use super::kubernetes::kubeconfig::{KubeContext, Kubeconfig};
+use super::kubernetes::{CALLED, DISABLE_PLUGIN};
+use super::lookup;
+use super::{Context, Flag, FlagValue, Made, Output, Service, ServiceKind, ServicePlan};
+use crate::cluster::Client;
+use crate::cluster::client::resources::Selection;
+use crate::destination::{Destination, DestinationPlan};
+use crate::identity::Target;
+use crate::yaml::{Fields, Tree};
+
+/// The kind.
+#[derive(Debug)]
+pub struct Kind;
+
+/// A configured Kubernetes output.
+#[derive(Debug, Clone)]
+struct Settings {
+    base: Impersonated,
+    disable_exec_plugin: bool,
+    selectors: Vec<Selector>,
+    /// How contexts are named; `None` as upstream does.
+    template: Option<Template>,
+}
+
+/// Which clusters are wanted, and what is special about them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Selector {
+    by: By,
+    namespace: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum By {
+    Name(String),
+    Labels(BTreeMap<String, String>),
+}
+
+impl ServiceKind for Kind {
+    fn name(&self) -> &'static str {
+        "kubernetes/v2"
+    }
+
+    fn aliases(&self) -> &'static [&'static str] {
+        &["k8s/v2"]
+    }
+
+    fn flags(&self) -> &'static [Flag] {
+        &[
+            DESTINATION,
+            DISABLE_PLUGIN,
+            Flag {
+                name: "name-selector",
+                yaml: "selectors",
+                value: FlagValue::NameSelectors,
+                required: false,
+                help: "Name of a Kubernetes cluster; repeatable",
+            },
+            Flag {
+                name: "label-selector",
+                yaml: "selectors",
+                value: FlagValue::LabelSelectors,
+                required: false,
+                help: "Labels that Kubernetes clusters have; repeatable, each adds clusters",
+            },
+        ]
+    }
+
+    fn parse(&self, fields: &mut Fields<'_>) -> Option<Box<dyn ServicePlan>> {
+        Some(Box::new(Settings::read(fields)?))
+    }
+}
+
+impl Settings {
+    fn read(fields: &mut Fields<'_>) -> Option<Self> {
+        let base = Impersonated::with_every_role(fields);
+        let disable_exec_plugin = fields.bool("disable_exec_plugin").unwrap_or(false);
+        let sections = fields.sections("selectors").unwrap_or_default();
+        if sections.is_empty() {
+            fields.error(
+                "selectors",
+                "at least one selector is needed",
+                Some("write `- name: CLUSTER` or `- labels: {KEY: VALUE}`"),
+            );
+        }
+        let listed = sections.len();
+        let selectors: Vec<_> = sections.into_iter().filter_map(Selector::read).collect();
+        let template = match fields.string("context_name_template") {
+            None => Ok(None),
+            Some(source) => Template::parse(&source).map(Some).map_err(|problem| {
+                fields.error(
+                    "context_name_template",
+                    problem,
+                    Some("use {{.ClusterName}}, {{.KubeName}} and {{index .Labels \"KEY\"}}"),
+                );
+            }),
+        };
+        (listed > 0 && selectors.len() == listed).then_some(Self {
+            base: base?,
+            disable_exec_plugin,
+            selectors,
+            template: template.ok()?,
+        })
+    }
+}
+
+impl Selector {
+    fn read(mut fields: Fields<'_>) -> Option<Self> {
+        let name = fields.string("name");
+        let labels = fields.string_map("labels").unwrap_or_default();
+        let namespace = fields.string("default_namespace");
+        let by = match (name, labels.is_empty()) {
+            (Some(name), true) => Some(By::Name(name)),
+            (None, false) => Some(By::Labels(labels.into_iter().collect())),
+            (Some(_), false) | (None, true) => {
+                fields.error(
+                    "name",
+                    "a selector has either a name or labels",
+                    Some("write `- name: CLUSTER` or `- labels: {KEY: VALUE}`"),
+                );
+                None
+            }
+        };
+        fields.finish();
+        Some(Self { by: by?, namespace })
+    }
+
+    fn emit(&self) -> Tree {
+        let (name, labels) = match &self.by {
+            By::Name(name) => (Some(Tree::text(name)), None),
+            By::Labels(labels) => {
+                let labels = labels
+                    .iter()
+                    .map(|(key, value)| (key.clone(), Tree::text(value)));
+                (None, Some(Tree::Map(labels.collect())))
+            }
+        };
+        Tree::map([
+            ("name", name),
+            ("labels", labels),
+            ("default_namespace", self.namespace.as_ref().map(Tree::text)),
+        ])
+    }
+
+    /// The clusters that it finds. By labels, none is no mistake.
+    async fn find(&self, client: &Client) -> anyhow::Result<Vec<Found>> {
+        let found = match &self.by {
+            By::Name(name) => {
+                let found = client.kubernetes_clusters(Selection::Name(name)).await?;
+                vec![lookup::single(CALLED, name, found)?]
+            }
+            By::Labels(labels) => {
+                client
+                    .kubernetes_clusters(Selection::Labels(labels))
+                    .await?
+            }
+        };
+        Ok(found
+            .into_iter()
+            .map(|cluster| Found {
+                name: cluster.name,
+                labels: cluster.labels,
+                namespace: self.namespace.clone(),
+            })
+            .collect())
+    }
+}
+
+/// A cluster that a selector found.
+#[derive(Debug, Clone)]
+struct Found {
+    name: String,
+    labels: BTreeMap<String, String>,
+    namespace: Option<String>,
+}
+
+/// The contexts by name, and the name of the first. A cluster that several selectors find counts for
+/// the first of them.
+fn contexts(
+    found: Vec<Found>,
+    cluster: &str,
+    url: &str,
+    template: Option<&Template>,
+) -> anyhow::Result<(BTreeMap<String, KubeContext>, String)> {
+    let default = || Template::parse(name::DEFAULT).map_err(anyhow::Error::msg);
+    let template = template.cloned().map_or_else(default, Ok)?;
+    let encode = |text: &str| URL_SAFE_NO_PAD.encode(text);
+    let mut seen = HashSet::new();
+    let mut contexts = BTreeMap::new();
+    let mut current = None;
+    for item in found {
+        if !seen.insert(item.name.clone()) {
+            continue;
+        }
+        let name = template.name(cluster, &item.name, &item.labels);
+        let context = KubeContext {
+            server: format!(
+                "{url}/v1/teleport/{}/{}",
+                encode(cluster),
+                encode(&item.name)
+            ),
+            namespace: item.namespace,
+        };
+        if contexts.insert(name.clone(), context).is_some() {
+            bail!(
+                "context_name_template gives two clusters the name {name:?}, one of them {:?}: add \
+                 {{{{.KubeName}}}} to it",
+                item.name
+            );
+        }
+        current.get_or_insert(name);
+    }
+    Ok((contexts, current.unwrap_or_default()))
+}
+
+impl ServicePlan for Settings {
+    fn label(&self) -> String {
+        format!("kubernetes-v2-output ({})", self.base.destination)
+    }
+
+    fn destination(&self) -> Option<&Arc<dyn DestinationPlan>> {
+        Some(&self.base.destination)
+    }
+
+    fn emit(&self) -> Vec<(String, Tree)> {
+        let selectors = self.selectors.iter().map(Selector::emit).collect();
+        let template = self.template.as_ref().map(Template::source);
+        self.base.emit([
+            (
+                "disable_exec_plugin",
+                self.disable_exec_plugin.then_some(Tree::Bool(true)),
+            ),
+            ("selectors", Some(Tree::List(selectors))),
+            ("context_name_template", template.map(Tree::text)),
+        ])
+    }
+
+    fn build(&self) -> Service {
+        Service::Output(Box::new(Kubernetes {
+            settings: self.clone(),
+            destination: self.base.destination.build(),
+            logins: Logins::new(self.disable_exec_plugin),
+        }))
+    }
+}
+
+/// A running Kubernetes output.
+#[derive(Debug)]
+struct Kubernetes {
+    settings: Settings,
+    destination: Arc<dyn Destination>,
+    logins: Logins,
+}
+
+#[async_trait]
+impl Output for Kubernetes {
+    fn destination(&self) -> Arc<dyn Destination> {
+        Arc::clone(&self.destination)
+    }
+
+    async fn make(&self, context: &Context) -> anyhow::Result<Made> {
+        let settings = &self.settings;
+        let client = settings.base.client(context).await?;
+        let mut found = Vec::new();
+        for selector in &settings.selectors {
+            found.extend(Box::pin(selector.find(&client)).await?);
+        }
+        let endpoints = Box::pin(context.identity.endpoints()).await?;
+        let address = Address::of(&endpoints)?;
+        let cluster = endpoints.cluster_name.as_str();
+        let (contexts, current) =
+            contexts(found, cluster, &address.url, settings.template.as_ref())?;
+        let (issued, authorities) = settings.base.issue(context, Target::Cluster).await?;
+        let key = issued.key().to_pem();
+        let kubeconfig = Kubeconfig {
+            contexts,
+            current: &current,
+            user: cluster,
+            login: self
+                .logins
+                .choose(self.destination.as_ref(), &issued, &key)?,
+            authorities: &trusted(&issued, &authorities.hosts)?,
+            server_name: address.server_name.as_deref(),
+        };
+        let files = Artifacts::of(&issued, &authorities.hosts)?
+            .hosts(&authorities.hosts)
+            .add("kubeconfig.yaml", kubeconfig.render());
+        Ok(Made {
+            files: files.files(),
+            not_after: issued.not_after(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::services::testing::plan;
+
+    const HEAD: &str = "destination: {type: memory}\n";
+
+    #[test]
+    fn the_section_is_read_and_written() {
+        let written = plan(
+            &Kind,
+            &format!(
+                "{HEAD}disable_exec_plugin: true\nselectors:\n- name: n\n  default_namespace: team\n\
+                 - labels: {{env: a, b: c}}\ncontext_name_template: '{{{{.KubeName}}}}'\n"
+            ),
+        );
+        assert_eq!(
+            written.unwrap(),
+            "kubernetes-v2-output (memory)\ndestination:\n  type: memory\ndisable_exec_plugin: true\n\
+             selectors:\n  - name: \"n\"\n    default_namespace: team\n  - labels:\n      b: c\n      \
+             env: a\ncontext_name_template: '{{.KubeName}}'\n"
+        );
+        for (bad, told) in [
+            ("", "at least one selector is needed"),
+            ("selectors: []", "at least one selector is needed"),
+            ("selectors: [{}]", "either a name or labels"),
+            (
+                "selectors: [{name: a, labels: {b: c}}]",
+                "either a name or labels",
+            ),
+            ("selectors: [{labels: {}}]", "either a name or labels"),
+            ("selectors: [a]", "must be a mapping"),
+            (
+                "selectors: [{name: a}]\ncontext_name_template: '{{.X}}'",
+                "`{{.X}}` is not known here",
+            ),
+            ("selectors: [{name: a}]\nroles: [x]", "roles: unknown key"),
+        ] {
+            let error = plan(&Kind, &format!("{HEAD}{bad}")).unwrap_err();
+            assert!(error.contains(told), "{bad}: {error}");
+        }
+    }
+
+    fn found(name: &str, namespace: Option<&str>) -> Found {
+        Found {
+            name: name.to_owned(),
+            labels: BTreeMap::from([("env".to_owned(), "prod".to_owned())]),
+            namespace: namespace.map(str::to_owned),
+        }
+    }
+
+    #[test]
+    fn every_cluster_has_one_context_and_the_first_found_is_current() {
+        let listed = vec![found("k2", Some("a")), found("k1", None), found("k2", None)];
+        let (all, current) = contexts(listed, "real.example.org", "https://p:1", None).unwrap();
+        assert_eq!(current, "real.example.org-k2");
+        let context = |server: &str, namespace: Option<&str>| KubeContext {
+            server: format!("https://p:1/v1/teleport/cmVhbC5leGFtcGxlLm9yZw/{server}"),
+            namespace: namespace.map(str::to_owned),
+        };
+        let expected = [
+            ("real.example.org-k1", context("azE", None)),
+            ("real.example.org-k2", context("azI", Some("a"))),
+        ];
+        let expected = expected.map(|(name, context)| (name.to_owned(), context));
+        assert_eq!(all, BTreeMap::from(expected));
+        let (all, current) = contexts(Vec::new(), "c", "https://p:1", None).unwrap();
+        assert!(all.is_empty() && current.is_empty());
+    }
+
+    #[test]
+    fn two_clusters_cannot_share_a_name() {
+        let template = Template::parse("{{index .Labels \"env\"}}").unwrap();
+        let listed = || vec![found("k1", None), found("k2", None)];
+        let refused = contexts(listed(), "c", "https://p:1", Some(&template)).unwrap_err();
+        assert!(
+            refused.to_string().contains("\"prod\", one of them \"k2\""),
+            "{refused}"
+        );
+    }
+
+    #[test]
+    fn hostile_names_stay_in_their_place() {
+        for name in ["a/../b", "x\ny", "\"'", &"k".repeat(300)] {
+            let (all, current) =
+                contexts(vec![found(name, None)], "c", "https://p:1", None).unwrap();
+            assert_eq!(current, format!("c-{name}"));
+            let server = &all[&current].server;
+            let path = server.strip_prefix("https://p:1/v1/teleport/Yw/").unwrap();
+            assert_eq!(URL_SAFE_NO_PAD.decode(path).unwrap(), name.as_bytes());
+        }
+    }
+}
