@@ -24,12 +24,9 @@ mod guide;
 mod harness;
 mod init;
 mod killed;
-<<<<<<< HEAD
 mod killed_writer;
 mod kubernetes_secret;
-mod readers;
-=======
 mod outputs;
->>>>>>> 4377a2a (Write applications, databases, Kubernetes clusters and SSH hosts as outputs)
+mod readers;
 mod renewal;
 mod wire;

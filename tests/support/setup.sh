@@ -9,12 +9,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 # command:Debian package
 missing=()
 for need in systemctl:systemd dbus-daemon:dbus unshare:util-linux nsenter:util-linux openssl:openssl \
-<<<<<<< HEAD
     ssh-keygen:openssh-client python3:python3 curl:curl setfacl:acl kubectl:kubernetes-client strace:strace; do
-=======
-    ssh-keygen:openssh-client python3:python3 curl:curl \
-    kubectl:kubernetes-client; do
->>>>>>> 4377a2a (Write applications, databases, Kubernetes clusters and SSH hosts as outputs)
     command -v "${need%%:*}" > /dev/null || missing+=("${need##*:}")
 done
 if [ ${#missing[@]} -gt 0 ]; then
