@@ -14,6 +14,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .bytes(".X509SVIDResponse")
         .bytes(".X509SVID")
         .bytes(".X509BundlesResponse")
+        // What SSH carries is handed on as it came.
+        .bytes(".teleport.transport.v1.Frame")
         .compile_fds(descriptors)?;
     Ok(())
 }

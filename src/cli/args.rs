@@ -8,6 +8,7 @@ use tracing::level_filters::LevelFilter;
 
 use super::cluster::ClusterArgs;
 use super::flags::AgentFlags;
+use super::ssh_proxy_command::SshProxyArgs;
 use crate::telemetry::Format;
 
 /// Joins a Teleport cluster as a machine, keeps its certificates fresh and hands identities to the
@@ -190,11 +191,7 @@ pub(super) enum Command {
     },
     /// Reach a host for `ssh`; written into `ssh_config`
     #[command(name = "ssh-proxy-command", hide = true)]
-    SshProxy {
-        /// The flags that `ssh_config` has
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        words: Vec<String>,
-    },
+    SshProxy(SshProxyArgs),
     /// Print a shell's completion script
     Completion {
         /// The shell

@@ -91,7 +91,10 @@ fn run(cli: &Cli, env: &Env) -> Result<(), Failure> {
                 .map_err(|problem| Failure::usage(problem.to_string()))?;
             Ok(runtime()?.block_on(spiffe_inspect::run(address))?)
         }
-        Command::SshProxy { words } => Err(ssh_proxy_command::run(words)),
+        Command::SshProxy(args) => {
+            process::protect();
+            ssh_proxy_command::run(args, globals.insecure(), env)
+        }
         Command::Completion { shell } => print(&completion::script(*shell)),
         Command::Quickstart { dir, once } => {
             process::protect();
@@ -137,6 +140,8 @@ fn level(globals: &Globals, command: Option<&Command>, env: &Env) -> Result<Leve
         _ if debug => LevelFilter::DEBUG,
         // What it shows is its output; the two logs would bury it.
         Some(Command::Quickstart { .. }) => LevelFilter::ERROR,
+        // It speaks between the lines of whoever uses `ssh`.
+        Some(Command::SshProxy(_)) => LevelFilter::WARN,
         _ => LevelFilter::INFO,
     })
 }

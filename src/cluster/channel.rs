@@ -224,6 +224,15 @@ impl Way {
 /// A TLS connection of a channel.
 pub(crate) type Tls = TlsStream<BoxedIo>;
 
+/// A channel over one connection. When that is lost, so is the channel.
+pub(crate) fn over(stream: Tls) -> Result<tonic::transport::Channel, ClusterError> {
+    let stream = Mutex::new(Some(stream));
+    connect_lazily(move || {
+        let stream = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
+        async move { stream.ok_or_else(|| ClusterError::Trust("the connection was lost".to_owned())) }
+    })
+}
+
 /// A channel that connects by `connect` when it is first used, and again when the connection is
 /// lost.
 pub(crate) fn connect_lazily<F, S>(

@@ -4,7 +4,8 @@
 //! to do that, [`trust`] says whom to believe before there is an identity, `first` connects then,
 //! `tunnel` leads through proxies that let only SSH pass, [`credential`] is what a channel presents,
 //! `channel` follows it through renewals, [`client`] has the typed calls, [`error`] says what a
-//! failure means, [`feature`] what a cluster of another version lacks.
+//! failure means, [`feature`] what a cluster of another version lacks. `transport` reaches the SSH
+//! servers behind a proxy.
 
 pub mod client;
 pub mod credential;
@@ -21,6 +22,7 @@ mod channel;
 pub(crate) mod first;
 mod forward;
 mod switch;
+pub(crate) mod transport;
 pub(crate) mod tunnel;
 mod upgrade;
 

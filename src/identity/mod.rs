@@ -1,13 +1,15 @@
 //! What the bot holds and when it renews: the only module with a renewal loop of its own.
 //!
 //! [`material`] is what an identity consists of, [`store`] keeps the bot's own one through crashes,
-//! [`state`] decides what to do next, [`bot`] does it, [`Handle`] is what services see.
+//! [`state`] decides what to do next, [`bot`] does it, [`Handle`] is what services see. `file` reads
+//! an identity that was written for others.
 
 pub mod bot;
 pub mod material;
 pub mod state;
 pub mod store;
 
+pub(crate) mod file;
 #[cfg(test)]
 pub(crate) mod fixtures;
 mod handle;

@@ -44,6 +44,11 @@ pub mod teleport {
             include!(concat!(env!("OUT_DIR"), "/teleport.presence.v1.rs"));
         }
     }
+    pub mod transport {
+        pub mod v1 {
+            include!(concat!(env!("OUT_DIR"), "/teleport.transport.v1.rs"));
+        }
+    }
     pub mod trust {
         pub mod v1 {
             include!(concat!(env!("OUT_DIR"), "/teleport.trust.v1.rs"));

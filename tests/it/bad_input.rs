@@ -73,7 +73,7 @@ fn start(sandbox: &Sandbox, name: &str, config: &str) -> Process {
 
 /// Checks that a command failed while it ran, with one line that has every text.
 #[track_caller]
-fn assert_refused(output: &Output, texts: &[&str]) {
+pub(crate) fn assert_refused(output: &Output, texts: &[&str]) {
     assert_eq!(output.status.code(), Some(1), "{}", output.text());
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     let errors: Vec<_> = stderr

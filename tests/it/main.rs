@@ -29,4 +29,5 @@ mod kubernetes_secret;
 mod outputs;
 mod readers;
 mod renewal;
+mod ssh;
 mod wire;

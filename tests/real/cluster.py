@@ -10,11 +10,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from pathlib import Path
 
 ACCOUNT, ROLE, SESSION = "123456789012", "teleport-bot-role", "i-0abc123"
 NAME, PROXY, AUTH = "real.example.org", "example.teleport.sh:3080", "localhost:3025"
-MOTO = "http://127.0.0.1:5555"
+MOTO, DIAGNOSTICS = "http://127.0.0.1:5555", "127.0.0.1:3434"
 STS = ("sts.us-east-1.amazonaws.com", "sts.amazonaws.com")
 
 
@@ -56,11 +57,13 @@ class Cluster:
         self.aws = dict(zip(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"), keys),
                         AWS_REGION="us-east-1")
         self.sts_front()
+        self.behind_the_proxy()
         self.configure()
         self.teleport = self.up()
 
     def up(self):
-        child = self.spawn("teleport", self.bin / "teleport", "start", "-c", self.dir / "teleport.yaml")
+        child = self.spawn("teleport", self.bin / "teleport", "start", "-c", self.dir / "teleport.yaml",
+                           "--diag-addr", DIAGNOSTICS)
         wait("the proxy", lambda: answers(f"https://{PROXY}/webapi/ping"), 90)
         wait("the auth service", lambda: self.tctl("status", check=False).returncode == 0)
         listed = lambda: PROXY in self.tctl("get", "proxies", check=False).stdout
@@ -100,7 +103,7 @@ class Cluster:
         d = self.dir
         run("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days",
             "2", "-keyout", d / "ca.key", "-out", d / "ca.crt", "-subj", "/CN=roots of the trial")
-        for name, sans in (("sts", STS), ("web", (PROXY.split(":")[0], "localhost"))):
+        for name, sans in (("sts", STS), ("web", (PROXY.split(":")[0], "*." + PROXY.split(":")[0], "localhost"))):
             names = ",".join(f"DNS:{san}" for san in sans)
             run("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days",
                 "2", "-CA", d / "ca.crt", "-CAkey", d / "ca.key", "-keyout", d / f"{name}.key", "-out",
@@ -117,15 +120,34 @@ class Cluster:
         server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
 
-    def configure(self):
+    def behind_the_proxy(self):
+        """A web application, and a Kubernetes API that has one namespace."""
+        (self.dir / "kubeconfig").write_text(
+            "apiVersion: v1\nkind: Config\ncurrent-context: k1\n"
+            "clusters: [{name: k1, cluster: {server: 'https://127.0.0.1:6443', insecure-skip-tls-verify: true}}]\n"
+            "users: [{name: u, user: {token: t}}]\ncontexts: [{name: k1, context: {cluster: k1, user: u}}]\n")
+        for port, handler in ((8099, Application), (6443, Kubernetes)):
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+            if handler is Kubernetes:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                context.load_cert_chain(self.dir / "web.crt", self.dir / "web.key")
+                server.socket = context.wrap_socket(server.socket, server_side=True)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def configure(self, mode="multiplex"):
+        """One port for everything, or (`separate`) ports for SSH and tunnels of their own."""
         d = self.dir
+        ports = "  listen_addr: 127.0.0.1:3023\n  tunnel_listen_addr: 127.0.0.1:3024\n" if mode == "separate" else ""
         (d / "teleport.yaml").write_text(f"""version: v3
 teleport: {{nodename: local, data_dir: {d}/data, log: {{output: stderr, severity: INFO}}}}
-auth_service: {{enabled: yes, cluster_name: {NAME}, listen_addr: 127.0.0.1:3025, proxy_listener_mode: multiplex}}
+auth_service: {{enabled: yes, cluster_name: {NAME}, listen_addr: 127.0.0.1:3025, proxy_listener_mode: {mode}}}
 ssh_service: {{enabled: yes, listen_addr: 127.0.0.1:3022, labels: {{env: test}}}}
+app_service: {{enabled: yes, apps: [{{name: echo, uri: "http://127.0.0.1:8099", labels: {{env: test}}}}]}}
+db_service: {{enabled: yes, databases: [{{name: pg, protocol: postgres, uri: "localhost:5432", static_labels: {{env: test}}}}]}}
+kubernetes_service: {{enabled: yes, listen_addr: 127.0.0.1:3026, kubeconfig_file: {d}/kubeconfig, labels: {{env: test}}}}
 proxy_service:
   enabled: yes
-  web_listen_addr: 127.0.0.1:3080
+{ports}  web_listen_addr: 127.0.0.1:3080
   public_addr: ["{PROXY}", "localhost:3080"]
   https_keypairs: [{{key_file: {d}/web.key, cert_file: {d}/web.crt}}]
 """)
@@ -145,6 +167,21 @@ proxy_service:
 
     def get(self, kind):
         return json.loads(self.tctl("get", kind, "--format=json").stdout)
+
+    def events(self):
+        """The audit log so far."""
+        lines = [line for log in sorted(self.dir.glob("data/log/events.log")) for line in log.read_text().splitlines()]
+        return [json.loads(line) for line in lines]
+
+    def calls(self):
+        """How often each call was made of the auth service; those of its own proxy and node aside."""
+        with urllib.request.urlopen(f"http://{DIAGNOSTICS}/metrics") as answer:
+            text = answer.read().decode()
+        counts = Counter()
+        for labels, count in re.findall(r"(?m)^grpc_server_started_total{(.*?)} (\S+)", text):
+            method, service = (re.search(rf'{key}="(.*?)"', labels)[1] for key in ("grpc_method", "grpc_service"))
+            counts[f"{service}/{method}"] += int(float(count))
+        return counts
 
 
 class Front:
@@ -178,6 +215,50 @@ def pump(source, sink):
         sink.shutdown(socket.SHUT_WR)
     except OSError:
         pass
+
+
+class Application(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer("text/plain", "the application\n")
+
+    def answer(self, kind, text):
+        data = text.encode()
+        self.send_response(200)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+class Kubernetes(Application):
+    """As much of a Kubernetes API as Teleport's service and `kubectl get namespaces` ask for."""
+
+    ANSWERS = {
+        "/version": {"major": "1", "minor": "33", "gitVersion": "v1.33.0"},
+        "/api": {"kind": "APIVersions", "versions": ["v1"]},
+        "/apis": {"kind": "APIGroupList", "apiVersion": "v1", "groups": []},
+        "/api/v1": {"kind": "APIResourceList", "groupVersion": "v1", "resources": [
+            {"name": "namespaces", "singularName": "namespace", "namespaced": False, "kind": "Namespace",
+             "verbs": ["get", "list"], "shortNames": ["ns"]}]},
+        "/api/v1/namespaces": {"kind": "NamespaceList", "apiVersion": "v1", "metadata": {}, "items": [
+            {"kind": "Namespace", "apiVersion": "v1", "metadata": {"name": "behind-the-proxy"}}]},
+    }
+
+    def do_GET(self):
+        found = self.ANSWERS.get(self.path.split("?")[0])
+        if not found:
+            return self.send_error(404)
+        self.answer("application/json", json.dumps(found))
+
+    def do_POST(self):
+        """May somebody do something? Yes."""
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        kind, version = "SelfSubjectAccessReview", "authorization.k8s.io/v1"
+        review = {"kind": kind, "apiVersion": version, "metadata": {}, "spec": {}, "status": {"allowed": True}}
+        self.answer("application/json", json.dumps(review))
 
 
 class StsFront(http.server.BaseHTTPRequestHandler):

@@ -31,12 +31,13 @@ class Trial:
         self.daemon = None
 
     def config(self, name, server, pins=(), onboarding="{join_method: iam, token: example-bot}", lifetime="",
-               api=False):
-        """Writes NAME/tbot.yaml with an identity output and perhaps the Workload API."""
+               api=False, services=None):
+        """Writes NAME/tbot.yaml with an identity output and perhaps the Workload API, or with `services`."""
         folder = self.dir / name
         folder.mkdir(parents=True, exist_ok=True)
         pinned = onboarding[:-1] + f", ca_pins: {list(pins)}}}" if pins else onboarding
-        services = f"  - {{type: identity, destination: {{type: directory, path: {folder}/identity}}}}\n"
+        services = services and services.strip("\n").replace("OUT", str(folder)) + "\n" or (
+            f"  - {{type: identity, destination: {{type: directory, path: {folder}/identity}}}}\n")
         if api:
             services += (f"  - type: workload-identity-api\n    listen: unix://{folder}/workload.sock\n"
                          "    selector: {name: example-workload-identity}\n")
@@ -108,19 +109,19 @@ def main():
         cluster.start()
         trial = Trial(cluster, directory, chosen.tbot.resolve())
         for name, function in known.items():
-            if chosen.steps and name not in chosen.steps:
+            if name not in chosen.steps if chosen.steps else hasattr(function, "long"):
                 continue
             begun = time.monotonic()
             try:
-                function(trial)
+                note = function(trial)
                 outcome = "ok  "
             except Exception:  # any failure is one of the step
                 failed += 1
                 outcome = "FAIL"
-                reason = traceback.format_exc()
+                note = traceback.format_exc()
             print(f"{outcome} {function.__doc__} ({name}, {time.monotonic() - begun:.1f} s)", flush=True)
-            if outcome == "FAIL":
-                print("     " + reason.strip().replace("\n", "\n     "), flush=True)
+            if note:
+                print("     " + note.strip().replace("\n", "\n     "), flush=True)
     finally:
         cluster.stop()
         if not chosen.keep:

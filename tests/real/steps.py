@@ -4,6 +4,8 @@ import re
 import signal
 import time
 
+import outputs
+import ssh
 from cluster import ACCOUNT, AUTH, PROXY, Front, run, wait
 from describe import describe
 
@@ -27,7 +29,17 @@ spec:
   allow:
     logins: [root]
     node_labels: {'*': '*'}
-    rules: [{resources: [node], verbs: [list, read]}]
+    app_labels: {'*': '*'}
+    db_labels: {'*': '*'}
+    db_names: ['*']
+    db_users: ['*']
+    kubernetes_labels: {'*': '*'}
+    kubernetes_groups: ['system:masters']
+    kubernetes_resources: [{kind: '*', name: '*', namespace: '*', verbs: ['*']}]
+    rules:
+      - {resources: [node], verbs: [list, read]}
+      - {resources: [cert_authority], verbs: [readnosecrets, list, read]}
+      - {resources: [host_cert], verbs: [create]}
 ---
 kind: role
 version: v7
@@ -119,6 +131,11 @@ def tsh_and_tctl_accept_it(t):
     said = run(t.cluster.bin / "tsh", "-i", identity, f"--proxy={PROXY}", "ssh", "root@local", "echo", "reached",
                env=t.cluster.env).stdout
     assert said.strip() == "reached", said
+
+
+for function in (ssh.openssh, ssh.openssh_past_a_renewal, ssh.openssh_behind_a_front,
+                 ssh.openssh_while_the_proxy_records, *outputs.STEPS):
+    step(function)
 
 
 @step
@@ -228,6 +245,33 @@ def restart_and_outage(t):
 
 
 @step
+def ten_minutes_away(t):
+    """the cluster is away for ten minutes: SVIDs are served throughout, then everything is renewed by itself"""
+    log = t.dir / "daemon/agent.log"
+    told = len(log.read_text())
+    workload = t.holder(f"unix://{t.dir}/daemon/workload.sock")
+    t.cluster.down()
+    away = time.monotonic()
+    t.daemon.send_signal(signal.SIGHUP)
+    while time.monotonic() - away < 600:
+        workload.stdin.write("again\n")
+        workload.stdin.flush()
+        assert workload.stdout.readline() == "ok\n", "an SVID while the cluster was away"
+        time.sleep(5)
+    before = (t.dir / "daemon/identity/tlscert").read_bytes()
+    t.cluster.teleport = t.cluster.up()
+    back = time.monotonic()
+    wait("a renewal", lambda: (t.dir / "daemon/identity/tlscert").read_bytes() != before, 400)
+    t.still_serves("after it")
+    lines = len(log.read_text()[told:].splitlines())
+    return f"renewed {time.monotonic() - back:.0f} s after it was back; {lines} lines in the log"
+
+
+# Left out unless named.
+ten_minutes_away.long = True
+
+
+@step
 def locks(t):
     """a lock is told with its remedy; after it is lifted the agent renews again"""
     t.cluster.tctl("lock", "--user=bot-example", "--message=maintenance")
@@ -251,6 +295,27 @@ def locks(t):
 
     wait("a renewal", renewed, 30)
     t.end(t.daemon)
+
+
+@step
+def separate_ports(t):
+    """a proxy without TLS routing: IAM join, SSH tunnel, renewals, OpenSSH through the proxy's SSH port"""
+    t.cluster.down()
+    t.cluster.configure("separate")
+    t.cluster.teleport = t.cluster.up()
+    t.config("separate", f"proxy_server: {PROXY}")
+    agent = t.agent("separate")
+    wait("its ssh_config", (t.dir / "separate/identity/ssh_config").exists, 60)
+    for generation in ("2", "3"):
+        agent.send_signal(signal.SIGHUP)
+        wait(f"generation {generation}", lambda: subject(t, "separate").get("generation") == generation, 30)
+    text = (t.dir / "separate/identity/ssh_config").read_text()
+    assert "--no-tls-routing" in text and "'example.teleport.sh:3023'" in text, text
+    wait("a node", lambda: ssh.Shell(t, "separate").ssh(ssh.HOST, "true", check=False).returncode == 0)
+    t.end(agent)
+    t.cluster.down()
+    t.cluster.configure()
+    t.cluster.teleport = t.cluster.up()
 
 
 @step

@@ -129,26 +129,3 @@ fn an_agent_leaves_no_core_and_opens_as_many_files_as_it_may() {
     assert_eq!(files[0], files[1]);
     assert_ne!(files[0], "256");
 }
-
-#[test]
-fn a_generated_ssh_config_ends_with_one_line_that_names_what_works() {
-    let sandbox = Sandbox::new();
-    let mut command = sandbox.tbot([
-        "ssh-proxy-command",
-        "--destination-dir=/opt/machine-id",
-        "--proxy-server=example.org:443",
-        "--cluster=example.org",
-        "--tls-routing",
-        "--no-connection-upgrade",
-        "--resume",
-        "--user=root",
-        "--host=node.example.org",
-        "--port=22",
-    ]);
-    let refused = command.output().unwrap();
-    super::assert_refused(
-        &refused,
-        &["tsh -i /opt/machine-id/identity --proxy=example.org:443 ssh root@node.example.org"],
-    );
-    assert!(refused.stdout.is_empty(), "{}", refused.text());
-}
