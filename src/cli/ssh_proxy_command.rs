@@ -155,7 +155,7 @@ fn read(path: &Path, now: SystemTime) -> anyhow::Result<IdentityFile> {
         .and_then(|file| file.take(MAX_FILE).read_to_string(&mut text))
         .with_context(|| {
             format!(
-                "{shown}: is it in the destination of an `identity` output that tbot has written?"
+                "cannot read {shown}; is it in the destination of an `identity` output that tbot has written?"
             )
         })?;
     let identity = IdentityFile::parse(&text).with_context(|| format!("{shown} is no identity"))?;

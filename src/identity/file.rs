@@ -124,7 +124,7 @@ mod tests {
                 (vec![key, tls, ssh], "no certificate authorities"),
                 (vec![key, other.tls_pem(), ssh], "for another key"),
                 (vec![key, tls, other.ssh_line()], "for another key"),
-                (vec![key, ssh, tls.split_at(100).0], "truncated"),
+                (vec![key, ssh, tls.split_at(100).0], "does not end"),
                 (vec![ssh, tls, &authority.pem], "private key"),
             ] {
                 let error = IdentityFile::parse(&text(&parts)).unwrap_err().to_string();

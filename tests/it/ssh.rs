@@ -31,7 +31,7 @@ fn without_an_identity_it_says_where_one_should_be() {
     for (dir, part) in [
         (
             "missing",
-            "missing/identity: is it in the destination of an `identity` output",
+            "missing/identity; is it in the destination of an `identity` output",
         ),
         (
             "garbage",

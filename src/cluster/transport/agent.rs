@@ -105,7 +105,7 @@ impl Agent {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::crypto::ssh_host::is_signed;
+    use crate::crypto::ssh_cert::is_signed;
 
     /// An agent whose certificate is, for what happens here, its bare key.
     fn agent(algorithm: KeyAlgorithm) -> (Agent, Vec<u8>) {
