@@ -89,6 +89,8 @@ pub enum Listener {
     Auth,
     /// The proxy's gRPC side for joining: nobody is anybody.
     ProxyJoin,
+    /// The proxy's gRPC side for SSH to nodes: certificates count.
+    Nodes,
     /// The proxy's web side.
     Web,
 }
@@ -100,7 +102,7 @@ pub struct Caller {
     pub addr: SocketAddr,
     /// Where it came in.
     pub listener: Listener,
-    /// What its certificate says, on [`Listener::Auth`] and if it showed one of ours.
+    /// What its certificate says, where certificates count and if it showed one of ours.
     pub identity: Option<TlsIdentity>,
 }
 

@@ -22,7 +22,7 @@ use super::resources::{self, Applied, CreateError, Mode};
 use super::store::{Put, Resource, Store, StoreError};
 use super::tls::{Tls, TlsError, WebCertificate};
 use super::web::{Ports, Web};
-use super::{ClusterState, SWEEP, files, workload_identity};
+use super::{ClusterState, SWEEP, files, transport, workload_identity};
 use crate::clock::Clock;
 use crate::crypto::Suite;
 use crate::spiffe::TrustDomain;
@@ -204,6 +204,7 @@ impl Cluster {
             tls_routing: ssh.is_none(),
             authorities: state.authorities.clone(),
             join,
+            nodes: transport::routes(&state),
             clock: state.clock.clone(),
             audit: state.audit.clone(),
         });

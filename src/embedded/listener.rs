@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `teleport-auth@…` | host authority, client certificates count | the auth service |
 //! | `teleport-proxy-grpc` among them | web | joining only |
+//! | `teleport-proxy-ssh-grpc` among them | host authority, client certificates count | SSH to nodes |
 //! | `teleport-reversetunnel…` among them | web | SSH, and in it the auth service |
 //! | anything else, or none | web | HTTPS, and tunnels to all of the above |
 //!
@@ -98,6 +99,8 @@ pub(super) enum Route {
     OtherCluster,
     /// Joining through the proxy.
     Join,
+    /// SSH to nodes.
+    Nodes,
     /// SSH, or to know whether ALPN passes unharmed.
     Ssh,
     /// HTTPS.
@@ -125,6 +128,9 @@ pub(super) fn route<'a>(offered: impl Iterator<Item = &'a [u8]> + Clone, cluster
         if protocol == b"teleport-proxy-grpc" {
             return Route::Join;
         }
+        if protocol == b"teleport-proxy-ssh-grpc" {
+            return Route::Nodes;
+        }
         if protocol.starts_with(b"teleport-reversetunnel") {
             return Route::Ssh;
         }
@@ -139,6 +145,7 @@ pub(super) struct Server {
     pub(super) tls: Tls,
     pub(super) auth: Routes,
     pub(super) join: Routes,
+    pub(super) nodes: Routes,
     pub(super) web: Arc<Web>,
     /// How the proxy's SSH side is reached.
     pub(super) ssh_names: Vec<String>,
@@ -281,12 +288,16 @@ impl Server {
                 let service = grpc(self.join.clone(), Ok(caller(None)), self.audit.clone());
                 self.run(stream, true, service, None, &shutdown).await
             }
-            Listener::Auth => {
+            Listener::Auth | Listener::Nodes => {
                 let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
                 let identity = self.identity(chain);
                 let known = identity.as_ref().ok().and_then(Option::as_ref);
                 let known_until = known.map(|identity| identity.expires);
-                let service = grpc(self.auth.clone(), identity.map(caller), self.audit.clone());
+                let routes = match listener {
+                    Listener::Nodes => &self.nodes,
+                    _ => &self.auth,
+                };
+                let service = grpc(routes.clone(), identity.map(caller), self.audit.clone());
                 self.run(stream, true, service, known_until, &shutdown)
                     .await
             }
@@ -355,6 +366,7 @@ impl Server {
             // shows that it belongs to a cluster.
             Route::Join if port == Port::Tunnel => (http(Listener::ProxyJoin), self.tls.auth()?),
             Route::Join => (http(Listener::ProxyJoin), self.tls.join()),
+            Route::Nodes => (http(Listener::Nodes), self.tls.auth()?),
             Route::Web => (http(Listener::Web), self.tls.web()),
             Route::Auth | Route::Ssh | Route::OtherCluster => return Ok(None),
         };
@@ -527,6 +539,7 @@ mod tests {
                 Route::Ssh,
             ),
             (&["teleport-reversetunnel"], Route::Ssh),
+            (&["teleport-proxy-ssh-grpc", "h2"], Route::Nodes),
             (&["teleport-proxy-grpc-mtls"], Route::Web),
         ];
         for (offered, expected) in cases {

@@ -13,6 +13,7 @@
 //! - [`auth`]: joins, certificates, authorities and what else agents call.
 //! - [`ca`]: the authorities, and the making of certificates.
 //! - [`caller`]: who calls, by certificate and listener.
+//! - `transport`: SSH to nodes, for whoever has a role that sees them.
 //! - [`admin`]: commands over a unix socket in the data directory.
 //! - [`instant`]: points in time as resources and audit lines write them.
 
@@ -31,6 +32,7 @@ mod pattern;
 pub mod resources;
 pub mod store;
 mod tls;
+mod transport;
 mod tunnel;
 mod upgrade;
 mod web;

@@ -26,7 +26,7 @@ pub fn authorize(state: &ClusterState, caller: &Caller) -> Result<TlsIdentity, R
     let identity = caller
         .identity
         .as_ref()
-        .filter(|_| caller.listener == Listener::Auth)
+        .filter(|_| matches!(caller.listener, Listener::Auth | Listener::Nodes))
         .ok_or_else(|| Refusal::denied("access denied: a client certificate is required"))?;
     // A connection may outlive the certificate it was opened with.
     if identity.expires < state.clock.now() {

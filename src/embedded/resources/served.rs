@@ -1,6 +1,6 @@
 //! `kind: app`, `db`, `kube_cluster` and `node`: what a bigger cluster's agents serve.
 //!
-//! This cluster proxies nothing: such a resource says that something exists, by which name and
+//! This cluster proxies nothing but SSH to nodes: such a resource says that something exists, by which name and
 //! labels it is found, and what a certificate for it must say. It stands for its server as well.
 //! What a Teleport cluster knows beside (upstream `api/types`, JSON names) is kept as it is.
 
