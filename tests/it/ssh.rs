@@ -36,7 +36,7 @@ fn without_an_identity_it_says_where_one_should_be() {
     for (dir, part) in [
         (
             "missing",
-            "missing/identity; is it in the destination of an `identity` output",
+            "missing/identity; is it in the destination of an",
         ),
         (
             "garbage",
@@ -168,7 +168,9 @@ fn agent(sandbox: &Sandbox, cluster: &Cluster<'_>, bot: &str, more: &str) -> Pro
         + &more.replace("FOLDER", &folder.to_string());
     let config = sandbox.write(&format!("{bot}.yaml"), config);
     let mut command = sandbox.tbot(["start", "-c"]);
-    command.arg(config);
+    command
+        .arg(config)
+        .env("SSL_CERT_FILE", cluster.web_authority());
     let mut process = sandbox.spawn(bot, command);
     eventually("its ssh_config is written", || {
         process.check_running();
