@@ -131,7 +131,8 @@ impl Agent {
         let mut units = Vec::new();
         for service in plan.services {
             let name: Arc<str> = service.name.as_str().into();
-            let unit = Unit::new(service.plan, context(Arc::clone(&name), service.lifetime));
+            let context = context(Arc::clone(&name), service.lifetime);
+            let unit = Unit::new(service.plan, service.reload, context);
             if plan.oneshot && !unit.is_output() {
                 tracing::info!(service = %name, "Skipping a service that cannot run once");
             } else {

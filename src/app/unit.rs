@@ -11,7 +11,7 @@ use futures_util::FutureExt as _;
 
 use crate::backoff::{Backoff, Loudness, Repeated};
 use crate::crypto::jitter;
-use crate::services::{Context, Service, ServicePlan, output};
+use crate::services::{Context, Service, ServicePlan, output, reload};
 use crate::telemetry::one_line;
 
 /// The first and the longest wait before a service that failed is started again.
@@ -20,15 +20,21 @@ const RESTART: (Duration, Duration) = (Duration::from_secs(1), Duration::from_mi
 /// A service of the plan, with what it may use.
 pub(super) struct Unit {
     plan: Box<dyn ServicePlan>,
+    hooks: Option<reload::Plan>,
     context: Context,
     /// The service with its destination made or its socket bound; `None` if that has to be done.
     prepared: Option<Service>,
 }
 
 impl Unit {
-    pub(super) fn new(plan: Box<dyn ServicePlan>, context: Context) -> Self {
+    pub(super) fn new(
+        plan: Box<dyn ServicePlan>,
+        hooks: Option<reload::Plan>,
+        context: Context,
+    ) -> Self {
         Self {
             plan,
+            hooks,
             context,
             prepared: None,
         }
@@ -100,7 +106,7 @@ impl Unit {
         };
         match service {
             Service::Output(output) => {
-                output::run(output, self.context.clone()).await;
+                output::run(output, self.hooks.clone(), self.context.clone()).await;
                 Ok(())
             }
             Service::Server(server) => {
@@ -123,7 +129,9 @@ impl Unit {
                 None => prepared(self.plan.as_ref()).await?,
             };
             match service {
-                Service::Output(output) => output::run_once(output, self.context).await,
+                Service::Output(output) => {
+                    output::run_once(output, self.hooks.take(), self.context).await
+                }
                 Service::Server(_) => Ok(()),
             }
         })
@@ -286,7 +294,7 @@ mod tests {
             metrics: Metrics::new(),
             shutdown: shutdown.clone(),
         };
-        (Unit::new(Box::new(fake), context), registry, shutdown)
+        (Unit::new(Box::new(fake), None, context), registry, shutdown)
     }
 
     fn report(registry: &Registry) -> (Status, Option<String>) {

@@ -21,7 +21,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
 
 use crate::clock::Clock;
-use crate::crypto::x509::Certificate;
+use crate::crypto::x509::{self, Certificate};
 use crate::pb::workload_api::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use crate::pb::workload_api::{
     JwtBundlesRequest, JwtsvidRequest, ValidateJwtsvidRequest, X509svidRequest, X509svidResponse,
@@ -265,7 +265,7 @@ fn read_x509(message: X509svidResponse) -> anyhow::Result<Found> {
             .parse()
             .with_context(|| svid.spiffe_id.clone())?;
         let ders =
-            certificates(&svid.x509_svid).ok_or_else(|| anyhow!("{id}: the SVID is not DER"))?;
+            x509::split(&svid.x509_svid).ok_or_else(|| anyhow!("{id}: the SVID is not DER"))?;
         let leaf = ders
             .first()
             .ok_or_else(|| anyhow!("{id}: the SVID is empty"))?;
@@ -295,26 +295,11 @@ fn read_x509(message: X509svidResponse) -> anyhow::Result<Found> {
 }
 
 fn authorities(id: &str, bundle: &Bytes) -> anyhow::Result<usize> {
-    let ders = certificates(bundle).ok_or_else(|| anyhow!("{id}: the bundle is not DER"))?;
+    let ders = x509::split(bundle).ok_or_else(|| anyhow!("{id}: the bundle is not DER"))?;
     for der in &ders {
         Certificate::from_der(der).with_context(|| format!("bundle of {id}"))?;
     }
     Ok(ders.len())
-}
-
-/// Takes DER certificates that stand one after the other apart.
-fn certificates(mut bytes: &[u8]) -> Option<Vec<&[u8]>> {
-    use der::{Decode as _, Encode as _, Header, SliceReader};
-    let mut all = Vec::new();
-    while !bytes.is_empty() {
-        let mut reader = SliceReader::new(bytes).ok()?;
-        let header = Header::decode(&mut reader).ok()?;
-        let length = (header.encoded_len().ok()? + header.length).ok()?;
-        let (one, rest) = bytes.split_at_checked(usize::try_from(length).ok()?)?;
-        all.push(one);
-        bytes = rest;
-    }
-    Some(all)
 }
 
 async fn jwt(client: &mut Client) -> anyhow::Result<Option<Jwt>> {
@@ -589,22 +574,6 @@ mod tests {
         for bad in ["", "x", "x.!.y", "x.e30"] {
             let read = claims(bad);
             assert!(read.is_none_or(|claims| claims.exp.is_none()), "{bad}");
-        }
-    }
-
-    #[test]
-    fn certificates_are_taken_apart() {
-        let one = [0x30, 0x02, 0x05, 0x00];
-        let two = [one, one].concat();
-        assert_eq!(certificates(&two).unwrap(), [one, one]);
-        assert_eq!(certificates(&[]).unwrap(), Vec::<&[u8]>::new());
-        for bad in [
-            &[0x30][..],
-            &[0x30, 0x05, 0x00],
-            &[0x30, 0x80, 0x00],
-            &[0x30, 0x84, 0xff, 0xff, 0xff, 0xff],
-        ] {
-            assert!(certificates(bad).is_none(), "{bad:?}");
         }
     }
 

@@ -25,8 +25,10 @@ use crate::pb::teleport::clusterconfig::v1::GetAuthPreferenceRequest;
 use crate::pb::teleport::clusterconfig::v1::cluster_config_service_client::ClusterConfigServiceClient;
 use crate::pb::teleport::machineid::v1::bot_instance_service_client::BotInstanceServiceClient;
 use crate::pb::teleport::machineid::v1::spiffe_federation_service_client::SpiffeFederationServiceClient;
+use crate::pb::teleport::machineid::v1::workload_identity_service_client::WorkloadIdentityServiceClient;
 use crate::pb::teleport::machineid::v1::{
-    ListSpiffeFederationsRequest, SpiffeFederation, SubmitHeartbeatRequest,
+    JwtsvidRequest, JwtsvidResponse, ListSpiffeFederationsRequest, SignJwtsviDsRequest,
+    SignX509sviDsRequest, SpiffeFederation, SubmitHeartbeatRequest, SvidRequest, SvidResponse,
 };
 use crate::pb::teleport::presence::v1::ListRemoteClustersRequest;
 use crate::pb::teleport::presence::v1::presence_service_client::PresenceServiceClient;
@@ -363,6 +365,38 @@ impl Client {
         )
         .await?
         .credentials)
+    }
+
+    /// Signs an X.509-SVID by its path, which clusters up to version 18 do.
+    pub async fn sign_x509_svid(&self, svid: SvidRequest) -> Result<SvidResponse, ClusterError> {
+        const METHOD: &str = "SignX509SVIDs";
+        let request = SignX509sviDsRequest { svids: vec![svid] };
+        unary(
+            METHOD,
+            over!(self, WorkloadIdentityServiceClient).sign_x509svi_ds(timed(request)),
+        )
+        .await?
+        .svids
+        .pop()
+        .ok_or(ClusterError::Answer {
+            call: METHOD,
+            problem: "it holds no SVID".into(),
+        })
+    }
+
+    /// Signs JWT-SVIDs by their paths, which clusters up to version 18 do. The answers are in the
+    /// order of the requests.
+    pub async fn sign_jwt_svids(
+        &self,
+        svids: Vec<JwtsvidRequest>,
+    ) -> Result<Vec<JwtsvidResponse>, ClusterError> {
+        Ok(unary(
+            "SignJWTSVIDs",
+            over!(self, WorkloadIdentityServiceClient)
+                .sign_jwtsvi_ds(timed(SignJwtsviDsRequest { svids })),
+        )
+        .await?
+        .svids)
     }
 
     /// Opens the stream of signed certificate revocation lists. It has no deadline.

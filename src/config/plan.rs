@@ -7,7 +7,7 @@ use crate::cluster::network::Settings;
 use crate::cluster::trust::Trust;
 use crate::destination::DestinationPlan;
 use crate::join::{JoinMethod, TokenSource};
-use crate::services::{Lifetime, ServicePlan};
+use crate::services::{Lifetime, ServicePlan, reload};
 use crate::yaml::{Tree, duration, emit::emit};
 
 /// How the cluster is reached, as `host:port`.
@@ -43,6 +43,8 @@ pub struct PlannedService {
     pub lifetime: Lifetime,
     /// Whether the pair is the service's own.
     pub own_lifetime: bool,
+    /// What is done after its files changed.
+    pub reload: Option<reload::Plan>,
     /// The kind's own part.
     pub plan: Box<dyn ServicePlan>,
 }
@@ -195,6 +197,9 @@ impl PlannedService {
             entries.push(("name".to_owned(), Tree::text(&self.name)));
         }
         entries.extend(self.plan.emit());
+        if let Some(reload) = &self.reload {
+            entries.push(("reload".to_owned(), reload.emit()));
+        }
         if self.own_lifetime {
             for (key, value) in [
                 ("credential_ttl", self.lifetime.ttl),

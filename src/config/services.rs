@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::services::{KINDS, Lifetime, ServiceKind, UPSTREAM};
+use crate::services::{KINDS, Lifetime, ServiceKind, UPSTREAM, reload};
 use crate::yaml::{Fields, Node, Value};
 
 use super::lifetime;
@@ -55,10 +55,26 @@ fn service(
     oneshot: bool,
 ) -> Option<PlannedService> {
     let kind = kind(fields)?;
-    let own = lifetime::of_service(fields, oneshot, kind.skips_maximum_ttl());
+    let own = if kind.has_lifetime() {
+        lifetime::of_service(fields, oneshot, kind.skips_maximum_ttl())
+    } else {
+        None
+    };
     let configured = fields.string("name");
     let name = names.settle(fields, kind.name(), configured.as_deref());
     let plan = kind.parse(fields);
+    let reload = reload::Plan::parse(fields);
+    if fields.has("reload")
+        && plan
+            .as_ref()
+            .is_some_and(|plan| plan.destination().is_none())
+    {
+        fields.error(
+            "reload",
+            "this service writes no files after which something could be done",
+            Some("only outputs have hooks"),
+        );
+    }
     fields.warn_unknown();
     Some(PlannedService {
         name,
@@ -66,6 +82,7 @@ fn service(
         kind: kind.name(),
         lifetime: own.unwrap_or(agent),
         own_lifetime: own.is_some(),
+        reload,
         plan: plan?,
     })
 }

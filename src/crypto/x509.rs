@@ -7,7 +7,7 @@ use aws_lc_rs::signature::{
     UnparsedPublicKey, VerificationAlgorithm,
 };
 use der::asn1::ObjectIdentifier;
-use der::{Decode as _, Encode as _};
+use der::{Decode as _, Encode as _, Header, SliceReader};
 use x509_cert::attr::AttributeTypeAndValue;
 use x509_cert::ext::pkix::name::GeneralName;
 use x509_cert::ext::pkix::{BasicConstraints, SubjectAltName};
@@ -220,6 +220,20 @@ impl Certificate {
     }
 }
 
+/// Takes DER certificates that stand one after the other apart; `None` if the bytes are no such row.
+pub(crate) fn split(mut bytes: &[u8]) -> Option<Vec<&[u8]>> {
+    let mut all = Vec::new();
+    while !bytes.is_empty() {
+        let mut reader = SliceReader::new(bytes).ok()?;
+        let header = Header::decode(&mut reader).ok()?;
+        let length = (header.encoded_len().ok()? + header.length).ok()?;
+        let (one, rest) = bytes.split_at_checked(usize::try_from(length).ok()?)?;
+        all.push(one);
+        bytes = rest;
+    }
+    Some(all)
+}
+
 fn attributes(name: &RdnSequence, oid: ObjectIdentifier) -> Vec<String> {
     name.0
         .iter()
@@ -234,4 +248,25 @@ fn text(attribute: &AttributeTypeAndValue) -> Option<String> {
     std::str::from_utf8(attribute.value.value())
         .ok()
         .map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn certificates_are_taken_apart() {
+        let one = [0x30, 0x02, 0x05, 0x00];
+        let two = [one, one].concat();
+        assert_eq!(split(&two).unwrap(), [one, one]);
+        assert_eq!(split(&[]).unwrap(), Vec::<&[u8]>::new());
+        for bad in [
+            &[0x30][..],
+            &[0x30, 0x05, 0x00],
+            &[0x30, 0x80, 0x00],
+            &[0x30, 0x84, 0xff, 0xff, 0xff, 0xff],
+        ] {
+            assert!(split(bad).is_none(), "{bad:?}");
+        }
+    }
 }

@@ -14,11 +14,18 @@ pub mod kubernetes_v2;
 mod lookup;
 pub mod output;
 mod program;
+pub mod reload;
+pub mod spiffe_svid;
 pub mod ssh_host;
+mod svid;
 #[cfg(test)]
 mod testing;
 mod trust;
+mod voice;
 pub mod workload_identity_api;
+pub mod workload_identity_aws_roles_anywhere;
+pub mod workload_identity_jwt;
+pub mod workload_identity_x509;
 
 use std::fmt;
 use std::sync::Arc;
@@ -43,8 +50,12 @@ pub const KINDS: &[&dyn ServiceKind] = &[
     &identity::Kind,
     &kubernetes::Kind,
     &kubernetes_v2::Kind,
+    &spiffe_svid::Kind,
     &ssh_host::Kind,
     &workload_identity_api::Kind,
+    &workload_identity_aws_roles_anywhere::Kind,
+    &workload_identity_jwt::Kind,
+    &workload_identity_x509::Kind,
 ];
 
 /// Kinds that upstream has, so that one missing here is refused by its name.
@@ -142,6 +153,10 @@ pub trait ServiceKind: Sync + fmt::Debug {
     fn skips_maximum_ttl(&self) -> bool {
         false
     }
+    /// Whether `credential_ttl` and `renewal_interval` mean something in its section.
+    fn has_lifetime(&self) -> bool {
+        true
+    }
 }
 
 /// A configured service that has not touched anything yet.
@@ -179,10 +194,14 @@ pub trait Output: Send + Sync + fmt::Debug {
     /// Asks the cluster for everything that the files need, and renders them. Writes nothing.
     async fn make(&self, context: &Context) -> anyhow::Result<Made>;
     /// Waits until what was made last is out of date for another reason than its age (a trust
-    /// bundle changed); the output is made again then. Dropped and called anew at will, so that
-    /// what it has seen belongs into `self`.
+    /// bundle changed); the output is made again soon then. Dropped and called anew at will, so that
+    /// what it has seen belongs into `self`. Returns once for each change, whatever becomes of it.
     async fn changed(&self, _context: &Context) {
         std::future::pending::<()>().await;
+    }
+    /// Time between renewals, for kinds with a key of their own for it.
+    fn interval(&self, lifetime: Lifetime) -> Duration {
+        lifetime.interval
     }
 }
 
@@ -191,7 +210,8 @@ pub trait Output: Send + Sync + fmt::Debug {
 pub struct Made {
     /// The files.
     pub files: FileSet,
-    /// When the credential among them is over.
+    /// When the credential among them is over. The same moment again means the same credential: a
+    /// set that was made of it once more does not put off its renewal.
     pub not_after: SystemTime,
 }
 

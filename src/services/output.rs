@@ -1,4 +1,5 @@
-//! The one runner of outputs: check the destination, make, write, again and again.
+//! The one runner of outputs: check the destination, make, write, again and again; after a write
+//! that changed something, the hooks.
 //!
 //! What is due when is decided by [`Schedule`], which knows no clock. What was written last stays
 //! until something newer is complete.
@@ -10,11 +11,13 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::reload::{self, Hooks};
+use super::voice::{Part, Voice};
 use super::{Context, Made, Output};
 use crate::backoff::{Backoff, Loudness, Repeated};
 use crate::clock::Clock;
 use crate::crypto::jitter;
-use crate::health::Reporter;
+use crate::destination::{Destination, FileSet};
 use crate::renewal::{self, fresh_until};
 use crate::telemetry::metrics::{Metrics, Outcome};
 use crate::telemetry::one_line;
@@ -25,45 +28,103 @@ const ATTEMPTS: u32 = 5;
 const BETWEEN_ATTEMPTS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(8));
 /// The first wait after a failed round. It doubles up to the interval.
 const AFTER_ROUND: Duration = Duration::from_mins(1);
+/// The longest that an output which is out of date waits to be made again: changes come in rows, and
+/// to every agent at the same moment.
+const AFTER_CHANGE: Duration = Duration::from_secs(5);
+/// How long hooks that run when the agent stops may go on.
+const LAST_HOOKS: Duration = Duration::from_secs(5);
 /// The task's name in the metrics.
 const TASK: &str = "output-renewal";
 
-/// Renews an output until the agent stops. Failures are reported and tried again, never returned.
-pub async fn run(output: Box<dyn Output>, context: Context) {
+/// Renews an output until the agent stops, and runs its `hooks` after every change. Failures are
+/// reported and tried again, never returned.
+pub async fn run(output: Box<dyn Output>, hooks: Option<reload::Plan>, context: Context) {
     if context.identity.ready().await.is_none() {
         return;
     }
+    let voice = Voice::new(context.health.clone());
+    let hooks = hooks.map(|plan| hooks_of(plan, output.as_ref(), &context));
+    let (written, changes) = watch::channel(0);
+    let clock = context.clock.clone();
     let driver = Driver {
-        clock: context.clock.clone(),
-        schedule: Schedule::new(context.clock.now(), context.lifetime.interval),
+        clock: clock.clone(),
+        schedule: Schedule::new(clock.now(), output.interval(context.lifetime)),
         name: Arc::clone(&context.name),
-        health: context.health.clone(),
+        voice: voice.clone(),
         metrics: context.metrics.clone(),
         reload: context.identity.reloads(),
         shutdown: context.shutdown.clone(),
     };
-    driver.run(&Renewal { output, context }).await;
+    let shutdown = context.shutdown.clone();
+    let renewal = Renewal {
+        output,
+        context,
+        written: hooks.is_some().then_some(written),
+    };
+    let renew = async {
+        driver.run(&renewal).await;
+        // Nothing more will be written.
+        drop(renewal);
+    };
+    let tell = async {
+        let Some(hooks) = &hooks else { return };
+        tokio::select! {
+            () = reload::follow(hooks, changes, &voice) => {}
+            () = async { shutdown.cancelled().await; clock.sleep(LAST_HOOKS).await } => {}
+        }
+    };
+    tokio::join!(renew, tell);
 }
 
-/// Makes an output once.
+/// Makes an output once, and runs its `hooks` if that changed something.
 ///
 /// # Errors
-/// Why it could not be made; what was there before is still there.
-pub async fn run_once(output: Box<dyn Output>, context: Context) -> anyhow::Result<()> {
-    let (health, clock) = (context.health.clone(), context.clock.clone());
+/// Why it could not be made, in which case what was there before is still there; or which hook
+/// failed, and what was made stays.
+pub async fn run_once(
+    output: Box<dyn Output>,
+    hooks: Option<reload::Plan>,
+    context: Context,
+) -> anyhow::Result<()> {
+    let voice = Voice::new(context.health.clone());
+    let clock = context.clock.clone();
+    let hooks = hooks.map(|plan| hooks_of(plan, output.as_ref(), &context));
+    let (written, changes) = watch::channel(0);
     let started = clock.now();
-    let renewal = Renewal { output, context };
+    let renewal = Renewal {
+        output,
+        context,
+        written: hooks.is_some().then_some(written),
+    };
     match renewal.attempt().await {
         Ok(not_after) => {
-            health.fresh_until(fresh_until(started, not_after));
-            health.healthy();
-            Ok(())
+            voice
+                .reporter()
+                .fresh_until(fresh_until(started, not_after));
+            voice.tell(Part::Files, None);
         }
         Err(error) => {
-            health.unhealthy(one_line(&error));
-            Err(error)
+            voice.tell(Part::Files, Some(one_line(&error)));
+            return Err(error);
         }
     }
+    if let Some(hooks) = hooks.filter(|_| changes.has_changed().unwrap_or(false))
+        && let Err(error) = hooks.run().await
+    {
+        voice.tell(Part::Hooks, Some(error.clone()));
+        anyhow::bail!(error);
+    }
+    Ok(())
+}
+
+fn hooks_of(plan: reload::Plan, output: &dyn Output, context: &Context) -> Hooks {
+    Hooks::new(
+        plan,
+        Arc::clone(&context.name),
+        output.destination().directory(),
+        context.clock.clone(),
+        context.metrics.clone(),
+    )
 }
 
 /// Something that is renewed. A trait so that a test can fail without a cluster.
@@ -80,6 +141,8 @@ trait Renew: Send + Sync {
 struct Renewal {
     output: Box<dyn Output>,
     context: Context,
+    /// Counts the writes that changed something, where there are hooks.
+    written: Option<watch::Sender<u64>>,
 }
 
 #[async_trait]
@@ -88,13 +151,32 @@ impl Renew for Renewal {
         let destination = self.output.destination();
         destination.check_writable().await?;
         let Made { files, not_after } = self.output.make(&self.context).await?;
+        let Some(written) = &self.written else {
+            destination.write(files).await?;
+            return Ok(not_after);
+        };
+        let changes = differs(destination.as_ref(), &files).await;
         destination.write(files).await?;
+        if changes {
+            written.send_modify(|count| *count += 1);
+        }
         Ok(not_after)
     }
 
     async fn changed(&self) {
         self.output.changed(&self.context).await;
     }
+}
+
+/// Whether writing `files` will change what is there. What cannot be read counts as different.
+async fn differs(destination: &dyn Destination, files: &FileSet) -> bool {
+    for (name, content) in files {
+        match destination.read(name).await {
+            Ok(Some(old)) if old == *content => {}
+            _ => return true,
+        }
+    }
+    false
 }
 
 /// What to do now.
@@ -113,6 +195,19 @@ struct Schedule {
     due: SystemTime,
     attempts: Backoff,
     rounds: Backoff,
+    /// What was written last.
+    written: Option<Credential>,
+}
+
+/// A credential that was written.
+#[derive(Debug, Clone, Copy)]
+struct Credential {
+    /// When it was asked for.
+    issued: SystemTime,
+    /// When it is over.
+    not_after: SystemTime,
+    /// When its renewal is due.
+    due: SystemTime,
 }
 
 impl Schedule {
@@ -123,6 +218,7 @@ impl Schedule {
             due: now,
             attempts: Backoff::new(BETWEEN_ATTEMPTS.0, BETWEEN_ATTEMPTS.1),
             rounds: Backoff::new(AFTER_ROUND.min(interval), interval),
+            written: None,
         }
     }
 
@@ -137,11 +233,23 @@ impl Schedule {
 
     /// A renewal began at `started` and its result is over at `not_after`: the next is due after
     /// the interval, or at two thirds of the life if that is sooner, a little earlier by `random`
-    /// so that not everyone comes at once.
-    fn succeeded(&mut self, started: SystemTime, not_after: SystemTime, random: f64) {
-        self.due = renewal::due(started, not_after, self.interval, random);
+    /// so that not everyone comes at once. A credential that was only written again is due when it
+    /// was, so that changes which keep coming do not put its renewal off. Returns until when what
+    /// is written is fresh.
+    fn succeeded(&mut self, started: SystemTime, not_after: SystemTime, random: f64) -> SystemTime {
+        let same = |known: &Credential| known.not_after == not_after && known.due > started;
+        let written = self.written.filter(same).unwrap_or_else(|| Credential {
+            issued: started,
+            not_after,
+            // A credential that is over already is no reason to hurry more than after a failure.
+            due: renewal::due(started, not_after, self.interval, random)
+                .max(started + BETWEEN_ATTEMPTS.0),
+        });
+        self.written = Some(written);
+        self.due = written.due;
         self.attempts.reset();
         self.rounds.reset();
+        fresh_until(written.issued, not_after)
     }
 
     /// A renewal failed at `now`. Says whether that ended the round.
@@ -162,6 +270,11 @@ impl Schedule {
         self.due = now;
         self.attempts.reset();
     }
+
+    /// What is written went out of date: it is to be made again soon, earlier by `random`.
+    fn changed(&mut self, now: SystemTime, random: f64) {
+        self.due = self.due.min(now + AFTER_CHANGE.mul_f64(random));
+    }
 }
 
 /// Follows the schedule.
@@ -169,7 +282,7 @@ struct Driver {
     clock: Clock,
     schedule: Schedule,
     name: Arc<str>,
-    health: Reporter,
+    voice: Voice,
     metrics: Metrics,
     reload: watch::Receiver<u64>,
     shutdown: CancellationToken,
@@ -200,10 +313,7 @@ impl Driver {
                             self.schedule.reload(self.clock.now());
                         }
                     }
-                    () = renew.changed() => {
-                        retries = 0;
-                        self.schedule.reload(self.clock.now());
-                    }
+                    () = renew.changed() => self.schedule.changed(self.clock.now(), jitter()),
                 }
                 continue;
             }
@@ -215,9 +325,9 @@ impl Driver {
             }
             match renew.attempt().await {
                 Ok(not_after) => {
-                    self.schedule.succeeded(started, not_after, jitter());
-                    self.health.fresh_until(fresh_until(started, not_after));
-                    self.health.healthy();
+                    let fresh = self.schedule.succeeded(started, not_after, jitter());
+                    self.voice.reporter().fresh_until(fresh);
+                    self.voice.tell(Part::Files, None);
                     self.count(Outcome::Succeeded { retries }, began);
                     retries = 0;
                     if let Some(failures) = row.recovered() {
@@ -243,7 +353,7 @@ impl Driver {
                     }
                     retries += 1;
                     if ended {
-                        self.health.unhealthy(error);
+                        self.voice.tell(Part::Files, Some(error));
                         self.count(Outcome::Failed, began);
                         retries = 0;
                     }

@@ -152,6 +152,8 @@ pub struct JwtSvid {
     pub id: SpiffeId,
     /// All of its claims.
     pub claims: Map<String, Value>,
+    /// When it ends, which is among them.
+    pub expires: SystemTime,
 }
 
 /// Verifies a token for `audience` with the keys that `bundle` has for its trust domain.
@@ -204,7 +206,11 @@ pub fn validate<'a>(
     if !for_us {
         return Err(JwtError::Audience);
     }
-    Ok(JwtSvid { id, claims })
+    Ok(JwtSvid {
+        id,
+        claims,
+        expires,
+    })
 }
 
 fn json_part<T: serde::de::DeserializeOwned>(part: &str) -> Result<T, JwtError> {

@@ -155,6 +155,15 @@ impl ClusterIssuer {
     }
 }
 
+/// Makes an SVID's key off the async threads: RSA takes its time.
+pub(super) async fn new_key(suite: Suite) -> Result<PrivateKey, IssueError> {
+    let algorithm = suite.algorithm(Purpose::BotSvid);
+    tokio::task::spawn_blocking(move || PrivateKey::generate(algorithm))
+        .await
+        .map_err(|source| IssueError::Unavailable(source.to_string()))?
+        .map_err(|source| IssueError::Unavailable(source.to_string()))
+}
+
 /// The bundles, once there are some.
 pub(super) async fn current(
     bundles: &watch::Receiver<Option<Arc<Bundles>>>,
@@ -228,11 +237,7 @@ impl Issuer for ClusterIssuer {
         attributes: &WorkloadAttrs,
     ) -> Result<Vec<Svid>, IssueError> {
         let client = self.access.client().await?;
-        let algorithm = self.suite(&client).await?.algorithm(Purpose::BotSvid);
-        let key = tokio::task::spawn_blocking(move || PrivateKey::generate(algorithm))
-            .await
-            .map_err(|source| IssueError::Unavailable(source.to_string()))?
-            .map_err(|source| IssueError::Unavailable(source.to_string()))?;
+        let key = new_key(self.suite(&client).await?).await?;
         let params = X509svidParams {
             public_key: key.public_spki(),
             // Only a cluster that has an override for its issuer takes notice.

@@ -1,7 +1,7 @@
 //! Asks the cluster for JWT-SVIDs. Each is for one audience set and short-lived; none is kept here.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
 
@@ -21,6 +21,8 @@ pub struct JwtSvid {
     pub token: String,
     /// What tells this identity from others of the same workload; may be empty.
     pub hint: String,
+    /// End of validity, as the token says.
+    pub not_after: SystemTime,
 }
 
 impl std::fmt::Debug for JwtSvid {
@@ -108,6 +110,7 @@ impl JwtIssuer {
             id: verified.id,
             token: issued.jwt,
             hint: credential.hint,
+            not_after: verified.expires,
         })
     }
 }

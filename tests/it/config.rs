@@ -149,6 +149,38 @@ fn configure_prints_what_upstream_prints() {
                 "n",
             ],
         ),
+        (
+            "workload-identity-aws-roles-anywhere",
+            &[
+                "--destination",
+                "/opt/machine-id",
+                "--name-selector",
+                "n",
+                "--role-arn",
+                "arn:aws:iam::1:role/r",
+                "--profile-arn",
+                "arn:aws:rolesanywhere:us-east-1:1:profile/p",
+                "--trust-anchor-arn",
+                "arn:aws:rolesanywhere:us-east-1:1:trust-anchor/t",
+                "--region",
+                "us-east-1",
+            ],
+        ),
+        (
+            "workload-identity-jwt",
+            &[
+                "--destination",
+                "/opt/machine-id",
+                "--name-selector",
+                "n",
+                "--audience",
+                "a",
+            ],
+        ),
+        (
+            "workload-identity-x509",
+            &["--destination", "/opt/machine-id", "--name-selector", "n"],
+        ),
     ] {
         if !tbot::services::KINDS
             .iter()

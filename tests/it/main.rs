@@ -28,6 +28,8 @@ mod killed_writer;
 mod kubernetes_secret;
 mod outputs;
 mod readers;
+mod reload;
 mod renewal;
 mod ssh;
+mod svid_outputs;
 mod wire;

@@ -371,7 +371,7 @@ async fn a_cluster_that_lists_no_authorities_has_identity_outputs_all_the_same()
             trust: tbot::services::Trust::default(),
             shutdown: setup.shutdown.clone(),
         };
-        output::run_once(output, context).await.unwrap();
+        output::run_once(output, None, context).await.unwrap();
         let pin = |name: &str| {
             let text = std::fs::read_to_string(out.join(name)).unwrap();
             let ders = pem::certificates(&text).unwrap();

@@ -1,4 +1,4 @@
-//! Asks systemd's manager which unit a process belongs to.
+//! Speaks with systemd's manager: asks it which unit a process belongs to.
 
 use std::time::Duration;
 
@@ -16,11 +16,11 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const PRIVATE: &str = "unix:path=/run/systemd/private";
 const BUS_NAME: &str = "org.freedesktop.systemd1";
 const PATH: &str = "/org/freedesktop/systemd1";
-const INTERFACE: &str = "org.freedesktop.systemd1.Manager";
+pub(crate) const INTERFACE: &str = "org.freedesktop.systemd1.Manager";
 
 /// Why systemd did not name a service.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum SystemdError {
+pub(crate) enum SystemdError {
     /// Neither the system bus nor systemd's own socket can be reached.
     #[error(
         "cannot reach systemd: {bus} (system bus); {private} ({PRIVATE}): is this host booted \
@@ -49,11 +49,17 @@ pub(super) struct Manager {
     link: Mutex<Option<Link>>,
 }
 
+/// A way to systemd's manager.
 #[derive(Debug, Clone)]
-struct Link {
-    connection: Connection,
+pub(crate) struct Wire {
+    pub(crate) connection: Connection,
     /// Whether messages pass a bus, which wants to know the recipient.
     bus: bool,
+}
+
+#[derive(Debug, Clone)]
+struct Link {
+    wire: Wire,
     /// Whether systemd has `GetUnitByPIDFD` (253 and later) and lets us call it.
     by_pidfd: bool,
 }
@@ -80,7 +86,7 @@ impl Manager {
                 }
             }
         }
-        let mut link = Link::open().await?;
+        let mut link = Link::new(Wire::open().await?);
         let answer = link.service_of(peer).await;
         match &answer {
             Err(SystemdError::Call(error)) if is_link_failure(error) => {
@@ -96,8 +102,9 @@ impl Manager {
     }
 }
 
-impl Link {
-    async fn open() -> Result<Self, SystemdError> {
+impl Wire {
+    /// By the system bus, or by systemd's own socket where there is none.
+    pub(crate) async fn open() -> Result<Self, SystemdError> {
         match Builder::system().build().await {
             Ok(connection) => Ok(Self::new(connection, true)),
             Err(bus) => match Builder::address(PRIVATE).p2p().build().await {
@@ -107,10 +114,30 @@ impl Link {
         }
     }
 
-    fn new(connection: Connection, bus: bool) -> Self {
+    pub(crate) fn new(connection: Connection, bus: bool) -> Self {
+        Self { connection, bus }
+    }
+
+    /// Calls a method of the manager.
+    pub(crate) async fn call<B>(
+        &self,
+        method: &'static str,
+        body: &B,
+    ) -> zbus::Result<zbus::Message>
+    where
+        B: serde::Serialize + zbus::DynamicType,
+    {
+        let name = self.bus.then_some(BUS_NAME);
+        self.connection
+            .call_method(name, PATH, Some(INTERFACE), method, body)
+            .await
+    }
+}
+
+impl Link {
+    fn new(wire: Wire) -> Self {
         Self {
-            connection,
-            bus,
+            wire,
             by_pidfd: true,
         }
     }
@@ -118,6 +145,7 @@ impl Link {
     async fn service_of(&mut self, peer: &Peer) -> Result<String, SystemdError> {
         if self.by_pidfd {
             let answer = self
+                .wire
                 .call("GetUnitByPIDFD", &(Fd::from(peer.pidfd()),))
                 .await;
             match answer.map(|message| {
@@ -132,21 +160,12 @@ impl Link {
         }
         let pid = u32::try_from(peer.pid()).unwrap_or_default();
         let answer = self
+            .wire
             .call("GetUnitByPID", &(pid,))
             .await
             .map_err(SystemdError::Call)?;
         let path: OwnedObjectPath = answer.body().deserialize().map_err(SystemdError::Call)?;
         Ok(unit::service_of_path(path.as_str())?)
-    }
-
-    async fn call<B>(&self, method: &'static str, body: &B) -> zbus::Result<zbus::Message>
-    where
-        B: serde::Serialize + zbus::DynamicType,
-    {
-        let name = self.bus.then_some(BUS_NAME);
-        self.connection
-            .call_method(name, PATH, Some(INTERFACE), method, body)
-            .await
     }
 }
 
@@ -235,7 +254,7 @@ mod tests {
             }
             calls
         };
-        (Link::new(client.unwrap(), false), serve)
+        (Link::new(Wire::new(client.unwrap(), false)), serve)
     }
 
     /// Asks twice over one connection, and gives the answers and the calls they took.

@@ -1,6 +1,6 @@
 //! The `systemd` attestor: which service a process belongs to, asked of systemd itself over D-Bus.
 
-mod bus;
+pub(crate) mod bus;
 mod unit;
 
 use std::sync::Arc;

@@ -2,7 +2,7 @@
 
 /// Why a unit gives no service name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(super) enum UnitError {
+pub(crate) enum UnitError {
     /// The process belongs to a scope, a slice or another unit that is no service: it was started
     /// from a session or by a container engine.
     #[error("its unit {0} is not a service")]

@@ -152,6 +152,12 @@ fn look(directory: &Path) -> (Facts, io::Result<(File, Fingerprint)>) {
     (facts, executable)
 }
 
+/// The effective user of a process of this machine. It is the process that was meant only if that one
+/// is pinned and still alive afterwards.
+pub(crate) fn effective_uid(pid: i32) -> Result<u32, String> {
+    ids(&Path::new("/proc").join(pid.to_string()).join("status")).map(|ids| ids.uid)
+}
+
 fn ids(path: &Path) -> Result<status::Ids, String> {
     use std::io::Read as _;
     let problem = |source: io::Error| format!("{}: {source}", path.display());

@@ -11,6 +11,7 @@ use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_credential_types::Credentials;
 use aws_credential_types::provider::ProvideCredentials as _;
 
+pub(crate) use self::sign::domain;
 use self::sign::{Endpoint, Fips};
 use super::{JoinError, JoinMethod, Proof, Renewal};
 use crate::env::Env;

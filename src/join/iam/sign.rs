@@ -53,14 +53,8 @@ impl Endpoint {
         } else {
             "sts"
         };
-        let suffix = match region.split_once('-') {
-            Some(("cn", _)) => "amazonaws.com.cn",
-            Some(("us", rest)) if rest.starts_with("iso-") => "c2s.ic.gov",
-            Some(("us", rest)) if rest.starts_with("isob-") => "sc2s.sgov.gov",
-            _ => "amazonaws.com",
-        };
         Self {
-            host: format!("{prefix}.{region}.{suffix}"),
+            host: format!("{prefix}.{region}.{}", domain(region)),
             region: region.to_owned(),
         }
     }
@@ -68,6 +62,16 @@ impl Endpoint {
     #[cfg(test)]
     pub(super) fn host(&self) -> &str {
         &self.host
+    }
+}
+
+/// The domain of AWS's endpoints in a region: each partition has its own.
+pub(crate) fn domain(region: &str) -> &'static str {
+    match region.split_once('-') {
+        Some(("cn", _)) => "amazonaws.com.cn",
+        Some(("us", rest)) if rest.starts_with("iso-") => "c2s.ic.gov",
+        Some(("us", rest)) if rest.starts_with("isob-") => "sc2s.sgov.gov",
+        _ => "amazonaws.com",
     }
 }
 

@@ -11,7 +11,6 @@ mod incoming;
 mod limits;
 mod listener;
 
-use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,17 +22,14 @@ use tonic::service::interceptor::InterceptedService;
 
 use self::api::Api;
 use self::listener::{Bound, Listen};
+use super::svid::Derived;
 use super::trust::Feeds;
-use super::{Context, Flag, FlagValue, Lifetime, Server, Service, ServiceKind, ServicePlan};
+use super::{Context, Flag, FlagValue, Server, Service, ServiceKind, ServicePlan};
 use crate::attest;
 use crate::clock::Clock;
-use crate::cluster::Client;
 use crate::destination::DestinationPlan;
-use crate::identity::{Handle, IdentityError, Request};
 use crate::pb::workload_api::spiffe_workload_api_server::SpiffeWorkloadApiServer;
-use crate::workload::{
-    Access, Bundles, Cache, ClusterIssuer, Freshness, IssueError, JwtIssuer, Selector,
-};
+use crate::workload::{Access, Bundles, Cache, ClusterIssuer, Freshness, JwtIssuer, Selector};
 use crate::yaml::{Fields, Tree};
 
 /// The YAML `type`.
@@ -293,48 +289,6 @@ async fn renew_on_change(
                 Err(_) => return,
             },
         }
-    }
-}
-
-/// Issues with the roles that the bot may impersonate.
-struct Derived {
-    handle: Handle,
-    request: Request,
-}
-
-impl Derived {
-    fn new(handle: Handle, lifetime: Lifetime) -> Self {
-        Self {
-            handle,
-            request: Request {
-                ttl: lifetime.ttl,
-                ..Request::default()
-            },
-        }
-    }
-}
-
-impl fmt::Debug for Derived {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Derived")
-    }
-}
-
-#[async_trait]
-impl Access for Derived {
-    async fn client(&self) -> Result<Client, IssueError> {
-        // While the bot joins, callers wait; how long is theirs to say.
-        if self.handle.ready().await.is_none() {
-            return Err(IssueError::Unavailable("the agent is stopping".into()));
-        }
-        self.handle
-            .derived(&self.request)
-            .await
-            .map_err(|error| match error {
-                IdentityError::Cluster(error) => error.into(),
-                IdentityError::NoRoles => IssueError::Refused(error.to_string()),
-                other => IssueError::Unavailable(other.to_string()),
-            })
     }
 }
 

@@ -1,9 +1,10 @@
 use super::*;
+use crate::cluster::Client;
 use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
 use crate::pb::workload_api::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use crate::pb::workload_api::{JwtBundlesRequest, X509BundlesRequest, X509svidRequest};
 use crate::workload::tests::{Authority, DOMAIN, HOUR, message, start};
-use crate::workload::{Crl, Issuer, Svid};
+use crate::workload::{Crl, IssueError, Issuer, Svid};
 use crate::yaml::{Problems, emit, parse};
 use tonic::Code;
 
