@@ -180,7 +180,8 @@ fn every_file_is_what_an_18_0_0_agent_wrote() {
     let Some(moto) = Moto::start(&sandbox, "teleport-bot-role", "i-0abc123") else {
         return skip("the Python environment is missing: make setup");
     };
-    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let sts = ["--sts-endpoint", &moto.url()];
+    let cluster = Cluster::start_with(&sandbox, RESOURCES, free_port(), &sts);
     let config = format!(
         "version: v2\nproxy_server: {}\nonboarding: {{join_method: iam, token: example-bot}}\n\
          storage: {{type: directory, path: {}}}\noneshot: true\ndebug: true\n{}",
@@ -411,7 +412,9 @@ fn kubectl_takes_the_kubeconfig_and_its_plugin() {
         let kubectl = |arguments: &[&str]| {
             let mut command = sandbox.command("kubectl");
             command.arg("--kubeconfig").arg(&kubeconfig).args(arguments);
-            command.output().unwrap().success()
+            let output = command.output().unwrap();
+            output.success();
+            String::from_utf8(output.stdout).unwrap()
         };
         let view: Value =
             serde_json::from_str(&kubectl(&["config", "view", "-o", "json", "--raw"])).unwrap();
