@@ -444,3 +444,59 @@ pub(crate) async fn new_key(suite: Suite, purpose: Purpose) -> Result<PrivateKey
         .await
         .unwrap_or(Err(KeyError::Library))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_certificate_leads_to_its_target_and_nowhere_else() {
+        let routed = |target: Target| {
+            let mut request = UserCertsRequest::default();
+            target.route("root", &mut request);
+            request
+        };
+        assert_eq!(routed(Target::Cluster), UserCertsRequest::default());
+        let expected = UserCertsRequest {
+            route_to_app: Some(RouteToApp {
+                name: "echo".into(),
+                public_addr: "echo.example.org".into(),
+                cluster_name: "root".into(),
+                ..RouteToApp::default()
+            }),
+            ..UserCertsRequest::default()
+        };
+        let target = Target::Application {
+            name: "echo".into(),
+            public_address: "echo.example.org".into(),
+        };
+        assert_eq!(routed(target), expected);
+        let expected = UserCertsRequest {
+            route_to_database: Some(RouteToDatabase {
+                service_name: "pg".into(),
+                protocol: "postgres".into(),
+                username: "alice".into(),
+                database: "app".into(),
+                ..RouteToDatabase::default()
+            }),
+            ..UserCertsRequest::default()
+        };
+        let target = Target::Database {
+            service: "pg".into(),
+            protocol: "postgres".into(),
+            user: "alice".into(),
+            database: "app".into(),
+        };
+        assert_eq!(target.purpose(), Purpose::DatabaseClient);
+        assert_eq!(routed(target), expected);
+        let expected = UserCertsRequest {
+            kubernetes_cluster: "k1".into(),
+            ..UserCertsRequest::default()
+        };
+        let target = Target::Kubernetes {
+            cluster: "k1".into(),
+        };
+        assert_eq!(target.purpose(), Purpose::BotImpersonated);
+        assert_eq!(routed(target), expected);
+    }
+}
