@@ -184,13 +184,13 @@ fn every_file_is_what_an_18_0_0_agent_wrote() {
     let cluster = Cluster::start_with(&sandbox, RESOURCES, free_port(), &sts);
     let config = format!(
         "version: v2\nproxy_server: {}\nonboarding: {{join_method: iam, token: example-bot}}\n\
-         storage: {{type: directory, path: {}}}\noneshot: true\ndebug: true\n{}",
+         storage: {{type: directory, path: {}}}\noneshot: true\n{}",
         cluster.proxy(),
         sandbox.path("storage").display(),
         services(&sandbox, &OUTPUTS),
     );
     let config = sandbox.write("tbot.yaml", config);
-    let mut command = sandbox.tbot(["start", "-c"]);
+    let mut command = sandbox.tbot(["start", "--debug", "-c"]);
     command
         .arg(config)
         .envs(moto.environment())
