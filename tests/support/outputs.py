@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+sys.dont_write_bytecode = True
 sys.path.insert(0, str(Path(__file__).parent.parent / "real"))
 from describe import describe  # noqa: E402
 
