@@ -8,6 +8,7 @@ use tracing::level_filters::LevelFilter;
 
 use super::cluster::ClusterArgs;
 use super::flags::AgentFlags;
+use super::kube_credentials::KubeCommand;
 use super::ssh_proxy_command::SshProxyArgs;
 use crate::telemetry::Format;
 
@@ -192,6 +193,13 @@ pub(super) enum Command {
     /// Reach a host for `ssh`; written into `ssh_config`
     #[command(name = "ssh-proxy-command", hide = true)]
     SshProxy(SshProxyArgs),
+    /// Commands for Kubernetes clients; written into kubeconfigs
+    #[command(hide = true)]
+    Kube {
+        /// What is wanted.
+        #[command(subcommand)]
+        command: KubeCommand,
+    },
     /// Print a shell's completion script
     Completion {
         /// The shell

@@ -8,6 +8,7 @@ mod exit;
 mod flags;
 mod init;
 mod install;
+mod kube_credentials;
 mod man;
 mod migrate;
 mod process;
@@ -16,16 +17,19 @@ mod spiffe_inspect;
 mod ssh_proxy_command;
 mod start;
 mod version;
+mod written;
 
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
 use tracing::level_filters::LevelFilter;
 
+use crate::clock::Clock;
 use crate::env::Env;
 use crate::telemetry::{self, Colour};
 use args::{Cli, Command, Globals, InstallTarget};
 use exit::{Exit, Failure, print};
+use kube_credentials::KubeCommand;
 use spiffe_inspect::Address;
 
 /// Runs the command that the process was started with.
@@ -91,6 +95,11 @@ fn run(cli: &Cli, env: &Env) -> Result<(), Failure> {
                 .map_err(|problem| Failure::usage(problem.to_string()))?;
             Ok(runtime()?.block_on(spiffe_inspect::run(address))?)
         }
+        Command::Kube { command } => {
+            let KubeCommand::Credentials(args) = command;
+            process::protect();
+            kube_credentials::run(args, Clock::system().now())
+        }
         Command::SshProxy(args) => {
             process::protect();
             ssh_proxy_command::run(args, globals.insecure(), env)
@@ -140,8 +149,8 @@ fn level(globals: &Globals, command: Option<&Command>, env: &Env) -> Result<Leve
         _ if debug => LevelFilter::DEBUG,
         // What it shows is its output; the two logs would bury it.
         Some(Command::Quickstart { .. }) => LevelFilter::ERROR,
-        // It speaks between the lines of whoever uses `ssh`.
-        Some(Command::SshProxy(_)) => LevelFilter::WARN,
+        // They speak between the lines of `ssh` and `kubectl`.
+        Some(Command::SshProxy(_) | Command::Kube { .. }) => LevelFilter::WARN,
         _ => LevelFilter::INFO,
     })
 }

@@ -3,16 +3,16 @@
 //! `ssh` and the host over standard input and output.
 
 use std::fs::File;
-use std::io::{self, Read as _};
+use std::io;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::path::PathBuf;
 
 use anyhow::{Context as _, anyhow};
 use clap::Args;
 use tonic::Code;
 
 use super::exit::Failure;
+use super::written;
 use crate::clock::Clock;
 use crate::cluster::dial::{Opening, host_of};
 use crate::cluster::network::{Network, Settings};
@@ -21,7 +21,6 @@ use crate::cluster::transport::{self, Agent, Target};
 use crate::cluster::trust::Trust;
 use crate::cluster::{ClusterError, Credential};
 use crate::env::Env;
-use crate::identity::file::{IdentityFile, MAX_FILE};
 
 /// The flags that `ssh_config` writes (upstream `lib/tbot/cli/ssh_proxy.go`).
 #[derive(Debug, Args)]
@@ -102,8 +101,7 @@ pub(super) fn run(args: &SshProxyArgs, insecure: Option<bool>, env: &Env) -> Res
 
 async fn carry(args: &SshProxyArgs, insecure: bool, settings: Settings) -> anyhow::Result<()> {
     let clock = Clock::system();
-    let path = args.destination_dir.join("identity");
-    let identity = read(&path, clock.now())?;
+    let identity = written::identity(&args.destination_dir, clock.now())?;
     let proxy = args.proxy_server.as_str();
     let own = identity.cluster();
     let cluster = if args.cluster.is_empty() {
@@ -145,27 +143,6 @@ async fn carry(args: &SshProxyArgs, insecure: bool, settings: Settings) -> anyho
         })?;
     let (input, output) = (own_file(io::stdin())?, own_file(io::stdout())?);
     session.carry(input, output).await.context(reaching)
-}
-
-/// The identity in the file at `path`, if it is good at `now`.
-fn read(path: &Path, now: SystemTime) -> anyhow::Result<IdentityFile> {
-    let shown = path.display();
-    let mut text = String::new();
-    File::open(path)
-        .and_then(|file| file.take(MAX_FILE).read_to_string(&mut text))
-        .with_context(|| {
-            format!(
-                "cannot read {shown}; is it in the destination of an `identity` output that tbot has written?"
-            )
-        })?;
-    let identity = IdentityFile::parse(&text).with_context(|| format!("{shown} is no identity"))?;
-    if let Ok(ago) = now.duration_since(identity.tls.not_after()) {
-        return Err(anyhow!(
-            "the identity in {shown} expired {} minutes ago: is the tbot running that renews it?",
-            ago.as_secs() / 60
-        ));
-    }
-    Ok(identity)
 }
 
 /// The host's own name: `ssh_config` matches names that end with the cluster or the proxy.
