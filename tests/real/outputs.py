@@ -26,29 +26,36 @@ SERVICES = """
 """
 # Calls of one run of ours with all of them; the Go agent makes 125 to 139.
 MOST_CALLS = 40
-# Differences that are meant, by the folder of the output: docs/compatibility.md tells why.
-MEANT = {"database-cockroach": "ca.crt"}
+# What differs because it is meant to; docs/compatibility.md tells why.
+MEANT = [("database-cockroach", "cockroach/ca.crt")]
 
 
 def every_output(t):
     """all outputs by the same YAML from both agents: files, modes, certificates, calls, audit events, warnings"""
     seen = {go: one_run(t, "all-theirs" if go else "all-ours", go) for go in (True, False)}
-    problems, notes = [], []
-    folders = re.findall(r"OUT/([\w-]+)", SERVICES)
-    for folder in folders:
+    problems, notes, equal = [], [], 0
+    for folder in re.findall(r"OUT/([\w-]+)", SERVICES):
         theirs, ours = (facts(t, name, folder) for name in ("all-theirs", "all-ours"))
-        meant = MEANT.get(folder)
-        if theirs == ours:
-            continue
-        (t.dir / "a.txt").write_text(theirs)
-        (t.dir / "b.txt").write_text(ours)
-        differs = run("diff", "-U1", t.dir / "a.txt", t.dir / "b.txt", check=False).stdout
-        (notes if meant else problems).append(f"{folder}: " + (f"differs as meant, in {meant}" if meant else differs))
+        for file in sorted(theirs.keys() | ours.keys()):
+            pair = theirs.get(file), ours.get(file)
+            if (folder, file) in MEANT:
+                notes.append(f"{folder}/{file} differs as meant" if pair[0] != pair[1] else
+                             f"{folder}/{file} differs no more")
+            elif pair[0] == pair[1]:
+                equal += 1
+            else:
+                texts = [t.dir / f"{name}.txt" for name in ("theirs", "ours")]
+                for path, text in zip(texts, pair):
+                    path.write_text(text or "")
+                problems.append(f"{folder}/{file}:\n" + run("diff", "-U1", *texts, check=False).stdout)
+    notes.append(f"{equal} files are equal")
     for what in ("events", "warnings"):
         theirs, ours = seen[True][what], seen[False][what]
         if set(theirs) != set(ours):
             text = f"{what}: only the Go agent's {sorted(set(theirs) - set(ours))}, only ours {sorted(set(ours) - set(theirs))}"
             (problems if what == "events" else notes).append(text)
+        else:
+            notes.append(f"{what}: the same {len(theirs)} kinds")
     theirs, ours = (sum(seen[go]["calls"].values()) for go in (True, False))
     notes.append(f"calls: the Go agent {theirs} in {seen[True]['seconds']:.1f} s, ours {ours} in "
                  f"{seen[False]['seconds']:.1f} s: {dict(sorted(seen[False]['calls'].items()))}")
@@ -94,11 +101,14 @@ def warnings(log):
 
 
 def facts(t, name, folder):
+    """What there is in an output's folder, by file: mode and content."""
     text = describe(t.dir / name / folder)
     text = text.replace(f"/{name}/", "/AGENT/").replace(str(t.cluster.bin / "tbot"), "TBOT").replace(str(t.tbot), "TBOT")
     # What is inside of a kubeconfig: the same PEM texts as in the files beside it.
     text = re.sub(r"LS0tLS1[A-Za-z0-9+/=]+", "<base64 PEM>", text)
-    return re.sub(r"eyJ[\w-]+\.[\w-]+\.[\w-]+", "<jwt>", text)
+    text = re.sub(r"eyJ[\w-]+\.[\w-]+\.[\w-]+", "<jwt>", text)
+    files = re.findall(r"(?ms)^==== (\S+) (.*?)(?=^==== |\Z)", text)
+    return {file: facts for file, facts in files}
 
 
 def application(t):
