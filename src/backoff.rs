@@ -23,6 +23,13 @@ impl Backoff {
         }
     }
 
+    /// For streams of news that were lost. News can wait as long again as they were away, up to ten
+    /// minutes: every agent of a fleet loses its streams in the same moment.
+    #[must_use]
+    pub fn of_streams() -> Self {
+        Self::new(Duration::from_secs(1), Duration::from_mins(10))
+    }
+
     /// The wait after one more failure. `random` is uniform in `[0, 1)`.
     pub fn next_wait(&mut self, random: f64) -> Duration {
         let full = self

@@ -26,6 +26,20 @@ pub fn fresh_until(issued: SystemTime, not_after: SystemTime) -> SystemTime {
     issued + two_thirds(issued, not_after)
 }
 
+/// How long to wait at least before asking a cluster again that could not be reached for `failing`,
+/// while what is held is fresh for another `slack`, at most the usual interval.
+///
+/// A hiccup is over within a minute. After that everybody who came due meanwhile is waiting, and a
+/// cluster that is back would hear from all of them within one cap of the backoff; so they take
+/// their time while they have it, and the busiest minute after an outage of ten is at most twice as
+/// busy as any other (`app::tests::fleet` has the proof). There is time for several such waits before
+/// anything is stale.
+#[must_use]
+pub fn patience(failing: Duration, slack: Duration, random: f64) -> Duration {
+    let most = failing.saturating_mul(100).min(slack);
+    most.mul_f64(0.25 + 0.6 * random.clamp(0.0, 1.0))
+}
+
 fn two_thirds(issued: SystemTime, not_after: SystemTime) -> Duration {
     not_after.duration_since(issued).unwrap_or_default() * 2 / 3
 }
@@ -64,6 +78,23 @@ mod tests {
             at(0) + 510 * Duration::from_secs(1),
             "two thirds of the life"
         );
+    }
+
+    #[test]
+    fn patience_begins_small_and_never_outlasts_what_is_fresh() {
+        let seconds = Duration::from_secs;
+        for (failing, slack, random, expected) in [
+            (seconds(0), seconds(1200), 0.5, seconds(0)),
+            (seconds(1), seconds(1200), 0.0, seconds(25)),
+            (seconds(1), seconds(1200), 1.0, seconds(85)),
+            (seconds(60), seconds(1200), 0.0, seconds(300)),
+            (seconds(600), seconds(1200), 1.0, seconds(1020)),
+            (seconds(600), seconds(0), 1.0, seconds(0)),
+        ] {
+            let wait = patience(failing, slack, random);
+            assert_eq!(wait, expected, "{failing:?} {slack:?} {random}");
+        }
+        assert_eq!(patience(Duration::MAX, seconds(4), 0.0), seconds(1));
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod supervisor;
 mod unit;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use tokio::sync::watch;
@@ -69,6 +70,8 @@ struct Agent {
     clock: Clock,
     reload: watch::Sender<u64>,
     shutdown: CancellationToken,
+    /// Time between renewals of the bot's identity.
+    interval: Duration,
     oneshot: bool,
     _lock: Option<Box<dyn Lock>>,
     _pid_file: Option<PidFile>,
@@ -166,6 +169,7 @@ impl Agent {
             clock,
             reload,
             shutdown,
+            interval: plan.lifetime.interval,
             oneshot: plan.oneshot,
             _lock: lock,
             _pid_file: plan.pid_file.map(PidFile::write).transpose()?,
@@ -252,6 +256,7 @@ impl Agent {
                 handle.clone(),
                 self.clock.clone(),
                 self.reload.clone(),
+                self.interval,
                 self.shutdown.clone(),
             ),
         );
@@ -299,6 +304,9 @@ fn route(server: &ClusterAddress) -> Route {
 
 #[cfg(test)]
 mod tests {
+    mod fleet;
+    mod month;
+
     use std::path::Path;
 
     use super::*;

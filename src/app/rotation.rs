@@ -1,11 +1,16 @@
 //! Follows the rotations of the cluster's authorities: when one reaches a phase in which other keys
 //! sign or are trusted, everything is renewed (upstream `lib/tbot/internal/carotation`).
 //!
+//! What a phase asks for has time until the next one comes, and a scheduled phase lasts for hours: a
+//! fleet that hears of it renews spread over a whole interval, which is as busy as any other. If the
+//! next phase comes before that, somebody takes the steps by hand, and everything is renewed within
+//! seconds, because whoever is a phase behind is locked out by the one after.
+//!
 //! The phases are compared with those seen before, so what happened while no stream was open is
 //! noticed too. A lost stream says nothing about what is being served, so it is logged and does
 //! not touch readiness.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
 use std::time::{Duration, SystemTime};
 
@@ -25,27 +30,29 @@ use crate::pb::types::{CertAuthorityV2, WatchKind};
 /// The authorities whose keys are in what outputs write and in how the bot is known.
 const AUTHORITIES: [&str; 3] = ["host", "user", "db"];
 /// How long further news are awaited after the first, so that one rotation is one renewal.
-const DEBOUNCE: Duration = Duration::from_secs(10);
-/// Agents that heard the news together renew spread over this time.
-const SPREAD: Duration = Duration::from_secs(20);
+pub(super) const DEBOUNCE: Duration = Duration::from_secs(10);
+/// Agents that have to hurry together renew spread over this time.
+const HURRY: Duration = Duration::from_secs(20);
 
-/// Follows until shutdown; counts `reload` up when everything is to be renewed.
+/// Follows until shutdown; counts `reload` up when everything is to be renewed, which happens every
+/// `interval` anyway.
 pub(super) async fn run(
     handle: Handle,
     clock: Clock,
     reload: watch::Sender<u64>,
+    interval: Duration,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     tokio::select! {
-        () = follow(&handle, &clock, &reload) => {}
+        () = follow(&handle, &clock, &reload, interval) => {}
         () = shutdown.cancelled() => {}
     }
     shutdown.cancelled().await;
     Ok(())
 }
 
-async fn follow(handle: &Handle, clock: &Clock, reload: &watch::Sender<u64>) {
-    let mut backoff = Backoff::new(Duration::from_secs(2), Duration::from_secs(60));
+async fn follow(handle: &Handle, clock: &Clock, reload: &watch::Sender<u64>, interval: Duration) {
+    let mut backoff = Backoff::of_streams();
     let mut failures = Repeated::default();
     let mut seen = Seen::default();
     let mut due = None;
@@ -59,6 +66,7 @@ async fn follow(handle: &Handle, clock: &Clock, reload: &watch::Sender<u64>) {
             handle,
             clock,
             reload,
+            interval,
             cluster: &cluster,
         };
         let error = match session.run(&mut seen, &mut due, &mut synced).await {
@@ -96,6 +104,7 @@ struct Session<'a> {
     handle: &'a Handle,
     clock: &'a Clock,
     reload: &'a watch::Sender<u64>,
+    interval: Duration,
     cluster: &'a str,
 }
 
@@ -120,6 +129,7 @@ impl Session<'_> {
                 event = events::next(&mut events) => event?,
                 () = passed(self.clock, *due) => {
                     *due = None;
+                    seen.followed();
                     tracing::info!("Authorities of the cluster are being rotated: renewing everything now");
                     self.reload.send_modify(|count| *count += 1);
                     continue;
@@ -132,8 +142,9 @@ impl Session<'_> {
     }
 
     fn note(&self, seen: &mut Seen, due: &mut Option<SystemTime>, authority: &CertAuthorityV2) {
-        if seen.calls_for_renewal(self.cluster, authority) && due.is_none() {
-            *due = Some(self.clock.now() + DEBOUNCE + SPREAD.mul_f64(jitter()));
+        if let Some(news) = seen.note(self.cluster, authority) {
+            let at = self.clock.now() + DEBOUNCE + spread(news, self.interval, jitter());
+            *due = Some(due.map_or(at, |due| due.min(at)));
         }
     }
 }
@@ -157,31 +168,63 @@ fn watched(cluster: &str) -> Watch {
     }
 }
 
-/// The phase and the rotation's id of every authority, as last heard.
+/// What a phase means to whoever has renewed in the one before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum News {
+    /// Other keys sign or are trusted; those of before still count until the next phase.
+    Step,
+    /// The phase before, or a whole rotation, was not followed: what is held may be of no use soon.
+    Pressing,
+}
+
+/// How long after [`DEBOUNCE`] everything is to be renewed.
+pub(super) fn spread(news: News, interval: Duration, random: f64) -> Duration {
+    match news {
+        News::Step => interval.mul_f64(random),
+        News::Pressing => HURRY.mul_f64(random),
+    }
+}
+
+/// The authorities as last heard.
 #[derive(Debug, Default)]
-struct Seen(HashMap<String, (String, String)>);
+struct Seen {
+    /// The phase and the rotation's id, by type.
+    phases: HashMap<String, (String, String)>,
+    /// The types whose news were not followed yet.
+    pending: HashSet<String>,
+}
 
 impl Seen {
-    /// Takes note of `authority`; whether other keys sign or are trusted since it was last seen, or
-    /// since a stored identity may have been issued, if a rotation goes on at the first sight.
-    fn calls_for_renewal(&mut self, cluster: &str, authority: &CertAuthorityV2) -> bool {
-        let Some(spec) = authority.spec.as_ref() else {
-            return false;
-        };
-        if spec.cluster_name != cluster || !AUTHORITIES.contains(&spec.r#type.as_str()) {
-            return false;
+    /// Takes note of `authority`. At the first sight of a rotation that goes on, a stored identity may
+    /// be older than it.
+    fn note(&mut self, cluster: &str, authority: &CertAuthorityV2) -> Option<News> {
+        let spec = authority.spec.as_ref()?;
+        let kind = &spec.r#type;
+        if spec.cluster_name != cluster || !AUTHORITIES.contains(&kind.as_str()) {
+            return None;
         }
         let rotation = spec.rotation.clone().unwrap_or_default();
         let now = (rotation.phase, rotation.current_id);
-        match self.0.insert(spec.r#type.clone(), now.clone()) {
-            Some(before) => {
-                before != now && matches!(now.0.as_str(), "update_clients" | "rollback" | "standby")
-            }
+        let before = self.phases.insert(kind.clone(), now.clone());
+        let (phase, id) = &now;
+        let news = match before {
+            Some(before) if before == now => None,
+            Some(_) if phase == "rollback" || self.pending.contains(kind) => Some(News::Pressing),
+            Some((_, before)) if *id != before && phase != "init" => Some(News::Pressing),
+            Some(_) => (phase != "update_servers").then_some(News::Step),
             None => matches!(
-                now.0.as_str(),
+                phase.as_str(),
                 "update_clients" | "update_servers" | "rollback"
-            ),
-        }
+            )
+            .then_some(News::Step),
+        }?;
+        self.pending.insert(kind.clone());
+        Some(news)
+    }
+
+    /// Everything is being renewed now.
+    fn followed(&mut self) {
+        self.pending.clear();
     }
 }
 
@@ -207,47 +250,84 @@ mod tests {
     }
 
     #[test]
-    fn phases_in_which_other_keys_count_call_for_renewal() {
-        for (steps, expected) in [
-            // First sight, then every phase of one rotation.
+    fn every_phase_is_followed_and_one_that_overtakes_presses() {
+        use News::{Pressing, Step};
+        for (case, phases, followed, expected) in [
             (
+                "a rotation by schedule",
                 ["", "init", "update_clients", "update_servers", "standby"],
-                [false, false, true, false, true],
+                true,
+                [None, Some(Step), Some(Step), None, Some(Step)],
             ),
-            // A rotation that is taken back.
             (
+                "the same within a minute",
+                ["", "init", "update_clients", "update_servers", "standby"],
+                false,
+                [
+                    None,
+                    Some(Step),
+                    Some(Pressing),
+                    Some(Pressing),
+                    Some(Pressing),
+                ],
+            ),
+            (
+                "one that is taken back",
                 ["standby", "init", "rollback", "standby", "standby"],
-                [false, false, true, true, false],
+                true,
+                [None, Some(Step), Some(Pressing), Some(Step), None],
             ),
         ] {
             let mut seen = Seen::default();
-            let told =
-                steps.map(|phase| seen.calls_for_renewal("c", &authority("user", phase, "1")));
-            assert_eq!(told, expected, "{steps:?}");
+            let told = phases.map(|phase| {
+                if followed {
+                    seen.followed();
+                }
+                seen.note("c", &authority("user", phase, "1"))
+            });
+            assert_eq!(told, expected, "{case}");
         }
     }
 
     #[test]
     fn a_rotation_that_began_before_the_agent_is_noticed() {
         for (phase, expected) in [
-            ("", false),
-            ("standby", false),
-            ("init", false),
-            ("update_clients", true),
-            ("update_servers", true),
-            ("rollback", true),
+            ("", None),
+            ("standby", None),
+            ("init", None),
+            ("update_clients", Some(News::Step)),
+            ("update_servers", Some(News::Step)),
+            ("rollback", Some(News::Step)),
         ] {
-            let mut seen = Seen::default();
-            let told = seen.calls_for_renewal("c", &authority("user", phase, "1"));
+            let told = Seen::default().note("c", &authority("user", phase, "1"));
             assert_eq!(told, expected, "{phase}");
         }
     }
 
     #[test]
-    fn a_rotation_that_was_missed_is_noticed() {
+    fn a_rotation_that_was_missed_presses() {
+        for (phase, expected) in [
+            ("standby", News::Pressing),
+            ("update_servers", News::Pressing),
+            ("init", News::Step),
+        ] {
+            let mut seen = Seen::default();
+            assert_eq!(seen.note("c", &authority("host", "standby", "1")), None);
+            let told = seen.note("c", &authority("host", phase, "2"));
+            assert_eq!(told, Some(expected), "{phase}");
+        }
+    }
+
+    #[test]
+    fn authorities_are_rotated_on_their_own() {
         let mut seen = Seen::default();
-        assert!(!seen.calls_for_renewal("c", &authority("host", "standby", "1")));
-        assert!(seen.calls_for_renewal("c", &authority("host", "standby", "2")));
+        for kind in AUTHORITIES {
+            assert_eq!(seen.note("c", &authority(kind, "", "")), None);
+        }
+        for kind in AUTHORITIES {
+            let told = seen.note("c", &authority(kind, "init", "1"));
+            assert_eq!(told, Some(News::Step), "{kind}");
+        }
     }
 
     #[test]
@@ -255,7 +335,7 @@ mod tests {
         let mut seen = Seen::default();
         for (cluster, kind) in [("leaf", "user"), ("c", "spiffe"), ("c", "jwt")] {
             for phase in ["init", "update_clients"] {
-                assert!(!seen.calls_for_renewal(cluster, &authority(kind, phase, "1")));
+                assert_eq!(seen.note(cluster, &authority(kind, phase, "1")), None);
             }
         }
     }

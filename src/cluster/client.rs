@@ -486,15 +486,21 @@ mod tests {
 
     use super::*;
 
-    /// A peer that begins an answer and never ends it.
-    async fn half_an_answer() -> tonic::transport::Channel {
-        let connector = tower::service_fn(|_: http::Uri| async {
+    type Body = stream::BoxStream<'static, Result<Frame<Bytes>, Infallible>>;
+
+    /// A peer that answers every call with this.
+    async fn answering(
+        status: u16,
+        kind: &'static str,
+        body: fn() -> Body,
+    ) -> tonic::transport::Channel {
+        let connector = tower::service_fn(move |_: http::Uri| async move {
             let (ours, theirs) = tokio::io::duplex(64 * 1024);
-            let service = hyper::service::service_fn(|_request| async {
-                let body = StreamBody::new(stream::pending::<Result<Frame<Bytes>, Infallible>>());
+            let service = hyper::service::service_fn(move |_request| async move {
                 let response = http::Response::builder()
-                    .header("content-type", "application/grpc")
-                    .body(body);
+                    .status(status)
+                    .header("content-type", kind)
+                    .body(StreamBody::new(body()));
                 Ok::<_, Infallible>(response.unwrap())
             });
             let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
@@ -506,12 +512,51 @@ mod tests {
         endpoint.connect_with_connector(connector).await.unwrap()
     }
 
+    const GRPC: &str = "application/grpc";
+
+    fn silence() -> Body {
+        stream::pending().boxed()
+    }
+
+    fn page() -> Body {
+        let page = Bytes::from_static(b"<html>Please log in</html>");
+        stream::once(async { Ok(Frame::data(page)) }).boxed()
+    }
+
+    /// The beginning of a message of 64 MiB, and zeros without an end.
+    fn flood() -> Body {
+        let head = Bytes::from_static(&[0, 4, 0, 0, 0]);
+        let zeros = stream::repeat_with(|| Ok(Frame::data(Bytes::from_static(&[0; 16 * 1024]))));
+        stream::once(async { Ok(Frame::data(head)) })
+            .chain(zeros)
+            .boxed()
+    }
+
     #[tokio::test(start_paused = true)]
-    async fn an_answer_that_stops_after_its_headers_is_not_waited_for() {
-        let mut client = AuthServiceClient::new(half_an_answer().await);
-        let began = tokio::time::Instant::now();
-        let answer = unary("Ping", client.ping(timed(PingRequest {}))).await;
-        assert_eq!(answer.unwrap_err().code(), Some(Code::DeadlineExceeded));
-        assert!(began.elapsed() <= 2 * CALL);
+    async fn answers_that_are_none_are_named_and_neither_awaited_nor_kept() {
+        let silent = silence as fn() -> Body;
+        for (case, status, kind, body, codes) in [
+            ("silence", 200, GRPC, silent, &[Code::DeadlineExceeded][..]),
+            ("64 MiB", 200, GRPC, flood, &[Code::OutOfRange]),
+            ("a login page", 200, "text/html", page, &[Code::Internal]),
+            (
+                "a way elsewhere",
+                302,
+                "text/html",
+                page,
+                &[Code::Internal, Code::Unknown],
+            ),
+        ] {
+            let channel = answering(status, kind, body).await;
+            let mut client = AuthServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
+            let began = tokio::time::Instant::now();
+            let answer = unary("Ping", client.ping(timed(PingRequest {}))).await;
+            let error = answer.unwrap_err();
+            let code = error.code().unwrap();
+            assert!(codes.contains(&code), "{case}: {code:?}: {error}");
+            assert_eq!(error.disposition(), Disposition::Retry, "{case}");
+            assert!(error.to_string().starts_with("Ping: "), "{case}: {error}");
+            assert!(began.elapsed() <= 2 * CALL, "{case}");
+        }
     }
 }

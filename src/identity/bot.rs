@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::handle::{Handle, new_key};
-use super::state::{self, Held, Step};
+use super::state::{self, Failures, Held, Step};
 use super::store::{Store, StoreError};
 use super::{Identity, MaterialError};
 use crate::backoff::{Backoff, Loudness, Repeated};
@@ -22,8 +22,6 @@ use crate::join::{Hello, JoinError, JoinMethod, Older, Renewal, Session, TokenSo
 use crate::pb::proto::UserCertsRequest;
 use crate::renewal;
 
-/// The first wait after a failure.
-const FIRST_WAIT: Duration = Duration::from_secs(1);
 /// How long an answer that must not get lost is waited for when the agent is told to stop: the
 /// cluster has counted the renewal, or used up the token, as soon as it has the request.
 const GRACE: Duration = Duration::from_secs(2);
@@ -74,20 +72,9 @@ pub enum BotError {
     /// There is neither a usable stored identity nor a token.
     #[error("no usable identity is stored and onboarding.token is not set: the bot cannot join")]
     NoToken,
-    /// The certificates are not valid now: one of the two clocks is wrong.
-    #[error("the cluster's certificates are not valid now: is the clock of this machine right?")]
-    Clock,
     /// The agent was told to stop before the answer came.
     #[error("the agent is stopping")]
     Stopping,
-    /// The cluster answered a renewal with another bot's certificates.
-    #[error("the cluster answered with an identity of {got} where {held} was held")]
-    OtherUser {
-        /// Who we are.
-        held: String,
-        /// Who the answer is for.
-        got: String,
-    },
 }
 
 impl BotError {
@@ -101,9 +88,7 @@ impl BotError {
             | Self::Credential(_)
             | Self::Key(_)
             | Self::Store(_)
-            | Self::Clock
-            | Self::Stopping
-            | Self::OtherUser { .. } => Disposition::Retry,
+            | Self::Stopping => Disposition::Retry,
         }
     }
 }
@@ -220,7 +205,7 @@ impl Bot {
     /// Keeps the identity fresh until `shutdown`. Returns an error only if the first join is refused.
     pub async fn run(mut self, shutdown: CancellationToken) -> Result<(), BotError> {
         let mut reload = self.handle.reloads();
-        let mut backoff = Backoff::new(FIRST_WAIT, state::cap(Disposition::Retry));
+        let mut failures = Failures::none();
         let mut row = Repeated::default();
         let mut last = String::new();
         loop {
@@ -229,7 +214,7 @@ impl Bot {
                 Step::Wait(until) => until,
                 step => match self.attempt(step, &shutdown).await {
                     Ok(()) => {
-                        backoff.reset();
+                        failures = Failures::none();
                         if let Some(failures) = row.recovered() {
                             tracing::info!(failures, "The bot's identity is fresh again");
                         }
@@ -254,14 +239,16 @@ impl Bot {
                         if self.held.is_some_and(|held| held.not_after <= now) {
                             self.withdraw();
                         }
-                        let wait = backoff.next_wait(jitter());
-                        let wait = if disposition == Disposition::Refused {
-                            wait.max(state::cap(disposition).mul_f64(0.5 + 0.5 * jitter()))
-                        } else {
-                            wait
-                        };
+                        let failed = self.clock.now();
+                        let wait = failures.wait(
+                            failed,
+                            self.held.as_ref(),
+                            disposition,
+                            self.settings.interval,
+                            [jitter(), jitter()],
+                        );
                         tell(row.failed(), &error, wait);
-                        now + wait
+                        failed + wait
                     }
                 },
             };
@@ -269,6 +256,7 @@ impl Bot {
                 () = self.clock.sleep_until(wake) => {}
                 changed = reload.changed() => {
                     row = Repeated::default();
+                    failures = Failures::none();
                     if changed.is_ok() && let Some(held) = self.held.as_mut() {
                         held.renew_at = self.clock.now();
                     }
@@ -280,7 +268,7 @@ impl Bot {
 
     /// Makes the identity fresh once, for a one-shot run.
     pub async fn run_once(&mut self, shutdown: &CancellationToken) -> Result<(), BotError> {
-        let mut backoff = Backoff::new(FIRST_WAIT, state::cap(Disposition::Retry));
+        let mut backoff = Backoff::new(state::FIRST_WAIT, state::CAP);
         loop {
             let step = state::decide(self.clock.now(), self.held.as_ref());
             if let Step::Wait(_) = step {
@@ -347,7 +335,11 @@ impl Bot {
         step: Step,
         started: SystemTime,
     ) -> Result<(), BotError> {
-        self.check(&identity, step)?;
+        let held = match step {
+            Step::Renew(_) => self.identity.borrow().as_ref().map(|held| held.user()),
+            Step::Join | Step::Wait(_) => None,
+        };
+        identity.expect(self.clock.now(), self.settings.ttl, held.as_deref())?;
         let credential = identity
             .credential(&self.clock)
             .map_err(BotError::Credential)?;
@@ -451,37 +443,18 @@ impl Bot {
         Ok((identity, hash))
     }
 
-    /// Refuses an answer that is consistent in itself but not what was asked for.
-    fn check(&self, identity: &Identity, step: Step) -> Result<(), BotError> {
-        if !identity.is_valid(self.clock.now()) {
-            return Err(BotError::Clock);
-        }
-        let held = self.identity.borrow();
-        match (step, held.as_deref()) {
-            (Step::Renew(_), Some(held)) if held.user() != identity.user() => {
-                Err(BotError::OtherUser {
-                    held: held.user(),
-                    got: identity.user(),
-                })
-            }
-            _ => Ok(()),
-        }
-    }
-
     /// Makes an identity the current one. `issued` is when it was asked for; a stored one is taken
     /// to be as old as it says.
     fn publish(&mut self, identity: Identity, credential: Credential, issued: Option<SystemTime>) {
         let fresh = issued.is_some();
+        let not_after = identity.not_after();
+        let issued = issued.unwrap_or(identity.not_before());
         let held = Held {
             not_before: identity.not_before(),
-            not_after: identity.not_after(),
+            not_after,
             renewable: identity.is_renewable(),
-            renew_at: renewal::due(
-                issued.unwrap_or(identity.not_before()),
-                identity.not_after(),
-                self.settings.interval,
-                jitter(),
-            ),
+            renew_at: renewal::due(issued, not_after, self.settings.interval, jitter()),
+            fresh_until: renewal::fresh_until(issued, not_after),
         };
         tracing::info!(
             user = identity.user(),
@@ -493,10 +466,7 @@ impl Bot {
             if fresh { "The bot has a fresh identity" } else { "Using the stored identity" }
         );
         self.health.healthy();
-        self.health.fresh_until(renewal::fresh_until(
-            issued.unwrap_or(held.not_before),
-            held.not_after,
-        ));
+        self.health.fresh_until(held.fresh_until);
         self.held = Some(held);
         self.ever_held = true;
         self.credential.send_replace(Some(Arc::new(credential)));

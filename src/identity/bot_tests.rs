@@ -73,6 +73,56 @@ async fn an_answer_that_tls_cannot_use_is_not_stored() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_answer_that_was_not_asked_for_is_refused_whole() {
+    let hour = Duration::from_hours(1);
+    let authority = Authority::new("root");
+    let (mut bot, place) = bot();
+    let now = bot.clock.now();
+    let sound = authority.identity(key(), 1, start());
+    bot.accept(sound, "", Step::Join, now).await.unwrap();
+    let stored = async || {
+        let mut files = Vec::new();
+        for name in [".slot-0", ".slot-1", ".slot-2", "key", "tlscert"] {
+            let bytes = place.read(name).await.unwrap();
+            files.push(bytes.map(|bytes| bytes.expose().clone()));
+        }
+        files
+    };
+    let before = stored().await;
+    let own = "bot-example";
+    for (case, user, validity, said) in [
+        (
+            "another user",
+            "bot-other",
+            (start(), hour),
+            "for bot-other where bot-example was",
+        ),
+        ("not valid yet", own, (now + hour, hour), "not valid now"),
+        ("over", own, (start() - 2 * hour, hour), "not valid now"),
+        ("never valid", own, (now, Duration::ZERO), "not valid now"),
+        (
+            "a hundred years",
+            own,
+            (start(), 876_000 * hour),
+            "far beyond what was asked for",
+        ),
+    ] {
+        let answer = authority.identity_of(user, key(), 2, validity);
+        let step = Step::Renew(Renewal::Certificate);
+        let error = bot.accept(answer, "", step, now).await.unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains(said), "{case}: {text}");
+        assert!(
+            text.starts_with("the cluster's certificates are not usable: "),
+            "{case}: {text}"
+        );
+        assert_eq!(error.disposition(), Disposition::Retry, "{case}");
+        assert_eq!(generation(&bot), Some(1), "{case}");
+        assert_eq!(stored().await, before, "{case}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_stop_cuts_what_costs_nothing_and_waits_a_little_for_what_does() {
     let clock = Clock::simulated(start());
     let second = Duration::from_secs(1);

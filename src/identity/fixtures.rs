@@ -66,23 +66,38 @@ impl Authority {
 
     /// A renewable identity of the bot `example`, valid for an hour from `from`.
     pub(crate) fn identity(&self, key: PrivateKey, generation: u64, from: SystemTime) -> Identity {
+        self.identity_of(
+            "bot-example",
+            key,
+            generation,
+            (from, Duration::from_hours(1)),
+        )
+    }
+
+    /// The same of any user, for any time.
+    pub(crate) fn identity_of(
+        &self,
+        user: &str,
+        key: PrivateKey,
+        generation: u64,
+        (from, life): (SystemTime, Duration),
+    ) -> Identity {
         let attribute = |oid: &str, text: &str| {
             let length = u8::try_from(text.len()).unwrap();
             format!("{oid}=#0c{length:02x}{}", hex::encode(text))
         };
         let subject = format!(
-            "{},{},O=role,CN=bot-example",
+            "{},{},O=role,CN={user}",
             attribute("1.3.9999.1.14", &generation.to_string()),
             attribute("1.3.9999.1.13", "true"),
         );
         let issuer = format!("O={0},CN={0}", self.cluster);
-        let life = Duration::from_hours(1);
         let tls = certificate(&key, &subject, &self.key, &issuer, (from, life), None);
         let ssh = NewCertificate {
             holder: Holder::User,
             spki: &key.public_spki(),
             serial: 1,
-            key_id: "bot-example",
+            key_id: user,
             principals: &["root".to_owned(), "-teleport-internal-join".to_owned()],
             valid_after: from,
             valid_before: from + life,

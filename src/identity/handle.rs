@@ -333,6 +333,7 @@ impl Handle {
         request.target.route(cluster, &mut wanted);
         let certs = self.0.client.generate_user_certs(wanted).await?;
         let issued = Identity::from_certs(key, certs, hosts)?;
+        issued.expect(self.0.clock.now(), request.ttl, Some(&own.user()))?;
         Ok(issued.with_ssh_authorities(own.ssh_authorities().to_vec()))
     }
 

@@ -1,6 +1,6 @@
 //! The parts of an identity: one key, its TLS and SSH certificates, and the authorities to trust.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use crate::clock::Clock;
 use crate::cluster::tunnel::SshIdentity;
@@ -19,6 +19,13 @@ const GENERATION: der::asn1::ObjectIdentifier =
 /// Subject attribute with the bot instance's ID.
 const BOT_INSTANCE: der::asn1::ObjectIdentifier =
     der::asn1::ObjectIdentifier::new_unwrap("1.3.9999.2.20");
+
+/// The most authorities of one kind that are taken: a cluster sends two, and twice as many while
+/// they are rotated.
+const MAX_AUTHORITIES: usize = 64;
+/// How much longer than it was asked for an identity may live: clocks differ, and some clusters round
+/// up.
+const SURPLUS: Duration = Duration::from_hours(24);
 
 /// Why certificates do not make an identity. Nothing of them is used then.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +55,31 @@ pub enum MaterialError {
     /// The SSH certificate has no principal, or an empty one.
     #[error("the SSH certificate needs at least one principal, none of them empty")]
     NoPrincipal,
+    /// More authorities came than a cluster can have.
+    #[error("{count} {what} authorities came along, at most {MAX_AUTHORITIES} are taken")]
+    TooMany {
+        /// `TLS` or `SSH`.
+        what: &'static str,
+        /// How many.
+        count: usize,
+    },
+    /// The certificates are not valid now: one of the two clocks is wrong.
+    #[error("they are not valid now: is the clock of this machine right?")]
+    NotNow,
+    /// The certificates live much longer than was asked for.
+    #[error("they are valid until {until}, far beyond what was asked for")]
+    TooLong {
+        /// End of validity, RFC 3339.
+        until: String,
+    },
+    /// The certificates are another user's.
+    #[error("they are for {got} where {held} was expected")]
+    OtherUser {
+        /// Who we are.
+        held: String,
+        /// Who the answer is for.
+        got: String,
+    },
 }
 
 /// A complete, consistent identity. Immutable; share it with `Arc`.
@@ -72,6 +104,14 @@ impl Identity {
         ssh_line: String,
         ssh_authorities: Vec<String>,
     ) -> Result<Self, MaterialError> {
+        for (what, count) in [
+            ("TLS", tls_authorities.len()),
+            ("SSH", ssh_authorities.len()),
+        ] {
+            if count > MAX_AUTHORITIES {
+                return Err(MaterialError::TooMany { what, count });
+            }
+        }
         let tls = Certificate::from_pem(&tls_pem)?;
         if !tls.is_for(&key) {
             return Err(MaterialError::OtherKey("TLS"));
@@ -223,6 +263,31 @@ impl Identity {
         self.not_before() <= now && now < self.not_after()
     }
 
+    /// Whether it is what was asked for at `now`: for `ttl`, and as `user` if that is known. What is
+    /// consistent in itself may still be somebody else's, or for another time.
+    pub fn expect(
+        &self,
+        now: SystemTime,
+        ttl: Duration,
+        user: Option<&str>,
+    ) -> Result<(), MaterialError> {
+        if !self.is_valid(now) {
+            return Err(MaterialError::NotNow);
+        }
+        if self.not_after() > now + ttl + SURPLUS {
+            return Err(MaterialError::TooLong {
+                until: crate::clock::rfc3339(self.not_after()),
+            });
+        }
+        match user {
+            Some(held) if held != self.user() => Err(MaterialError::OtherUser {
+                held: held.to_owned(),
+                got: self.user(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
     /// Whether the certificate may renew itself (join method `token`).
     pub fn is_renewable(&self) -> bool {
         self.tls
@@ -299,6 +364,14 @@ mod tests {
             (
                 "SSH certificate is for another key",
                 Box::new(|c| c.ssh.clone_from(&other.ssh)),
+            ),
+            (
+                "10000 TLS authorities came along",
+                Box::new(|c| c.tlsca_certs = vec![c.tlsca_certs[0].clone(); 10_000]),
+            ),
+            (
+                "10000 SSH authorities came along",
+                Box::new(|c| c.sshca_certs = vec![c.sshca_certs[0].clone(); 10_000]),
             ),
             (
                 "no authority of the answer signed",

@@ -4,11 +4,15 @@
 
 use std::time::{Duration, SystemTime};
 
+use crate::backoff::Backoff;
 use crate::cluster::Disposition;
 use crate::join::Renewal;
+use crate::renewal;
 
-/// The longest wait between attempts while the cluster refuses or cannot be reached.
-const CAP: Duration = Duration::from_mins(1);
+/// The first wait after a failure.
+pub(super) const FIRST_WAIT: Duration = Duration::from_secs(1);
+/// The longest wait between attempts while the cluster cannot be reached and nothing fresh is held.
+pub(super) const CAP: Duration = Duration::from_mins(1);
 /// The longest wait after a refusal: the operator has to act, and a cluster should not be asked
 /// every minute by every agent that it turned away.
 const REFUSED_CAP: Duration = Duration::from_mins(5);
@@ -24,6 +28,8 @@ pub struct Held {
     pub renewable: bool,
     /// When it is to be renewed.
     pub renew_at: SystemTime,
+    /// Until when it is fresh.
+    pub fresh_until: SystemTime,
 }
 
 impl Held {
@@ -57,11 +63,42 @@ pub fn decide(now: SystemTime, held: Option<&Held>) -> Step {
     }
 }
 
-/// The cap of the backoff after a failure.
-pub fn cap(disposition: Disposition) -> Duration {
-    match disposition {
-        Disposition::Retry => CAP,
-        Disposition::Refused | Disposition::Unsupported => REFUSED_CAP,
+/// The attempts that failed since the last success.
+#[derive(Debug)]
+pub(crate) struct Failures {
+    backoff: Backoff,
+    since: Option<SystemTime>,
+}
+
+impl Failures {
+    pub(crate) fn none() -> Self {
+        Self {
+            backoff: Backoff::new(FIRST_WAIT, CAP),
+            since: None,
+        }
+    }
+
+    /// Another attempt failed at `now`, while `held` is held, which is renewed every `interval`. Says
+    /// how long to wait. Each `random` is uniform in `[0, 1)`.
+    pub(crate) fn wait(
+        &mut self,
+        now: SystemTime,
+        held: Option<&Held>,
+        disposition: Disposition,
+        interval: Duration,
+        random: [f64; 2],
+    ) -> Duration {
+        let since = *self.since.get_or_insert(now);
+        let least = match disposition {
+            Disposition::Refused => REFUSED_CAP.mul_f64(0.5 + 0.5 * random[1]),
+            Disposition::Retry | Disposition::Unsupported => {
+                let failing = now.duration_since(since).unwrap_or_default();
+                let slack = held.and_then(|held| held.fresh_until.duration_since(now).ok());
+                let slack = slack.unwrap_or_default().min(interval);
+                renewal::patience(failing, slack, random[1])
+            }
+        };
+        self.backoff.next_wait(random[0]).max(least)
     }
 }
 
@@ -81,7 +118,41 @@ mod tests {
             not_after: at(3700),
             renewable,
             renew_at: at(1300),
+            fresh_until: at(2500),
         }
+    }
+
+    #[test]
+    fn what_is_fresh_is_waited_with_and_what_is_not_is_asked_for() {
+        let interval = Duration::from_mins(20);
+        let day = Held {
+            not_after: at(86_400),
+            fresh_until: at(86_400),
+            ..held(true)
+        };
+        let held = held(true);
+        for (case, now, held, expected) in [
+            ("at once", 1300, Some(&held), 1),
+            ("a second later", 1301, Some(&held), 55),
+            ("minutes later", 1900, Some(&held), 330),
+            ("fresh for a day", 1900, Some(&day), 660),
+            ("stale", 2600, Some(&held), 2),
+            ("nothing held", 2600, None, 2),
+        ] {
+            let mut failures = Failures::none();
+            let mut wait =
+                |now| failures.wait(at(now), held, Disposition::Retry, interval, [1.0, 0.5]);
+            let first = wait(1300).as_secs();
+            let waited = if now == 1300 {
+                first
+            } else {
+                wait(now).as_secs()
+            };
+            assert_eq!(waited, expected, "{case}");
+        }
+        let mut failures = Failures::none();
+        let refused = failures.wait(at(1300), None, Disposition::Refused, interval, [0.5, 0.0]);
+        assert_eq!(refused, REFUSED_CAP / 2);
     }
 
     #[test]

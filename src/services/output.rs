@@ -181,7 +181,7 @@ async fn differs(destination: &dyn Destination, files: &FileSet) -> bool {
 
 /// What to do now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Step {
+pub(crate) enum Step {
     /// Renew.
     Renew,
     /// Nothing until then.
@@ -190,9 +190,11 @@ enum Step {
 
 /// When the next renewal is due.
 #[derive(Debug, Clone)]
-struct Schedule {
+pub(crate) struct Schedule {
     interval: Duration,
     due: SystemTime,
+    /// The first failure since the last success.
+    failing_since: Option<SystemTime>,
     attempts: Backoff,
     rounds: Backoff,
     /// What was written last.
@@ -212,10 +214,11 @@ struct Credential {
 
 impl Schedule {
     /// Due at once.
-    fn new(now: SystemTime, interval: Duration) -> Self {
+    pub(crate) fn new(now: SystemTime, interval: Duration) -> Self {
         Self {
             interval,
             due: now,
+            failing_since: None,
             attempts: Backoff::new(BETWEEN_ATTEMPTS.0, BETWEEN_ATTEMPTS.1),
             rounds: Backoff::new(AFTER_ROUND.min(interval), interval),
             written: None,
@@ -223,7 +226,7 @@ impl Schedule {
     }
 
     /// What to do at `now`. A date further off than any wait means that the clock was set back.
-    fn next(&self, now: SystemTime) -> Step {
+    pub(crate) fn next(&self, now: SystemTime) -> Step {
         if self.due <= now || self.due > now + self.interval.max(BETWEEN_ATTEMPTS.1) {
             Step::Renew
         } else {
@@ -236,7 +239,12 @@ impl Schedule {
     /// so that not everyone comes at once. A credential that was only written again is due when it
     /// was, so that changes which keep coming do not put its renewal off. Returns until when what
     /// is written is fresh.
-    fn succeeded(&mut self, started: SystemTime, not_after: SystemTime, random: f64) -> SystemTime {
+    pub(crate) fn succeeded(
+        &mut self,
+        started: SystemTime,
+        not_after: SystemTime,
+        random: f64,
+    ) -> SystemTime {
         let same = |known: &Credential| known.not_after == not_after && known.due > started;
         let written = self.written.filter(same).unwrap_or_else(|| Credential {
             issued: started,
@@ -247,17 +255,26 @@ impl Schedule {
         });
         self.written = Some(written);
         self.due = written.due;
+        self.failing_since = None;
         self.attempts.reset();
         self.rounds.reset();
         fresh_until(written.issued, not_after)
     }
 
     /// A renewal failed at `now`. Says whether that ended the round.
-    fn failed(&mut self, now: SystemTime, random: f64) -> bool {
+    pub(crate) fn failed(&mut self, now: SystemTime, random: f64) -> bool {
+        let since = *self.failing_since.get_or_insert(now);
         let ended = self.attempts.failures() + 1 >= ATTEMPTS;
         let wait = if ended {
             self.attempts.reset();
-            self.rounds.next_wait(random)
+            let slack = self
+                .written
+                .map(|written| fresh_until(written.issued, written.not_after))
+                .and_then(|fresh| fresh.duration_since(now).ok())
+                .unwrap_or_default();
+            let failing = now.duration_since(since).unwrap_or_default();
+            let patience = renewal::patience(failing, slack.min(self.interval), random);
+            self.rounds.next_wait(random).max(patience)
         } else {
             self.attempts.next_wait(random)
         };
@@ -266,8 +283,9 @@ impl Schedule {
     }
 
     /// Everything is to be renewed now.
-    fn reload(&mut self, now: SystemTime) {
+    pub(crate) fn reload(&mut self, now: SystemTime) {
         self.due = now;
+        self.failing_since = None;
         self.attempts.reset();
     }
 

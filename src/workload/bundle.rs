@@ -184,7 +184,7 @@ pub async fn follow(
     clock: &Clock,
     published: &watch::Sender<Option<Arc<Bundles>>>,
 ) {
-    let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
+    let mut backoff = Backoff::of_streams();
     let mut failures = Repeated::default();
     loop {
         let follower = Follower {

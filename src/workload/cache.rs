@@ -483,16 +483,23 @@ fn after(
             due: now + backoff.next_wait(random),
         },
         Err(error @ (IssueError::Unavailable(_) | IssueError::Answer(_))) => {
-            let retry = now + backoff.next_wait(random);
+            // About as long as the waits so far took together.
+            let failing = BACKOFF.0 * ((1 << backoff.failures().min(16)) - 1);
+            let wait = backoff.next_wait(random);
             match held {
                 // The last good one stays, and its end is not slept through.
-                State::Ready(svids) if not_after(svids) > now => Next {
-                    publish: None,
-                    due: retry.min(not_after(svids)),
-                },
+                State::Ready(svids) if not_after(svids) > now => {
+                    let fresh = renewal::fresh_until(issued_at(svids), not_after(svids));
+                    let slack = fresh.duration_since(now).unwrap_or_default();
+                    let patience = renewal::patience(failing, slack.min(interval), random);
+                    Next {
+                        publish: None,
+                        due: (now + wait.max(patience)).min(not_after(svids)),
+                    }
+                }
                 _ => Next {
                     publish: Some(State::Unavailable(error.to_string().into())),
-                    due: retry,
+                    due: now + wait,
                 },
             }
         }

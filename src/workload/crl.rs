@@ -89,7 +89,7 @@ pub async fn follow(feed: &dyn CrlFeed, clock: &Clock, published: &watch::Sender
 }
 
 async fn keep(feed: &dyn CrlFeed, clock: &Clock, published: &watch::Sender<Crl>) {
-    let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
+    let mut backoff = Backoff::of_streams();
     let mut failures = Repeated::default();
     loop {
         let error = match session(feed, published).await {
