@@ -20,7 +20,7 @@ use std::process::Output;
 use crate::common::{OutputText as _, Process, Sandbox};
 
 /// A bot that may issue one workload identity.
-const RESOURCES: &str = r"
+pub(crate) const RESOURCES: &str = r"
 kind: role
 version: v7
 metadata: {name: issuer}
@@ -41,7 +41,7 @@ spec: {spiffe: {id: /svc/foo}}
 const FRESH: &str = "The bot has a fresh identity";
 
 /// An identity output without SSH texts, which need a proxy.
-fn output(path: &Path) -> String {
+pub(crate) fn output(path: &Path) -> String {
     format!(
         "  - {{type: identity, ssh_config: off, destination: {{type: directory, path: {}}}}}\n",
         path.display()
@@ -57,14 +57,14 @@ fn workload_api(socket: &Path, more: &str) -> String {
 }
 
 /// Runs `tbot start --oneshot` to its end.
-fn once(sandbox: &Sandbox, config: &str) -> Output {
+pub(crate) fn once(sandbox: &Sandbox, config: &str) -> Output {
     let path = sandbox.write("once.yaml", config);
     let mut command = sandbox.tbot(["start", "--oneshot", "-c"]);
     command.arg(path).output().expect("tbot")
 }
 
 /// Starts `tbot start`; its log is `<name>.log`.
-fn start(sandbox: &Sandbox, name: &str, config: &str) -> Process {
+pub(crate) fn start(sandbox: &Sandbox, name: &str, config: &str) -> Process {
     let path = sandbox.write(&format!("{name}.yaml"), config);
     let mut command = sandbox.tbot(["start", "-c"]);
     command.arg(path);
@@ -89,7 +89,7 @@ pub(crate) fn assert_refused(output: &Output, texts: &[&str]) {
 }
 
 /// Every file below `dir` with its content.
-fn snapshot(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+pub(crate) fn snapshot(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut files = BTreeMap::new();
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();

@@ -37,13 +37,13 @@ spec: {roles: [issuer]}
 const ELSEWHERE: &str = "cluster.test.invalid";
 
 /// A certificate that the agents trust, for `localhost` and [`ELSEWHERE`].
-struct Web {
-    certificate: PathBuf,
+pub(crate) struct Web {
+    pub(crate) certificate: PathBuf,
     key: PathBuf,
 }
 
 impl Web {
-    fn new(sandbox: &Sandbox) -> Self {
+    pub(crate) fn new(sandbox: &Sandbox) -> Self {
         let (certificate, key) = (sandbox.path("web.crt"), sandbox.path("web.key"));
         let mut openssl = sandbox.command("openssl");
         openssl
@@ -78,7 +78,7 @@ impl Web {
         ]
     }
 
-    fn acceptor(&self) -> TlsAcceptor {
+    pub(crate) fn acceptor(&self) -> TlsAcceptor {
         let certificate = CertificateDer::from_pem_file(&self.certificate).unwrap();
         let key = PrivateKeyDer::from_pem_file(&self.key).unwrap();
         let config = ServerConfig::builder()
@@ -90,23 +90,34 @@ impl Web {
 }
 
 /// Something on the way, in threads of its own.
-struct Middle {
+pub(crate) struct Middle {
     _runtime: Runtime,
-    port: u16,
+    pub(crate) port: u16,
     connections: Arc<AtomicUsize>,
     seen: Arc<Mutex<Vec<String>>>,
 }
 
 impl Middle {
     /// Answers each connection on a port of its own with `serve`.
-    fn start<F>(
+    pub(crate) fn start<F>(
+        serve: impl Fn(TcpStream, Arc<Mutex<Vec<String>>>) -> F + Send + Sync + 'static,
+    ) -> Self
+    where
+        F: Future<Output = std::io::Result<()>> + Send + 'static,
+    {
+        Self::start_at(0, serve)
+    }
+
+    /// The same on `port`.
+    pub(crate) fn start_at<F>(
+        port: u16,
         serve: impl Fn(TcpStream, Arc<Mutex<Vec<String>>>) -> F + Send + Sync + 'static,
     ) -> Self
     where
         F: Future<Output = std::io::Result<()>> + Send + 'static,
     {
         let runtime = Runtime::new().unwrap();
-        let bind = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0)));
+        let bind = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], port)));
         let listener = runtime.block_on(bind).unwrap();
         let port = listener.local_addr().unwrap().port();
         let connections = Arc::new(AtomicUsize::new(0));
@@ -191,7 +202,7 @@ impl Middle {
         self.connections.load(Ordering::Relaxed)
     }
 
-    fn seen(&self) -> Vec<String> {
+    pub(crate) fn seen(&self) -> Vec<String> {
         self.seen.lock().unwrap().clone()
     }
 }
