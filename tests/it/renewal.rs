@@ -2,6 +2,8 @@
 //! memory: every renewal is a real one, only the clock is not. Joining again, by each of the two
 //! join protocols, takes real time: the cluster asks an STS.
 
+mod svids;
+
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
