@@ -8,6 +8,7 @@
 //! - [`store`]: resources in SQLite, with revisions, expiry and transactions.
 //! - [`resources`]: resource files, checked and applied as `tctl create` does.
 //! - [`expression`]: the grammar of the predicate language.
+//! - [`outbound`]: requests to AWS.
 //! - [`workload_identity`]: who may have which SVID, and the making of it.
 //! - [`audit`]: one JSON line for each join, certificate, refusal and administrative change.
 //! - [`auth`]: joins, certificates, authorities and what else agents call.
@@ -28,6 +29,7 @@ pub mod expression;
 mod files;
 pub mod instant;
 mod listener;
+pub mod outbound;
 mod pattern;
 pub mod resources;
 pub mod store;
