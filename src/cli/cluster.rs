@@ -14,6 +14,7 @@ use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 
+use super::exit::Mistake;
 use crate::clock::Clock;
 use crate::crypto::random;
 use crate::embedded::admin::{self, Answer, Request};
@@ -199,13 +200,13 @@ pub async fn run(
         err,
     };
     match args.command {
-        ClusterCommand::Serve(args) => return serve::run(*args, session.data_dir).await,
+        ClusterCommand::Serve(args) => return serve::run(*args, session.data_dir, env).await,
         ClusterCommand::Create { force, files } => session.create_files(&files, force).await?,
         ClusterCommand::Get { resource, format } => session.get(&resource, format).await?,
         ClusterCommand::Rm { resource } => {
-            let (kind, name) = resource
-                .split_once('/')
-                .with_context(|| format!("{resource:?} names no resource: write KIND/NAME"))?;
+            let (kind, name) = resource.split_once('/').ok_or_else(|| {
+                Mistake(format!("{resource:?} names no resource: write KIND/NAME"))
+            })?;
             let message = session.remove(kind, name).await?;
             writeln!(session.out, "{message}")?;
         }
@@ -230,7 +231,11 @@ struct Session<'a> {
 impl Session<'_> {
     async fn ask(&self, request: &Request) -> anyhow::Result<Answer> {
         match admin::ask(&self.data_dir, request).await? {
-            Answer::Refused { error } => bail!("{error}"),
+            Answer::Refused {
+                error,
+                mistaken: true,
+            } => Err(Mistake(error).into()),
+            Answer::Refused { error, .. } => bail!("{error}"),
             answer => Ok(answer),
         }
     }
@@ -351,7 +356,9 @@ impl Session<'_> {
                 format,
             } => {
                 if !kind.eq_ignore_ascii_case("bot") {
-                    bail!("--type={kind}: only bots join this cluster (write --type=bot)");
+                    let text =
+                        format!("--type={kind}: only bots join this cluster (write --type=bot)");
+                    return Err(Mistake(text).into());
                 }
                 self.invite(bot, ttl, format).await
             }

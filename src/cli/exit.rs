@@ -74,9 +74,18 @@ impl std::fmt::Display for Failure {
     }
 }
 
+/// A mistake of the caller that is noticed after the command line has been read, among other
+/// errors; alone it becomes [`Failure::Usage`].
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Mistake(pub(super) String);
+
 impl<E: Into<anyhow::Error>> From<E> for Failure {
     fn from(error: E) -> Self {
-        Self::Runtime(error.into())
+        match error.into().downcast::<Mistake>() {
+            Ok(Mistake(text)) => Self::usage(text),
+            Err(error) => Self::Runtime(error),
+        }
     }
 }
 
@@ -109,6 +118,15 @@ mod tests {
             failure.text(),
             "joining: cannot reach example.com:443: connection refused"
         );
+        assert_eq!(failure.exit(), Exit::Runtime);
+    }
+
+    #[test]
+    fn mistakes_are_told_from_failures() {
+        let failure = Failure::from(Mistake("write KIND/NAME".to_owned()));
+        assert_eq!(failure.exit(), Exit::Usage);
+        assert_eq!(failure.text(), "write KIND/NAME");
+        let failure = Failure::from(anyhow::anyhow!("write KIND/NAME"));
         assert_eq!(failure.exit(), Exit::Runtime);
     }
 

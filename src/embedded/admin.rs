@@ -106,7 +106,41 @@ pub enum Answer {
     Refused {
         /// Why: lines for people.
         error: String,
+        /// Whether the request was no sensible one: an unknown kind, a file that is wrong.
+        #[serde(default)]
+        mistaken: bool,
     },
+}
+
+/// Why nothing was changed.
+#[derive(Debug)]
+struct Problem {
+    error: String,
+    mistaken: bool,
+}
+
+impl Problem {
+    fn mistake(error: String) -> Self {
+        Self {
+            error,
+            mistaken: true,
+        }
+    }
+}
+
+impl From<String> for Problem {
+    fn from(error: String) -> Self {
+        Self {
+            error,
+            mistaken: false,
+        }
+    }
+}
+
+impl From<Problem> for Answer {
+    fn from(Problem { error, mistaken }: Problem) -> Self {
+        Self::Refused { error, mistaken }
+    }
 }
 
 /// About a cluster.
@@ -247,7 +281,7 @@ async fn connection(stream: UnixStream, state: Arc<ClusterState>) {
         async move {
             let answer = match read(request.into_body()).await {
                 Ok(request) => handle(state, request, uid).await,
-                Err(error) => Answer::Refused { error },
+                Err(error) => Problem::from(error).into(),
             };
             let body = serde_json::to_vec(&answer).unwrap_or_default();
             Ok::<_, Infallible>(http::Response::new(Full::new(Bytes::from(body))))
@@ -278,9 +312,7 @@ async fn handle(state: Arc<ClusterState>, request: Request, uid: u32) -> Answer 
     // SQLite waits for the disk.
     tokio::task::spawn_blocking(move || answer(&state, request, uid))
         .await
-        .unwrap_or_else(|error| Answer::Refused {
-            error: format!("the command failed: {error}"),
-        })
+        .unwrap_or_else(|error| Problem::from(format!("the command failed: {error}")).into())
 }
 
 pub(super) fn answer(state: &ClusterState, request: Request, uid: u32) -> Answer {
@@ -299,10 +331,15 @@ pub(super) fn answer(state: &ClusterState, request: Request, uid: u32) -> Answer
                 .map_err(|error| {
                     // The lines about a file quote it, names of tokens included.
                     match &error {
-                        CreateError::Rejected(_) => refused("create", "a file was rejected"),
-                        CreateError::Apply(error) => refused("create", &error.to_string()),
+                        CreateError::Rejected(_) => {
+                            refused("create", "a file was rejected");
+                            Problem::mistake(error.to_string())
+                        }
+                        CreateError::Apply(cause) => {
+                            refused("create", &cause.to_string());
+                            error.to_string().into()
+                        }
                     }
-                    error.to_string()
                 })
         }
         Request::Get { kind, name } => known(&kind).and_then(|kind| get(state, kind, name)),
@@ -317,11 +354,11 @@ pub(super) fn answer(state: &ClusterState, request: Request, uid: u32) -> Answer
                     match error {
                         ApplyError::Store(StoreError::NotFound { .. }) => {
                             refused("remove", &format!("{kind} {shown:?} is not found"));
-                            missing(kind, &name)
+                            missing(kind, &name).into()
                         }
                         other => {
                             refused("remove", &other.to_string());
-                            other.to_string()
+                            other.to_string().into()
                         }
                     }
                 })
@@ -332,10 +369,10 @@ pub(super) fn answer(state: &ClusterState, request: Request, uid: u32) -> Answer
             manual,
             grace,
         } => rotate(state, &kind, phase.as_deref(), manual, grace, &by)
-            .inspect_err(|error| refused("rotate", error)),
+            .inspect_err(|problem| refused("rotate", &problem.error)),
         Request::Status => Ok(Answer::Status(status(state))),
     };
-    result.unwrap_or_else(|error| Answer::Refused { error })
+    result.unwrap_or_else(Answer::from)
 }
 
 /// Writes a refused command into the audit log.
@@ -356,13 +393,13 @@ fn user(state: &ClusterState, uid: u32) -> String {
     format!("uid-{uid}.{}", state.name)
 }
 
-fn known(kind: &str) -> Result<&'static str, String> {
+fn known(kind: &str) -> Result<&'static str, Problem> {
     resources::readable_kind(kind).ok_or_else(|| {
         let all: Vec<&str> = resources::readable_kinds().collect();
-        format!(
+        Problem::mistake(format!(
             "{kind:?} is no kind of resource here (kinds are {})",
             all.join(", ")
-        )
+        ))
     })
 }
 
@@ -373,23 +410,23 @@ fn rotate(
     manual: bool,
     grace: u64,
     by: &str,
-) -> Result<Answer, String> {
+) -> Result<Answer, Problem> {
     let all = |names: Vec<&str>| names.join(", ");
     let known = AuthorityType::from_name(kind).ok_or_else(|| {
         let names = AuthorityType::ALL.iter().map(|kind| kind.name()).collect();
-        format!(
+        Problem::mistake(format!(
             "{kind:?} is no authority of this cluster (types are {})",
             all(names)
-        )
+        ))
     })?;
     let to = match phase {
         None => Phase::Init,
         Some(name) => Phase::from_name(name).ok_or_else(|| {
             let names = Phase::ALL.iter().map(|phase| phase.name()).collect();
-            format!(
+            Problem::mistake(format!(
                 "{name:?} is no phase of a rotation (phases are {})",
                 all(names)
-            )
+            ))
         })?,
     };
     let step = Step {
@@ -413,11 +450,11 @@ fn missing(kind: &str, name: &str) -> String {
     format!("{kind} {name:?} is not found (list them with `tbot cluster get {kind}`)")
 }
 
-fn get(state: &ClusterState, kind: &str, name: Option<String>) -> Result<Answer, String> {
+fn get(state: &ClusterState, kind: &str, name: Option<String>) -> Result<Answer, Problem> {
     let found = match name {
         None => state.store.list(kind),
         Some(name) => match state.store.get(kind, &name) {
-            Ok(None) => return Err(missing(kind, &name)),
+            Ok(None) => return Err(missing(kind, &name).into()),
             Ok(Some(found)) => Ok(vec![found]),
             Err(error) => Err(error),
         },

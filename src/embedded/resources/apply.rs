@@ -126,7 +126,7 @@ pub fn remove(
     name: &str,
     by: &str,
 ) -> Result<String, ApplyError> {
-    let found = store.transaction(|tx| {
+    let (found, tokens) = store.transaction(|tx| {
         let Some(found) = tx.get(kind, name)? else {
             return Err(ApplyError::Store(StoreError::NotFound {
                 kind: kind.to_owned(),
@@ -135,7 +135,10 @@ pub fn remove(
         };
         owned(tx, &found)?;
         tx.delete(kind, name)?;
+        let mut tokens = 0;
         if kind == "bot" {
+            let names_it = |token: &&Resource| token.spec_text("/bot_name") == name;
+            tokens = tx.list("token")?.iter().filter(names_it).count();
             let user = bot::user_name(name);
             tx.delete("user", &user)?;
             tx.delete("role", &user)?;
@@ -145,12 +148,16 @@ pub fn remove(
                 }
             }
         }
-        Ok(found)
+        Ok((found, tokens))
     })?;
     if let Some(event) = event(&found, Verb::Delete, by) {
         audit.emit(event);
     }
-    Ok(format!("{} {name:?} has been deleted", title(kind)))
+    let stay = match tokens {
+        0 => "",
+        _ => " (its tokens stay, but let nobody in: see `tbot cluster tokens ls`)",
+    };
+    Ok(format!("{} {name:?} has been deleted{stay}", title(kind)))
 }
 
 /// Where what stays of a used token says which bot instance it let in.
@@ -295,7 +302,7 @@ fn owned(tx: &Tx<'_>, resource: &Resource) -> Result<(), ApplyError> {
     })
 }
 
-fn same(old: &Resource, new: &Resource) -> bool {
+pub(super) fn same(old: &Resource, new: &Resource) -> bool {
     old.sub_kind == new.sub_kind
         && old.version == new.version
         && old.description == new.description
@@ -366,14 +373,14 @@ fn notes(tx: &Tx<'_>, resource: &Resource) -> Result<Vec<String>, StoreError> {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Verb {
+pub(super) enum Verb {
     Create,
     Update,
     Delete,
 }
 
 /// The audit event of a change; `None` for kinds whose owner's event says it all.
-fn event(resource: &Resource, verb: Verb, by: &str) -> Option<Value> {
+pub(super) fn event(resource: &Resource, verb: Verb, by: &str) -> Option<Value> {
     let [create, update, delete] = match resource.kind.as_str() {
         "bot" => [
             ("bot.create", "TB001I"),
