@@ -7,6 +7,7 @@
 //!   services share.
 //! - [`store`]: resources in SQLite, with revisions, expiry and transactions.
 //! - [`resources`]: resource files, checked and applied as `tctl create` does.
+//! - [`discovery`]: EKS clusters that become resources.
 //! - [`expression`]: the grammar of the predicate language.
 //! - [`outbound`]: requests to AWS.
 //! - [`workload_identity`]: who may have which SVID, and the making of it.
@@ -25,6 +26,7 @@ pub mod auth;
 pub mod ca;
 pub mod caller;
 mod cluster;
+pub mod discovery;
 pub mod expression;
 mod files;
 pub mod instant;

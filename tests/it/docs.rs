@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use tbot::config::{self, Overlay, Source};
-use tbot::embedded::resources;
+use tbot::embedded::{discovery, resources};
 use tbot::env::Env;
 
 use crate::common::repository;
@@ -34,12 +34,18 @@ fn fences<'a>(markdown: &'a str, language: &str) -> Vec<(usize, &'a str)> {
     found
 }
 
-/// Why the text is neither a configuration without problems nor a file of resources.
+/// Why the text is neither a configuration without problems, nor a file of resources, nor one of
+/// the embedded cluster.
 fn problem(name: &str, text: &str) -> Option<String> {
     if text.lines().any(|line| line.starts_with("kind:")) {
         return resources::parse(name, text, None)
             .err()
             .map(|rejected| rejected.to_string());
+    }
+    if text.lines().any(|line| line == "discovery_service:") {
+        return discovery::config::parse(name, text)
+            .err()
+            .map(|error| error.to_string());
     }
     let source = Source {
         name: name.to_owned(),

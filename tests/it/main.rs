@@ -19,6 +19,7 @@ mod common;
 mod completeness;
 mod config;
 mod dialling;
+mod discovery;
 mod docs;
 mod foreign;
 mod guide;

@@ -21,7 +21,9 @@ iam = boto3.client("iam", **access)
 trust = policy(Principal={"Service": "ec2.amazonaws.com"}, Action="sts:AssumeRole")
 arn = iam.create_role(RoleName=role, AssumeRolePolicyDocument=trust)["Role"]["Arn"]
 iam.put_role_policy(
-    RoleName=role, PolicyName="identity", PolicyDocument=policy(Action="sts:GetCallerIdentity", Resource="*")
+    RoleName=role,
+    PolicyName="identity",
+    PolicyDocument=policy(Action=["sts:GetCallerIdentity", "eks:*"], Resource="*"),
 )
 opened = boto3.client("sts", **access).assume_role(RoleArn=arn, RoleSessionName=session)["Credentials"]
 urllib.request.urlopen(

@@ -9,6 +9,7 @@
 mod apply;
 mod bot;
 mod lock;
+mod reconcile;
 mod revocation;
 mod role;
 mod served;
@@ -25,6 +26,8 @@ use crate::yaml::{self, Fields, Node, Problem, Problems, Severity};
 
 pub use apply::{Applied, ApplyError, Mode, SPENT_BY, apply, remove, seed, spent};
 pub use bot::user_name as bot_user_name;
+pub use reconcile::{Change, reconcile};
+pub(in crate::embedded) use role::labels as selector;
 pub use served::is_label_key;
 pub use token::{METHODS, safe_name};
 

@@ -217,7 +217,10 @@ fn check_conditions(mut fields: Fields<'_>, deny: bool, conditions: &mut Value) 
 }
 
 /// Labels with one value or a list of values each; a list in any case afterwards.
-fn labels(fields: &mut Fields<'_>, key: &str) -> Option<BTreeMap<String, Vec<String>>> {
+pub(in crate::embedded) fn labels(
+    fields: &mut Fields<'_>,
+    key: &str,
+) -> Option<BTreeMap<String, Vec<String>>> {
     let mut section = fields.section(key)?;
     let mut labels = BTreeMap::new();
     for name in section.keys() {

@@ -14,6 +14,7 @@ use super::{Process, Sandbox, eventually, free_port};
 pub(crate) struct Cluster<'a> {
     sandbox: &'a Sandbox,
     arguments: Vec<String>,
+    environment: Vec<(String, String)>,
     process: Option<Process>,
     port: u16,
     /// The address that it advertises.
@@ -44,6 +45,22 @@ impl<'a> Cluster<'a> {
         cluster
     }
 
+    /// Starts one with more environment variables and arguments of `serve`.
+    pub(crate) fn start_in(
+        sandbox: &'a Sandbox,
+        resources: &str,
+        environment: &[(&str, &str)],
+        arguments: &[&str],
+    ) -> Self {
+        let mut cluster = Self::stopped(sandbox, resources, free_port(), arguments);
+        let variables = environment.iter();
+        cluster.environment = variables
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect();
+        cluster.resume();
+        cluster
+    }
+
     /// Starts one on `port` that advertises `public`, with more arguments of `serve`.
     pub(crate) fn start_at(
         sandbox: &'a Sandbox,
@@ -63,6 +80,7 @@ impl<'a> Cluster<'a> {
         let mut cluster = Self {
             sandbox,
             arguments: arguments.iter().map(|&text| text.to_owned()).collect(),
+            environment: Vec::new(),
             process: None,
             port,
             public: format!("localhost:{port}"),
@@ -90,7 +108,8 @@ impl<'a> Cluster<'a> {
             .args(["--listen", &format!("127.0.0.1:{}", self.port)])
             .args(["--auth-listen", &self.auth()])
             .args(["--public-addr", &self.public])
-            .args(&self.arguments);
+            .args(&self.arguments)
+            .envs(self.environment.iter().cloned());
         let mut process = self.sandbox.spawn("cluster", command);
         let admin = self.sandbox.path("cluster/admin.sock");
         eventually("the cluster serves", || {
