@@ -87,7 +87,7 @@ spec: {spiffe: {id: /svc/foo}}
 "#;
 
 /// The outputs of the recording, each to a directory of its name.
-const OUTPUTS: [(&str, &str); 11] = [
+const OUTPUTS: [(&str, &str); 13] = [
     ("application", "type: application, app_name: echo"),
     (
         "application-specific",
@@ -120,6 +120,15 @@ const OUTPUTS: [(&str, &str); 11] = [
         "type: kubernetes/v2, selectors: [{labels: {env: test}}]",
     ),
     ("ssh_host", "type: ssh_host, principals: [node.example.com]"),
+    (
+        "x509",
+        "type: workload-identity-x509, selector: {name: example-workload-identity}",
+    ),
+    (
+        "jwt",
+        "type: workload-identity-jwt, selector: {name: example-workload-identity}, \
+         audiences: [example.com]",
+    ),
 ];
 
 /// Calls that a cluster may receive for all outputs of the recording.

@@ -16,6 +16,7 @@ def compact(text):
     """Certificates and other long parts are shown in full once."""
     shown, lines = {}, []
     text = re.sub(r"LS0tLS1[A-Za-z0-9+/=]+", "<base64>", text)
+    text = re.sub(r"eyJ[\w-]+\.[\w-]+\.[\w-]+", "<jwt>", text)
     for part in re.split(r"(?m)^(?=\[|FILE:|====|####|@|apiVersion)", text):
         if part.count("\n") < 4:
             lines.append(part)
