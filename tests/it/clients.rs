@@ -8,55 +8,9 @@ use std::path::Path;
 use spiffe::WorkloadApiClient;
 use tokio_stream::StreamExt as _;
 
-use crate::common::{Cluster, Moto, OutputText as _, Process, Sandbox, repository, skip, venv};
-
-/// What the recordings of an 18.0.0 cluster were made with.
-const RESOURCES: &str = r#"
-kind: role
-version: v7
-metadata: {name: event-handler}
-spec: {allow: {rules: [{resources: [event, session], verbs: [list, read]}]}}
----
-kind: role
-version: v7
-metadata: {name: workload-identity-issuer}
-spec: {allow: {workload_identity_labels: {example: [getting-started]}, rules: [{resources: [workload_identity], verbs: [list, read]}]}}
----
-kind: role
-version: v7
-metadata: {name: resources}
-spec:
-  allow:
-    logins: [root]
-    node_labels: {'*': '*'}
-    app_labels: {'*': '*'}
-    db_labels: {'*': '*'}
-    db_names: ['*']
-    db_users: ['*']
-    kubernetes_labels: {'*': '*'}
-    kubernetes_groups: ['system:masters']
-    kubernetes_resources: [{kind: '*', name: '*', namespace: '*', verbs: ['*']}]
-    rules: [{resources: [cert_authority], verbs: [readnosecrets, list, read]}, {resources: [host_cert], verbs: [create]}]
----
-kind: bot
-version: v1
-metadata: {name: example}
-spec: {roles: [event-handler, workload-identity-issuer, resources]}
----
-kind: token
-version: v2
-metadata: {name: example-bot}
-spec:
-  roles: [Bot]
-  bot_name: example
-  join_method: iam
-  allow: [{aws_account: "123456789012", aws_arn: "arn:aws:sts::123456789012:assumed-role/teleport-bot-role/i-*"}]
----
-kind: workload_identity
-version: v1
-metadata: {name: example-workload-identity, labels: {example: getting-started}}
-spec: {spiffe: {id: /svc/foo}}
-"#;
+use crate::common::{
+    Cluster, Moto, OutputText as _, Process, RECORDED, Sandbox, repository, skip, venv,
+};
 
 /// The subject of an identity output's certificate as recorded, last attribute first.
 const SUBJECT: &str = r#"
@@ -136,7 +90,7 @@ fn hurried(sandbox: &Sandbox, cluster: &Cluster<'_>) -> (Process, String) {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_rust_client_sees_renewals_pushed() {
     let sandbox = Sandbox::new();
-    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let cluster = Cluster::start(&sandbox, RECORDED);
     let (_agent, address) = hurried(&sandbox, &cluster);
     let client = WorkloadApiClient::connect_to(&address).await.unwrap();
     let bundles = client.fetch_x509_bundles().await.unwrap();
@@ -195,7 +149,7 @@ fn the_python_client_sees_renewals_pushed() {
         return skip("the Python environment is missing: make setup");
     }
     let sandbox = Sandbox::new();
-    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let cluster = Cluster::start(&sandbox, RECORDED);
     let (_agent, address) = hurried(&sandbox, &cluster);
     let mut command = sandbox.command(venv().join("bin/python"));
     command
@@ -225,7 +179,7 @@ fn the_identity_output_is_what_was_recorded() {
     let endpoint = moto.url();
     let cluster = Cluster::start_with(
         &sandbox,
-        RESOURCES,
+        RECORDED,
         crate::common::free_port(),
         &["--sts-endpoint", &endpoint],
     );

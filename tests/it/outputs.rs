@@ -10,50 +10,12 @@ use std::process::Output;
 use serde_json::Value;
 
 use crate::common::{
-    Cluster, Moto, OutputText as _, Process, Sandbox, eventually, free_port, repository, skip, venv,
+    Cluster, Moto, OutputText as _, Process, RECORDED, Sandbox, eventually, free_port, repository,
+    skip, venv,
 };
 
-/// What the recordings of an 18.0.0 cluster were made with.
-const RESOURCES: &str = r#"
-kind: role
-version: v7
-metadata: {name: event-handler}
-spec: {allow: {rules: [{resources: [event, session], verbs: [list, read]}]}}
----
-kind: role
-version: v7
-metadata: {name: workload-identity-issuer}
-spec: {allow: {workload_identity_labels: {example: [getting-started]}, rules: [{resources: [workload_identity], verbs: [list, read]}]}}
----
-kind: role
-version: v7
-metadata: {name: resources}
-spec:
-  allow:
-    logins: [root]
-    node_labels: {'*': '*'}
-    app_labels: {'*': '*'}
-    db_labels: {'*': '*'}
-    db_names: ['*']
-    db_users: ['*']
-    kubernetes_labels: {'*': '*'}
-    kubernetes_groups: ['system:masters']
-    kubernetes_resources: [{kind: '*', name: '*', namespace: '*', verbs: ['*']}]
-    rules: [{resources: [cert_authority], verbs: [readnosecrets, list, read]}, {resources: [host_cert], verbs: [create]}]
----
-kind: bot
-version: v1
-metadata: {name: example}
-spec: {roles: [event-handler, workload-identity-issuer, resources]}
----
-kind: token
-version: v2
-metadata: {name: example-bot}
-spec:
-  roles: [Bot]
-  bot_name: example
-  join_method: iam
-  allow: [{aws_account: "123456789012", aws_arn: "arn:aws:sts::123456789012:assumed-role/teleport-bot-role/i-*"}]
+/// What there is to reach.
+const SERVED: &str = r#"
 ---
 kind: app
 version: v3
@@ -79,11 +41,6 @@ kind: kube_cluster
 version: v3
 metadata: {name: twin-eks-us, labels: {teleport.internal/discovered-name: twin}}
 spec: {}
----
-kind: workload_identity
-version: v1
-metadata: {name: example-workload-identity, labels: {example: getting-started}}
-spec: {spiffe: {id: /svc/foo}}
 "#;
 
 /// The outputs of the recording, each to a directory of its name.
@@ -133,6 +90,11 @@ const OUTPUTS: [(&str, &str); 13] = [
 
 /// Calls that a cluster may receive for all outputs of the recording.
 const CALLS: usize = 40;
+
+/// What the recordings were made with.
+fn resources() -> String {
+    format!("{RECORDED}{SERVED}")
+}
 
 /// `services` with a directory for each output.
 fn services(sandbox: &Sandbox, outputs: &[(&str, &str)]) -> String {
@@ -190,7 +152,7 @@ fn every_file_is_what_an_18_0_0_agent_wrote() {
         return skip("the Python environment is missing: make setup");
     };
     let sts = ["--sts-endpoint", &moto.url()];
-    let cluster = Cluster::start_with(&sandbox, RESOURCES, free_port(), &sts);
+    let cluster = Cluster::start_with(&sandbox, &resources(), free_port(), &sts);
     let config = format!(
         "version: v2\nproxy_server: {}\nonboarding: {{join_method: iam, token: example-bot}}\n\
          storage: {{type: directory, path: {}}}\noneshot: true\n{}",
@@ -259,7 +221,7 @@ fn every_file_is_what_an_18_0_0_agent_wrote() {
 #[test]
 fn one_failing_output_keeps_no_other_from_being_written() {
     let sandbox = Sandbox::new();
-    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let cluster = Cluster::start(&sandbox, &resources());
     let long = "n".repeat(300);
     let long = format!("type: database, service: {long}");
     let outputs = [
@@ -387,7 +349,7 @@ fn kubectl_takes_the_kubeconfig_and_its_plugin() {
     {
         return skip("kubectl is missing: make setup");
     }
-    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let cluster = Cluster::start(&sandbox, &resources());
     let outputs = [
         (
             "plugin",

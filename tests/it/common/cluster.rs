@@ -10,6 +10,55 @@ use serde_json::Value;
 use super::sandbox::OutputText as _;
 use super::{Process, Sandbox, eventually, free_port};
 
+/// What the recordings of an 18.0.0 cluster were made with: its roles, bot, token and workload
+/// identity.
+pub(crate) const RECORDED: &str = r#"
+kind: role
+version: v7
+metadata: {name: event-handler}
+spec: {allow: {rules: [{resources: [event, session], verbs: [list, read]}]}}
+---
+kind: role
+version: v7
+metadata: {name: workload-identity-issuer}
+spec: {allow: {workload_identity_labels: {example: [getting-started]}, rules: [{resources: [workload_identity], verbs: [list, read]}]}}
+---
+kind: role
+version: v7
+metadata: {name: resources}
+spec:
+  allow:
+    logins: [root]
+    node_labels: {'*': '*'}
+    app_labels: {'*': '*'}
+    db_labels: {'*': '*'}
+    db_names: ['*']
+    db_users: ['*']
+    kubernetes_labels: {'*': '*'}
+    kubernetes_groups: ['system:masters']
+    kubernetes_resources: [{kind: '*', name: '*', namespace: '*', verbs: ['*']}]
+    rules: [{resources: [cert_authority], verbs: [readnosecrets, list, read]}, {resources: [host_cert], verbs: [create]}]
+---
+kind: bot
+version: v1
+metadata: {name: example}
+spec: {roles: [event-handler, workload-identity-issuer, resources]}
+---
+kind: token
+version: v2
+metadata: {name: example-bot}
+spec:
+  roles: [Bot]
+  bot_name: example
+  join_method: iam
+  allow: [{aws_account: "123456789012", aws_arn: "arn:aws:sts::123456789012:assumed-role/teleport-bot-role/i-*"}]
+---
+kind: workload_identity
+version: v1
+metadata: {name: example-workload-identity, labels: {example: getting-started}}
+spec: {spiffe: {id: /svc/foo}}
+"#;
+
 /// `tbot cluster serve` in `<sandbox>/cluster`, with an auth port of its own.
 pub(crate) struct Cluster<'a> {
     sandbox: &'a Sandbox,

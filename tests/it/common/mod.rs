@@ -9,7 +9,7 @@ mod systemd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-pub(crate) use cluster::{Cluster, wait_until};
+pub(crate) use cluster::{Cluster, RECORDED, wait_until};
 pub(crate) use kube_api::{Fault, KubeApi};
 pub(crate) use moto::Moto;
 pub(crate) use sandbox::{OutputText, Process, Sandbox, free_port};
