@@ -412,8 +412,9 @@ impl Folder for Dir {
         let mut left = patience;
         loop {
             match flock(self.0.as_fd(), FlockOperation::NonBlockingLockExclusive) {
-                // File systems without locks have no reader that could hold one.
-                Ok(()) | Err(Errno::NOTSUP | Errno::NOLCK) => return Ok(true),
+                // File systems without locks have no reader that could hold one; NFS locks nothing
+                // that is not open for writing, and no directory is.
+                Ok(()) | Err(Errno::NOTSUP | Errno::NOLCK | Errno::BADF) => return Ok(true),
                 Err(Errno::WOULDBLOCK) if !left.is_zero() => {
                     std::thread::sleep(LOCK_STEP);
                     left = left.saturating_sub(LOCK_STEP);

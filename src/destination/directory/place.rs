@@ -295,16 +295,18 @@ impl Destination for Place {
     async fn check_writable(&self) -> Result<(), DestinationError> {
         self.blocking(|inner| {
             inner.with(|dir, rules| {
-                let found = dir.look(WRITE_TEST);
-                let tested = match found {
-                    Ok(Some(_)) => dir.overwrite(WRITE_TEST, b"", rules.acl.as_ref(), rules.follow),
-                    Ok(None) => {
-                        let access = Access {
-                            acl: rules.acl.clone(),
-                            ..Access::PRIVATE
-                        };
-                        dir.create(WRITE_TEST, b"", &access)
-                    }
+                let overwrite = || dir.overwrite(WRITE_TEST, b"", rules.acl.as_ref(), rules.follow);
+                let access = Access {
+                    acl: rules.acl.clone(),
+                    ..Access::PRIVATE
+                };
+                let tested = match dir.look(WRITE_TEST) {
+                    Ok(Some(_)) => overwrite(),
+                    Ok(None) => match dir.create(WRITE_TEST, b"", &access) {
+                        // Another output writes here too, and was faster.
+                        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => overwrite(),
+                        created => created,
+                    },
                     Err(error) => Err(error),
                 };
                 tested.map_err(|error| inner.explain("write", Some(WRITE_TEST), error))

@@ -159,18 +159,23 @@ pub(super) fn write<F: Folder>(folder: &F, files: &FileSet, rules: &Rules) -> Re
 /// Finishes a set that was committed and not moved out completely.
 pub(super) fn finish<F: Folder>(folder: &F, rules: &Rules) -> Result<(), Failure> {
     let entered = folder.enter(STAGED, false);
+    if entered.map_err(Failure::io("open", STAGED))?.is_none() {
+        return Ok(());
+    }
+    locked(folder, || move_all_out(folder, rules))
+}
+
+/// Moves what was committed to its names, if anything was. Needs the lock.
+fn move_all_out<F: Folder>(folder: &F, rules: &Rules) -> Result<(), Failure> {
+    let entered = folder.enter(STAGED, false);
     let Some(staged) = entered.map_err(Failure::io("open", STAGED))? else {
         return Ok(());
     };
     let flat = staged.names().map_err(Failure::io("list", STAGED))?;
     let mut names: Vec<_> = flat.iter().map(|name| name.replace(SLASH, "/")).collect();
     names.sort_by_key(|name| rank(name));
-    if !names.is_empty() {
-        locked(folder, || {
-            names
-                .iter()
-                .try_for_each(|name| move_out(&staged, folder, name, rules))
-        })?;
+    for name in &names {
+        move_out(&staged, folder, name, rules)?;
     }
     for name in &names {
         sync_below(folder, name, rules)?;
@@ -182,17 +187,19 @@ pub(super) fn finish<F: Folder>(folder: &F, rules: &Rules) -> Result<(), Failure
 }
 
 /// Removes what a writer left that was stopped before it committed. Only names that this module
-/// makes are touched.
+/// makes are touched, and no draft that someone is writing.
 pub(super) fn clean<F: Folder>(folder: &F) -> Result<(), Failure> {
-    let names = folder.names().map_err(Failure::io("list", "."))?;
-    for name in names {
-        if is_made(&name, TEMPORARY) {
-            folder.remove(&name).map_err(Failure::io("remove", &name))?;
-        } else if is_made(&name, DRAFT) {
-            discard(folder, &name).map_err(Failure::io("remove", &name))?;
+    locked(folder, || {
+        let names = folder.names().map_err(Failure::io("list", "."))?;
+        for name in names {
+            if is_made(&name, TEMPORARY) {
+                folder.remove(&name).map_err(Failure::io("remove", &name))?;
+            } else if is_made(&name, DRAFT) {
+                discard_unused(folder, &name).map_err(Failure::io("remove", &name))?;
+            }
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// Whether the name is `prefix` and what [`unique`] returns.
@@ -306,32 +313,35 @@ fn replace_one<'a, F: Folder>(
     refusal: &mut Option<io::Error>,
 ) -> Result<Vec<Item<'a>>, Failure> {
     let temporary = format!("{TEMPORARY}{}", unique());
-    for item in &items {
-        match folder.create(&temporary, item.content.expose(), &item.access) {
-            Ok(()) => {}
-            Err(error) if refused(&error) => {
-                *refusal = Some(error);
-                return Ok(items);
+    // The lock keeps another writer from cleaning the temporary away.
+    locked(folder, || {
+        for item in &items {
+            match folder.create(&temporary, item.content.expose(), &item.access) {
+                Ok(()) => {}
+                Err(error) if refused(&error) => {
+                    *refusal = Some(error);
+                    return Ok(items);
+                }
+                Err(error) => return Err(Failure::io("write", item.name)(error)),
             }
-            Err(error) => return Err(Failure::io("write", item.name)(error)),
-        }
-        let renamed = within(folder, item.name, rules.follow, |below, name| {
-            folder.rename(&temporary, below, name)
-        });
-        if let Err(error) = renamed {
-            folder
-                .remove(&temporary)
-                .map_err(Failure::io("remove", &temporary))?;
-            if pinned(&error) {
-                *refusal = Some(error);
-                return Ok(items);
+            let renamed = within(folder, item.name, rules.follow, |below, name| {
+                folder.rename(&temporary, below, name)
+            });
+            if let Err(error) = renamed {
+                folder
+                    .remove(&temporary)
+                    .map_err(Failure::io("remove", &temporary))?;
+                if pinned(&error) {
+                    *refusal = Some(error);
+                    return Ok(items);
+                }
+                return Err(Failure::io("replace", item.name)(error));
             }
-            return Err(Failure::io("replace", item.name)(error));
+            sync_below(folder, item.name, rules)?;
+            folder.sync().map_err(Failure::io("sync", "."))?;
         }
-        sync_below(folder, item.name, rules)?;
-        folder.sync().map_err(Failure::io("sync", "."))?;
-    }
-    Ok(Vec::new())
+        Ok(Vec::new())
+    })
 }
 
 /// Several files through a draft. Returns those that must be written in place.
@@ -342,7 +352,15 @@ fn replace_many<'a, F: Folder>(
     refusal: &mut Option<io::Error>,
 ) -> Result<Vec<Item<'a>>, Failure> {
     let name = format!("{DRAFT}{}", unique());
-    let draft = match folder.make(&name) {
+    let made = locked(folder, || {
+        let made = folder.make(&name).and_then(|draft| {
+            // Held until the draft is dropped: it says that someone is at work here.
+            draft.lock(Duration::ZERO)?;
+            Ok(draft)
+        });
+        Ok(made)
+    })?;
+    let draft = match made {
         Ok(draft) => draft,
         Err(error) if refused(&error) => {
             *refusal = Some(error);
@@ -371,11 +389,15 @@ fn replace_many<'a, F: Folder>(
     draft
         .sync()
         .map_err(|error| failed(Failure::io("sync", &name)(error)))?;
-    folder
-        .rename(&name, folder, STAGED)
-        .map_err(|error| failed(Failure::io("commit", &name)(error)))?;
-    folder.sync().map_err(Failure::io("sync", "."))?;
-    finish(folder, rules)?;
+    locked(folder, || {
+        // Another writer may have been stopped between its commit and its last move.
+        move_all_out(folder, rules).map_err(failed)?;
+        folder
+            .rename(&name, folder, STAGED)
+            .map_err(|error| failed(Failure::io("commit", &name)(error)))?;
+        folder.sync().map_err(Failure::io("sync", "."))?;
+        move_all_out(folder, rules)
+    })?;
     Ok(left)
 }
 
@@ -437,12 +459,13 @@ fn overwrite<F: Folder>(
     })
 }
 
-/// Runs `work` under the directory's exclusive lock. A reader that takes the shared lock sees whole
-/// sets even when it opens several files; one that never lets go delays a renewal, no more.
-fn locked<F: Folder>(
+/// Runs `work` under the directory's exclusive lock, which keeps writers of all processes apart. A
+/// reader that takes the shared lock sees whole sets even when it opens several files; one that never
+/// lets go delays a renewal, no more.
+fn locked<F: Folder, T>(
     folder: &F,
-    work: impl FnOnce() -> Result<(), Failure>,
-) -> Result<(), Failure> {
+    work: impl FnOnce() -> Result<T, Failure>,
+) -> Result<T, Failure> {
     let held = folder.lock(PATIENCE).map_err(Failure::io("lock", "."))?;
     if !held {
         tracing::warn!("A reader holds the destination's lock for too long; writing without it");
@@ -452,6 +475,16 @@ fn locked<F: Folder>(
         folder.unlock().map_err(Failure::io("unlock", "."))?;
     }
     done
+}
+
+/// Removes a draft whose writer is gone.
+fn discard_unused<F: Folder>(folder: &F, name: &str) -> io::Result<()> {
+    if let Some(draft) = folder.enter(name, false)?
+        && draft.lock(Duration::ZERO)?
+    {
+        discard(folder, name)?;
+    }
+    Ok(())
 }
 
 /// Removes a draft and what is in it.

@@ -255,6 +255,29 @@ fn readers_see_whole_files_and_with_the_lock_whole_sets() {
 }
 
 #[test]
+fn two_writers_do_not_get_into_each_others_way() {
+    let (_base, path) = base();
+    std::thread::scope(|scope| {
+        for writer in 0..3 {
+            let path = &path;
+            scope.spawn(move || {
+                for round in 0..15 {
+                    let folder = open(path);
+                    clean(&folder).unwrap();
+                    write(&folder, &set(writer * 3 + round % 3), &Rules::default()).unwrap();
+                    let one = FileSet::from([("key".to_owned(), set(writer)["key"].clone())]);
+                    write(&folder, &one, &Rules::default()).unwrap();
+                }
+            });
+        }
+    });
+    generations(&path);
+    write(&open(&path), &set(9), &Rules::default()).unwrap();
+    assert_eq!(generations(&path), [9; 7]);
+    assert_eq!(names(&path), NAMES);
+}
+
+#[test]
 fn what_is_the_same_is_not_touched_and_what_changes_keeps_its_access() {
     let (_base, path) = base();
     write(&open(&path), &set(1), &Rules::default()).unwrap();
@@ -504,8 +527,13 @@ fn only_own_leftovers_are_cleaned() {
     folder
         .create(&format!("{TEMPORARY}{}", unique()), b"", &Access::PRIVATE)
         .unwrap();
-    let draft = folder.make(&format!("{DRAFT}{}", unique())).unwrap();
+    let name = format!("{DRAFT}{}", unique());
+    let draft = folder.make(&name).unwrap();
     draft.create("key", b"", &Access::PRIVATE).unwrap();
+    draft.lock(Duration::ZERO).unwrap();
+    clean(&folder).unwrap();
+    assert!(path.join(&name).exists(), "someone is writing it");
+    drop(draft);
     clean(&folder).unwrap();
     let mut expected = strangers.map(str::to_owned).to_vec();
     expected.sort_unstable();
