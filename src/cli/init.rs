@@ -44,7 +44,14 @@ pub(super) fn run(globals: &Globals, args: &InitArgs, env: &Env) -> Result<(), F
     let mut files = BTreeSet::from([".write-test".to_owned()]);
     for service in &loaded.plan.services {
         if service.plan.destination().is_some_and(|d| d.key() == key) {
-            files.extend(service.plan.files());
+            let own = service.plan.files();
+            if own.is_empty() {
+                return Err(Failure::usage(format!(
+                    "services of type {} cannot be prepared: what they write is not known beforehand",
+                    service.kind
+                )));
+            }
+            files.extend(own);
         }
     }
     destination.prepare(&Preparation {

@@ -7,7 +7,22 @@ use crate::identity::Identity;
 use crate::secret::Secret;
 
 /// The names of a TLS certificate, its key and whom to believe, as servers' settings call them.
-const TLS: [&str; 3] = ["tls.crt", "tls.key", "tls.cas"];
+pub(crate) const TLS: [&str; 3] = ["tls.crt", "tls.key", "tls.cas"];
+
+/// The identity in every form.
+pub(crate) const CREDENTIALS: &[&str] = &["identity", "key", "key-cert.pub", "key.pub", "tlscert"];
+/// Whom to believe, one file for each type of authority.
+pub(crate) const AUTHORITIES: &[&str] = &[
+    "teleport-database-ca.crt",
+    "teleport-host-ca.crt",
+    "teleport-user-ca.crt",
+];
+
+/// The names of several lists, as [`ServicePlan::files`](super::ServicePlan::files) gives them.
+pub(crate) fn names(lists: &[&[&str]]) -> Vec<String> {
+    let all = lists.iter().copied().flatten();
+    all.map(|name| (*name).to_owned()).collect()
+}
 
 /// A set of files in the making.
 #[derive(Debug, Default)]

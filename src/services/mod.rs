@@ -167,7 +167,7 @@ pub trait ServicePlan: Send + Sync + fmt::Debug {
     /// Where it writes, for services that write.
     fn destination(&self) -> Option<&Arc<dyn DestinationPlan>>;
     /// The files that it writes, as far as their names are known beforehand: `name` or
-    /// `folder/name`. `tbot init` makes them.
+    /// `folder/name`. `tbot init` makes them, and refuses a service that names none.
     fn files(&self) -> Vec<String> {
         Vec::new()
     }

@@ -163,7 +163,7 @@ fn every_file_is_what_an_18_0_0_agent_wrote() {
     let config = sandbox.write("tbot.yaml", config);
     let mut command = sandbox.tbot(["start", "--debug", "-c"]);
     command
-        .arg(config)
+        .arg(&config)
         .envs(moto.environment())
         .env("SSL_CERT_FILE", cluster.web_authority());
     let log = command.output().unwrap().success();
@@ -188,6 +188,15 @@ fn every_file_is_what_an_18_0_0_agent_wrote() {
         for (path, mode) in files(folder) {
             assert_eq!(mode, 0o600, "{path:?}");
         }
+    }
+    // `tbot init` knows every one of these files, and no other.
+    for folder in &folders {
+        let mut init = sandbox.tbot(["init", "-c"]);
+        init.arg(&config).arg("--init-dir").arg(folder);
+        let before = files(folder);
+        let told = init.output().unwrap().success();
+        assert!(!told.contains("No agent writes this"), "{told}");
+        assert_eq!(files(folder).len(), before.len(), "{folder:?}");
     }
     let mut describe = sandbox.command(venv().join("bin/python"));
     describe

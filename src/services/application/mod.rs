@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use super::artifacts::Artifacts;
+use super::artifacts::{AUTHORITIES, Artifacts, CREDENTIALS, TLS, names};
 use super::impersonated::{DESTINATION, Impersonated};
 use super::lookup::NoSingle;
 use super::{Context, Flag, FlagValue, Made, Output, Service, ServiceKind, ServicePlan};
@@ -80,6 +80,11 @@ impl ServicePlan for Settings {
 
     fn destination(&self) -> Option<&Arc<dyn DestinationPlan>> {
         Some(&self.base.destination)
+    }
+
+    fn files(&self) -> Vec<String> {
+        let tls: &[&str] = if self.tls { &TLS } else { &[] };
+        names(&[CREDENTIALS, AUTHORITIES, tls])
     }
 
     fn emit(&self) -> Vec<(String, Tree)> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use super::artifacts::Artifacts;
+use super::artifacts::{AUTHORITIES, Artifacts, CREDENTIALS, TLS, names};
 use super::authorities::{Authorities, bundle, terminated};
 use super::impersonated::{DESTINATION, Impersonated};
 use super::lookup;
@@ -43,6 +43,21 @@ impl Format {
             Self::Tls => "tls",
             Self::Mongo => "mongo",
             Self::Cockroach => "cockroach",
+        }
+    }
+
+    /// The names of the format's own files.
+    fn files(self) -> &'static [&'static str] {
+        match self {
+            Self::Plain => &[],
+            Self::Tls => &TLS,
+            Self::Mongo => &["mongo.cas", "mongo.crt"],
+            Self::Cockroach => &[
+                "cockroach/ca-client.crt",
+                "cockroach/ca.crt",
+                "cockroach/node.crt",
+                "cockroach/node.key",
+            ],
         }
     }
 
@@ -174,6 +189,10 @@ impl ServicePlan for Settings {
 
     fn destination(&self) -> Option<&Arc<dyn DestinationPlan>> {
         Some(&self.base.destination)
+    }
+
+    fn files(&self) -> Vec<String> {
+        names(&[CREDENTIALS, AUTHORITIES, self.format.files()])
     }
 
     fn emit(&self) -> Vec<(String, Tree)> {

@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use async_trait::async_trait;
 
 use self::ssh::Ssh;
-use super::artifacts::Artifacts;
+use super::artifacts::{AUTHORITIES, Artifacts, CREDENTIALS, names};
 use super::authorities::{Authorities, Authority, check_cluster_name};
 use super::impersonated::{DESTINATION, Impersonated};
 use super::program::{program, text};
@@ -67,15 +67,6 @@ impl ServiceKind for Kind {
     }
 }
 
-/// The identity and its parts.
-const CREDENTIALS: &[&str] = &["identity", "key", "key-cert.pub", "key.pub", "tlscert"];
-/// The cluster's authorities.
-const AUTHORITIES: &[&str] = &[
-    "teleport-database-ca.crt",
-    "teleport-host-ca.crt",
-    "teleport-user-ca.crt",
-];
-
 impl ServicePlan for Settings {
     fn label(&self) -> String {
         format!("identity-output ({})", self.base.destination)
@@ -91,8 +82,7 @@ impl ServicePlan for Settings {
         } else {
             &[]
         };
-        let names = CREDENTIALS.iter().chain(AUTHORITIES).chain(ssh);
-        names.map(|name| (*name).to_owned()).collect()
+        names(&[CREDENTIALS, AUTHORITIES, ssh])
     }
 
     fn emit(&self) -> Vec<(String, Tree)> {

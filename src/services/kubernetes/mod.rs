@@ -11,7 +11,7 @@ use async_trait::async_trait;
 
 use self::access::{Address, Logins, trusted};
 use self::kubeconfig::{KubeContext, Kubeconfig};
-use super::artifacts::Artifacts;
+use super::artifacts::{AUTHORITIES, Artifacts, CREDENTIALS, names};
 use super::impersonated::{DESTINATION, Impersonated};
 use super::lookup;
 use super::{Context, Flag, FlagValue, Made, Output, Service, ServiceKind, ServicePlan};
@@ -92,6 +92,10 @@ impl ServicePlan for Settings {
 
     fn destination(&self) -> Option<&Arc<dyn DestinationPlan>> {
         Some(&self.base.destination)
+    }
+
+    fn files(&self) -> Vec<String> {
+        names(&[CREDENTIALS, AUTHORITIES, &["kubeconfig.yaml"]])
     }
 
     fn emit(&self) -> Vec<(String, Tree)> {

@@ -12,7 +12,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
 use self::name::Template;
-use super::artifacts::Artifacts;
+use super::artifacts::{Artifacts, CREDENTIALS, names};
 use super::impersonated::{DESTINATION, Impersonated};
 use super::kubernetes::access::{Address, Logins, trusted};
 use super::kubernetes::kubeconfig::{KubeContext, Kubeconfig};
@@ -236,6 +236,10 @@ impl ServicePlan for Settings {
 
     fn destination(&self) -> Option<&Arc<dyn DestinationPlan>> {
         Some(&self.base.destination)
+    }
+
+    fn files(&self) -> Vec<String> {
+        names(&[CREDENTIALS, &["kubeconfig.yaml", "teleport-host-ca.crt"]])
     }
 
     fn emit(&self) -> Vec<(String, Tree)> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, ensure};
 use async_trait::async_trait;
 
-use super::artifacts::Artifacts;
+use super::artifacts::{Artifacts, names};
 use super::authorities::{Authorities, Authority};
 use super::impersonated::{DESTINATION, Impersonated};
 use super::{Context, Flag, FlagValue, Made, Output, Service, ServiceKind, ServicePlan};
@@ -96,6 +96,10 @@ impl ServicePlan for Settings {
 
     fn destination(&self) -> Option<&Arc<dyn DestinationPlan>> {
         Some(&self.base.destination)
+    }
+
+    fn files(&self) -> Vec<String> {
+        names(&[&["ssh_host", "ssh_host-cert.pub", "ssh_host-user-ca.pub"]])
     }
 
     fn emit(&self) -> Vec<(String, Tree)> {
