@@ -16,7 +16,7 @@ pub(crate) const DESTINATION: Flag = Flag {
     yaml: "destination",
     value: FlagValue::Destination,
     required: true,
-    help: "Where to write the files: a path, file:///path or memory://",
+    help: "Where to write the files: a path, file:///path, kubernetes-secret:///name or memory://",
 };
 
 /// The keys that they share.
