@@ -102,9 +102,9 @@ enum TokensCommand {
         /// How long the secret can be used
         #[arg(long, value_name = "DURATION", default_value = INVITE, value_parser = positive)]
         ttl: Duration,
-        /// How to print it
-        #[arg(long, default_value = "text")]
-        format: Format,
+        /// How to print it; `text` prints the secret alone [default: what to do with it]
+        #[arg(long)]
+        format: Option<Format>,
     },
     /// List tokens
     Ls {
@@ -385,7 +385,7 @@ impl Session<'_> {
         &mut self,
         bot: Option<String>,
         ttl: Duration,
-        format: Format,
+        format: Option<Format>,
     ) -> anyhow::Result<()> {
         let bots = self.list("bot", None).await?;
         let mut names = bots.iter().map(render::name);
@@ -407,9 +407,10 @@ impl Session<'_> {
         self.create_one(&resource, false).await?;
         let info = json!({"token": token, "roles": ["Bot"], "bot_name": bot, "expires": expires});
         let text = match format {
-            Format::Json => render::json(&info),
-            Format::Yaml => render::yaml(&[info]),
-            Format::Text => {
+            Some(Format::Json) => render::json(&info),
+            Some(Format::Yaml) => render::yaml(&[info]),
+            Some(Format::Text) => format!("{token}\n"),
+            None => {
                 let Answer::Status(status) = self.ask(&Request::Status).await? else {
                     bail!("the cluster answered something else than was asked");
                 };

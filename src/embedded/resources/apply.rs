@@ -354,6 +354,12 @@ fn notes(tx: &Tx<'_>, resource: &Resource) -> Result<Vec<String>, StoreError> {
             }
         }
     }
+    if resource.kind == "user" {
+        notes.push(format!(
+            "nobody logs in to this cluster as user {:?}: give its roles to a bot",
+            resource.name
+        ));
+    }
     if resource.kind == "token" {
         let bot = resource.spec_text("/bot_name");
         if tx.get("bot", bot)?.is_none() {

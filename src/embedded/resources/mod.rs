@@ -14,6 +14,7 @@ mod revocation;
 mod role;
 mod served;
 mod token;
+mod user;
 mod workload_identity;
 
 use std::time::SystemTime;
@@ -104,6 +105,11 @@ const KINDS: &[Kind] = &[
         check: token::check,
     },
     Kind {
+        name: "user",
+        versions: &["v2"],
+        check: user::check,
+    },
+    Kind {
         name: "workload_identity",
         versions: &["v1"],
         check: workload_identity::check,
@@ -116,7 +122,7 @@ const KINDS: &[Kind] = &[
 ];
 
 /// Kinds that the cluster makes by itself: they can be read, but not created from files.
-const DERIVED: &[&str] = &["bot_instance", "user"];
+const DERIVED: &[&str] = &["bot_instance"];
 
 /// Every kind that may be read by people, and the short forms that `tctl` knows.
 const ALIASES: &[(&str, &str)] = &[

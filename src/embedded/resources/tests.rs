@@ -432,7 +432,10 @@ fn bad_input_is_told_with_its_place() {
             "kind: spiffe_federation".to_owned(),
             "\"spiffe_federation\" is not supported",
         ),
-        ("kind: user".to_owned(), "made by the cluster itself"),
+        (
+            "kind: bot_instance".to_owned(),
+            "made by the cluster itself",
+        ),
         (
             "kind: bot\nmetadata: {name: a}\nspec: {}".to_owned(),
             "`version` is required",
