@@ -22,6 +22,7 @@ mod dialling;
 mod discovery;
 mod docs;
 mod foreign;
+mod examples;
 mod guide;
 mod harness;
 mod hostile;
