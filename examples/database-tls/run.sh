@@ -6,7 +6,8 @@ PATH=$PATH:$(echo /usr/lib/postgresql/*/bin | tr ' ' ':')
 sed -i "s|WORK|$work|g" server.yaml
 
 # PostgreSQL does not run as root.
-as_postgres() { if [ "$(id -u)" = 0 ]; then setpriv --reuid=postgres --regid=postgres --clear-groups "$@"; else "$@"; fi; }
+as_postgres=()
+if [ "$(id -u)" = 0 ]; then as_postgres=(setpriv --reuid=postgres --regid=postgres --clear-groups); fi
 
 say "a database, who may use it, and who may serve it"
 start_cluster
@@ -21,7 +22,7 @@ say "PostgreSQL, with an SVID, and with the cluster's users for clients"
 chmod 0711 "$work"
 install -d -m 0700 data
 if [ "$(id -u)" = 0 ]; then chown postgres:postgres data; fi
-as_postgres initdb -D data --auth=trust --username=postgres > initdb.log
+"${as_postgres[@]}" initdb -D data --auth=trust --username=postgres > initdb.log
 cat >> data/postgresql.conf <<EOF
 listen_addresses = 'localhost'
 port = $db_port
@@ -42,7 +43,7 @@ install -m 0644 client/teleport-user-ca.crt data/clients.pem
 background server-agent "$tbot" start -c server.yaml --proxy-server "localhost:$port" --join-method token \
     --token "$(invite server)"
 until_ok test -s data/svid_key.pem
-background postgres as_postgres postgres -D data
+background postgres "${as_postgres[@]}" env OPENSSL_CONF="$work/openssl.cnf" postgres -D data
 admin() { psql -qAt -h "$work/data" -p "$db_port" -U postgres "$@"; }
 until_ok admin -c 'select 1'
 admin -c 'create database orders' -c 'create role reader login'
