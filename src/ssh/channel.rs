@@ -169,7 +169,12 @@ async fn receive<S: Stream>(
                 let _kind = reader.string()?;
                 Reply::OpenFailure(reader.u32()?)
             }
-            message::EOF | message::CLOSE | message::DISCONNECT => return Ok(()),
+            // It has nothing more to say; it may still want to hear the rest.
+            message::EOF => {
+                stream.shutdown().await?;
+                continue;
+            }
+            message::CLOSE | message::DISCONNECT => return Ok(()),
             // New keys in the middle of a connection are not made here: a new connection has some.
             message::KEXINIT => return Err(ConnectionError::Unexpected("it wants new keys")),
             _ => continue,

@@ -28,6 +28,9 @@ pub(super) struct RoleSet {
     pub(super) database_names: Vec<String>,
     /// Users of databases, sorted.
     pub(super) database_users: Vec<String>,
+    /// Databases and their users that are denied by name, where `*` is allowed.
+    pub(super) denied_database_names: Vec<String>,
+    pub(super) denied_database_users: Vec<String>,
     /// Whether an SSH agent may be forwarded: if any role says so.
     pub(super) forward_agent: bool,
     /// Whether X11 may be forwarded: if any role says so.
@@ -64,17 +67,18 @@ impl RoleSet {
     }
 
     fn of(names: Vec<String>, roles: &[Resource], traits: &BTreeMap<String, Vec<String>>) -> Self {
+        let side = |side: &str, key: &str, otherwise: &[String]| -> Vec<String> {
+            roles
+                .iter()
+                .flat_map(|role| role.spec_texts(&format!("/{side}/{key}")))
+                .flat_map(|value| expand(&value, traits).unwrap_or(otherwise.to_vec()))
+                .collect()
+        };
+        // What is not understood among denials denies everything, among allowances nothing.
+        let denied = |key: &str| side("deny", key, &["*".to_owned()]);
         let gather = |key: &str| {
-            let side = |side: &str, otherwise: &[String]| -> Vec<String> {
-                roles
-                    .iter()
-                    .flat_map(|role| role.spec_texts(&format!("/{side}/{key}")))
-                    .flat_map(|value| expand(&value, traits).unwrap_or(otherwise.to_vec()))
-                    .collect()
-            };
-            // What is not understood among denials denies everything, among allowances nothing.
-            let denied = side("deny", &["*".to_owned()]);
-            let mut allowed = side("allow", &[]);
+            let denied = denied(key);
+            let mut allowed = side("allow", key, &[]);
             allowed.retain(|value| !denied.contains(value) && !denied.iter().any(|d| d == "*"));
             allowed.sort();
             allowed.dedup();
@@ -91,6 +95,8 @@ impl RoleSet {
             kubernetes_groups: gather("kubernetes_groups"),
             database_names: gather("db_names"),
             database_users: gather("db_users"),
+            denied_database_names: denied("db_names"),
+            denied_database_users: denied("db_users"),
             forward_agent: any("forward_agent"),
             forward_x11: any("permit_x11_forwarding"),
             forward_ports: roles

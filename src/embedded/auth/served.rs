@@ -209,14 +209,25 @@ fn database_route(
         )));
     }
     // A Teleport cluster lets its database service find this out; here is none.
-    let fits = |allowed: &[String], wanted: &str| {
-        wanted.is_empty() || allowed.iter().any(|name| name == "*" || name == wanted)
-    };
-    for (what, key, allowed, wanted) in [
-        ("user", "db_users", &roles.database_users, &route.username),
-        ("name", "db_names", &roles.database_names, &route.database),
+    let lists =
+        |names: &[String], wanted: &str| names.iter().any(|name| name == "*" || name == wanted);
+    for (what, key, allowed, denied, wanted) in [
+        (
+            "user",
+            "db_users",
+            &roles.database_users,
+            &roles.denied_database_users,
+            &route.username,
+        ),
+        (
+            "name",
+            "db_names",
+            &roles.database_names,
+            &roles.denied_database_names,
+            &route.database,
+        ),
     ] {
-        if !fits(allowed, wanted) {
+        if !wanted.is_empty() && (lists(denied, wanted) || !lists(allowed, wanted)) {
             return Err(Refusal::denied(format!(
                 "access to db denied: no role allows the database {what} {wanted:?} (`{key}`)"
             )));

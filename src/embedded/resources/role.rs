@@ -23,6 +23,7 @@ const SELECTORS: &[&str] = &[
     "app_labels",
     "db_labels",
     "kubernetes_labels",
+    "node_labels",
     "workload_identity_labels",
 ];
 
@@ -57,8 +58,6 @@ const KEPT: &[&str] = &[
     "logins",
     "mcp",
     "namespaces",
-    "node_labels",
-    "node_labels_expression",
     "request",
     "require_session_join",
     "review_requests",

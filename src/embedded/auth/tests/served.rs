@@ -23,6 +23,7 @@ spec:
     kubernetes_labels: {'*': '*'}
     kubernetes_groups: ['system:masters']
     rules: [{resources: [host_cert], verbs: [create]}]
+  deny: {db_users: [postgres]}
 ---
 kind: role
 version: v7
@@ -468,6 +469,17 @@ async fn certificates_lead_nowhere_else() {
             },
             Code::PermissionDenied,
             "database user \"root\" (`db_users`)",
+        ),
+        (
+            UserCertsRequest {
+                route_to_database: Some(RouteToDatabase {
+                    username: "postgres".to_owned(),
+                    ..pg()
+                }),
+                ..base()
+            },
+            Code::PermissionDenied,
+            "database user \"postgres\" (`db_users`)",
         ),
         (
             UserCertsRequest {
