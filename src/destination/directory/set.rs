@@ -174,6 +174,17 @@ fn move_all_out<F: Folder>(folder: &F, rules: &Rules) -> Result<(), Failure> {
     let flat = staged.names().map_err(Failure::io("list", STAGED))?;
     let mut names: Vec<_> = flat.iter().map(|name| name.replace(SLASH, "/")).collect();
     names.sort_by_key(|name| rank(name));
+    // Whoever may write here may have made this directory: it leads to nowhere else because of that.
+    for name in &names {
+        check_name(name)?;
+        let found = staged.look(&name.replace('/', SLASH));
+        if !matches!(found, Ok(Some(Entry::File { .. }))) {
+            return Err(Failure::Unsuitable {
+                name: format!("{STAGED}/{name}"),
+                problem: "is not a regular file: remove .tbot-set, which no agent left like this",
+            });
+        }
+    }
     for name in &names {
         move_out(&staged, folder, name, rules)?;
     }

@@ -364,6 +364,40 @@ fn a_committed_set_does_not_need_what_was_removed_since() {
 }
 
 #[test]
+fn a_set_that_somebody_else_committed_leads_nowhere_else() {
+    let base = tempfile::tempdir().unwrap();
+    let path = base.path().join("destination");
+    std::fs::create_dir(&path).unwrap();
+    std::fs::write(base.path().join("outside"), "old").unwrap();
+    let files = FileSet::from([("key".to_owned(), b"new".to_vec().into())]);
+    let staged = path.join(STAGED);
+    for (name, link) in [
+        ("..\u{1f}outside", false),
+        (".tbot-x", false),
+        ("key", true),
+    ] {
+        std::fs::create_dir(&staged).unwrap();
+        if link {
+            std::os::unix::fs::symlink("../../outside", staged.join(name)).unwrap();
+        } else {
+            std::fs::write(staged.join(name), "forged").unwrap();
+        }
+        let refused = write(&open(&path), &files, &Rules::default());
+        assert!(
+            matches!(refused, Err(Failure::Unsuitable { .. })),
+            "{name}: {refused:?}"
+        );
+        assert_eq!(
+            std::fs::read_to_string(base.path().join("outside")).unwrap(),
+            "old"
+        );
+        assert!(!path.join("key").exists(), "{name}");
+        std::fs::remove_dir_all(&staged).unwrap();
+    }
+    write(&open(&path), &files, &Rules::default()).unwrap();
+}
+
+#[test]
 fn a_failed_write_leaves_no_draft_behind() {
     let rules = Rules::default();
     let one = FileSet::from([("key".to_owned(), set(2)["key"].clone())]);
