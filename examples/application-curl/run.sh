@@ -3,7 +3,7 @@
 # certificate is an SVID, and nginx is told whenever there is a new one.
 . "$(dirname "$0")/../lib.sh"
 app_port=${APP_PORT:-8443}
-sed -i "s|WORK|$work|; s|APP_PORT|$app_port|" server.yaml nginx.conf
+sed -i "s|/opt/example|$work|; s|127.0.0.1:8443|127.0.0.1:$app_port|" server.yaml nginx.conf
 
 say "an application, who may use it, and who may serve it"
 start_cluster

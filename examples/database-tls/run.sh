@@ -3,7 +3,7 @@
 . "$(dirname "$0")/../lib.sh"
 db_port=${DB_PORT:-5432}
 PATH=$PATH:$(echo /usr/lib/postgresql/*/bin | tr ' ' ':')
-sed -i "s|WORK|$work|g" server.yaml
+sed -i "s|/opt/example|$work|g" server.yaml
 
 # PostgreSQL does not run as root.
 as_postgres=()

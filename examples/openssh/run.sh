@@ -3,7 +3,7 @@
 . "$(dirname "$0")/../lib.sh"
 ssh_port=${SSH_PORT:-2222}
 login=$(id -un)
-sed -i "s|WORK|$work|; s|LOGIN|$login|; s|SSH_PORT|$ssh_port|" server.yaml resources.yaml
+sed -i "s|/opt/example|$work|; s|\[root\]|[$login]|; s|127.0.0.1:2222|127.0.0.1:$ssh_port|" server.yaml resources.yaml
 
 say "a server, who may log in to it, and who may be it"
 start_cluster

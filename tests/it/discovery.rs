@@ -92,6 +92,7 @@ fn clusters_in_aws_are_registered_by_label_and_go_with_their_tags() {
     let Some(moto) = Moto::start(&sandbox, "discovery", "teleport") else {
         return skip("moto is missing: tests/support/setup.sh installs it");
     };
+    moto.verify_nothing();
     let run = |arguments: &[&str]| eks(&sandbox, &moto, arguments);
     run(&["eu-west-1", "create", "one", "env=prod", "team=a"]);
     run(&["eu-west-1", "create", "other", "env=dev"]);

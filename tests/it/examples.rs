@@ -135,6 +135,7 @@ fn eks_by_label() {
     let Some(moto) = Moto::start(&sandbox, "discovery", "i-0abc123") else {
         return;
     };
+    moto.verify_nothing();
     let clusters = [("prod-1", "prod"), ("prod-2", "prod"), ("test-1", "test")];
     for (name, env) in clusters {
         let mut python = sandbox.command(venv().join("bin/python"));
