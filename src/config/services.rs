@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::services::{KINDS, Lifetime, ServiceKind, UPSTREAM, reload};
+use crate::services::{KINDS, Lifetime, ServiceKind, ServicePlan, UPSTREAM, reload};
 use crate::yaml::{Fields, Node, Value};
 
 use super::lifetime;
@@ -75,6 +75,13 @@ fn service(
             Some("only outputs have hooks"),
         );
     }
+    if let Some(file) = plan.as_deref().and_then(misplaced) {
+        fields.error(
+            "destination",
+            format!("it has no directories, and `{file}` is to be in one"),
+            Some("use a directory, or another format"),
+        );
+    }
     fields.warn_unknown();
     Some(PlannedService {
         name,
@@ -85,6 +92,14 @@ fn service(
         reload,
         plan: plan?,
     })
+}
+
+/// A file that the destination cannot hold.
+fn misplaced(plan: &dyn ServicePlan) -> Option<String> {
+    if plan.destination()?.has_folders() {
+        return None;
+    }
+    plan.files().into_iter().find(|name| name.contains('/'))
 }
 
 fn kind(fields: &mut Fields<'_>) -> Option<&'static dyn ServiceKind> {

@@ -93,6 +93,10 @@ pub trait DestinationPlan: Send + Sync + fmt::Debug + fmt::Display {
     fn key(&self) -> String;
     /// The section as written in a configuration file, defaults included.
     fn emit(&self) -> Tree;
+    /// Whether it holds files in a directory below (`cockroach/ca.crt`).
+    fn has_folders(&self) -> bool {
+        true
+    }
     /// The destination itself. Touches nothing before [`Destination::init`].
     fn build(&self) -> Arc<dyn Destination>;
     /// Makes it ready for an agent that another user runs (`tbot init`). Blocks.

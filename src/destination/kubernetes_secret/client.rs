@@ -81,7 +81,16 @@ pub(super) async fn connect(settings: &Settings, env: &Env) -> Result<Access, St
         .clone()
         .or_else(|| env.get("POD_NAMESPACE").map(str::to_owned))
         .unwrap_or_else(|| config.default_namespace.clone());
-    let client = Client::try_from(config).map_err(|error| unanswered(&error))?;
+    // A credential plugin of the kubeconfig runs here, for as long as it likes.
+    let made = tokio::task::spawn_blocking(move || Client::try_from(config));
+    let client = tokio::time::timeout(ANSWER, made)
+        .await
+        .map_err(|_elapsed| {
+            let seconds = ANSWER.as_secs();
+            format!("the credential plugin of {credentials} gives nothing within {seconds} s")
+        })?
+        .map_err(|_ended| "the credentials could not be made ready".to_owned())?
+        .map_err(|error| unanswered(&error))?;
     Ok(Access {
         api: Api::namespaced(client, &namespace),
         namespace,

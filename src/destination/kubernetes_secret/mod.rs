@@ -187,6 +187,10 @@ impl DestinationPlan for Settings {
         format!("kubernetes-secret://{namespace}/{}", self.name)
     }
 
+    fn has_folders(&self) -> bool {
+        false
+    }
+
     fn emit(&self) -> Tree {
         let labels = self
             .labels
