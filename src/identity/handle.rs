@@ -338,8 +338,9 @@ impl Handle {
     }
 
     /// A client whose calls are made with the roles of `request`. Equal requests share one identity
-    /// and one connection; the identity is renewed when a call finds it past half of its life.
-    pub async fn derived(&self, request: &Request) -> Result<Client, IdentityError> {
+    /// and one connection; the identity is renewed when a call finds it past half of its life. Those
+    /// who wait for the same renewal share its failure.
+    pub async fn derived(&self, request: &Request) -> Result<Client, Arc<IdentityError>> {
         let mut request = request.clone();
         request.roles.sort_unstable();
         request.roles.dedup();
@@ -389,6 +390,8 @@ struct Derived {
     client: Client,
     credential: watch::Sender<Option<Arc<Credential>>>,
     held: tokio::sync::Mutex<Option<Held>>,
+    /// The last failure to renew it. Changes with each.
+    failure: watch::Sender<Option<Arc<IdentityError>>>,
 }
 
 #[derive(Debug)]
@@ -406,28 +409,37 @@ impl Derived {
             client: Client::new(dialer, route, receiver),
             credential,
             held: tokio::sync::Mutex::new(None),
+            failure: watch::Sender::new(None),
         }
     }
 
     /// The client, after renewing its identity where that is due. One caller renews, the others
-    /// wait for it; a failed renewal is not told while the old identity is valid.
-    async fn refreshed(&self, handle: &Handle, request: &Request) -> Result<Client, IdentityError> {
-        let now = handle.0.clock.now();
+    /// wait for it and take what came of it; a failed renewal is not told while the old identity is
+    /// valid.
+    async fn refreshed(
+        &self,
+        handle: &Handle,
+        request: &Request,
+    ) -> Result<Client, Arc<IdentityError>> {
+        let failure = self.failure.subscribe();
         let mut held = self.held.lock().await;
+        let now = handle.0.clock.now();
         let reload = *handle.0.reload.borrow();
         let due = |held: &Held| held.renew_at <= now || held.reload != reload;
         if held.as_ref().is_none_or(due) {
-            match handle.issue(request).await {
-                Ok(identity) => {
-                    let credential = identity.credential(&handle.0.clock)?;
-                    let life = identity.not_after().duration_since(now).unwrap_or_default();
-                    *held = Some(Held {
-                        not_after: identity.not_after(),
-                        renew_at: now + life / 2,
-                        reload,
-                    });
-                    self.credential.send_replace(Some(Arc::new(credential)));
-                }
+            let others = failure.has_changed().unwrap_or(false);
+            let others = others.then(|| failure.borrow().clone()).flatten();
+            let renewed = match others {
+                Some(error) => Err(error),
+                None => self.renew(handle, request, reload).await.map_err(|error| {
+                    let error = Arc::new(error);
+                    self.failure.send_replace(Some(Arc::clone(&error)));
+                    error
+                }),
+            };
+            let now = handle.0.clock.now();
+            match renewed {
+                Ok(new) => *held = Some(new),
                 Err(error) if held.as_ref().is_some_and(|held| held.not_after > now) => {
                     tracing::debug!(%error, "Keeping the derived identity: it cannot be renewed now");
                 }
@@ -435,6 +447,24 @@ impl Derived {
             }
         }
         Ok(self.client.clone())
+    }
+
+    async fn renew(
+        &self,
+        handle: &Handle,
+        request: &Request,
+        reload: u64,
+    ) -> Result<Held, IdentityError> {
+        let now = handle.0.clock.now();
+        let identity = handle.issue(request).await?;
+        let credential = identity.credential(&handle.0.clock)?;
+        self.credential.send_replace(Some(Arc::new(credential)));
+        let life = identity.not_after().duration_since(now).unwrap_or_default();
+        Ok(Held {
+            not_after: identity.not_after(),
+            renew_at: now + life / 2,
+            reload,
+        })
     }
 }
 
@@ -448,7 +478,80 @@ pub(crate) async fn new_key(suite: Suite, purpose: Purpose) -> Result<PrivateKey
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
+    use async_trait::async_trait;
+    use futures_util::future::join_all;
+
     use super::*;
+    use crate::cluster::dial::BoxedIo;
+    use crate::crypto::KeyAlgorithm;
+    use crate::identity::fixtures::{Authority, start};
+
+    /// A network that swallows everything.
+    #[derive(Debug)]
+    struct Hanging;
+
+    #[async_trait]
+    impl Dialer for Hanging {
+        async fn dial(&self, _address: &str) -> io::Result<BoxedIo> {
+            std::future::pending().await
+        }
+    }
+
+    /// A bot that has joined a cluster which then went away.
+    fn left_alone(clock: &Clock) -> Handle {
+        let key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();
+        let identity = Authority::new("c").identity(key, 1, clock.now());
+        let credential = identity.credential(clock).unwrap();
+        Handle::new(
+            clock.clone(),
+            Arc::new(Hanging),
+            Route::Direct("nowhere:3025".to_owned()),
+            Trust::default(),
+            false,
+            watch::channel(Some(Arc::new(identity))).1,
+            watch::channel(Some(Arc::new(credential))).1,
+            watch::channel(0).1,
+        )
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_for_a_renewal_shares_its_failure() {
+        let clock = Clock::simulated(start());
+        let handle = left_alone(&clock);
+        let request = Request {
+            roles: vec!["r".to_owned()],
+            ..Request::default()
+        };
+        let began = clock.now();
+        handle.derived(&request).await.unwrap_err();
+        let alone = clock.now().duration_since(began).unwrap();
+        assert!(alone > Duration::from_secs(1), "{alone:?}: it was refused");
+
+        let began = clock.now();
+        let together = join_all((0..20).map(|_| handle.derived(&request))).await;
+        assert_eq!(clock.now().duration_since(began).unwrap(), alone);
+        let errors: Vec<_> = together.into_iter().map(Result::unwrap_err).collect();
+        assert!(errors.iter().all(|error| Arc::ptr_eq(error, &errors[0])));
+
+        let began = clock.now();
+        let later = handle.derived(&request).await.unwrap_err();
+        assert!(!Arc::ptr_eq(&later, &errors[0]), "failures are not kept");
+        assert_eq!(clock.now().duration_since(began).unwrap(), alone);
+
+        // With an identity that is due but not over, nobody hears of it, and nobody waits for more.
+        let derived = Arc::clone(handle.0.derived.lock().unwrap().get(&request).unwrap());
+        *derived.held.lock().await = Some(Held {
+            not_after: clock.now() + Duration::from_hours(1),
+            renew_at: clock.now(),
+            reload: 0,
+        });
+        let began = clock.now();
+        let together = join_all((0..20).map(|_| handle.derived(&request))).await;
+        assert!(together.iter().all(Result::is_ok));
+        assert_eq!(clock.now().duration_since(began).unwrap(), alone);
+    }
 
     #[test]
     fn a_certificate_leads_to_its_target_and_nowhere_else() {

@@ -54,7 +54,7 @@ impl Access for Derived {
         self.handle
             .derived(&self.request)
             .await
-            .map_err(|error| match error {
+            .map_err(|error| match &*error {
                 IdentityError::Cluster(error) => error.into(),
                 IdentityError::NoRoles => IssueError::Refused(error.to_string()),
                 other => IssueError::Unavailable(other.to_string()),

@@ -84,6 +84,12 @@ pub enum IssueError {
 
 impl From<ClusterError> for IssueError {
     fn from(error: ClusterError) -> Self {
+        Self::from(&error)
+    }
+}
+
+impl From<&ClusterError> for IssueError {
+    fn from(error: &ClusterError) -> Self {
         // Only a decision about this workload withdraws what is held: an identity that the cluster
         // does not know for a moment is the agent's trouble, not the workload's.
         match (error.disposition(), error.code()) {
