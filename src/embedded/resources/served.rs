@@ -4,6 +4,8 @@
 //! labels it is found, and what a certificate for it must say. It stands for its server as well.
 //! What a Teleport cluster knows beside (upstream `api/types`, JSON names) is kept as it is.
 
+use std::net::SocketAddr;
+
 use super::{Resource, whole};
 use crate::yaml::Fields;
 
@@ -145,7 +147,15 @@ pub(super) fn check_node(fields: &mut Fields<'_>, resource: &mut Resource) {
         );
     }
     fields.required("hostname");
-    fields.required("addr");
+    if let Some(addr) = fields.required("addr")
+        && !is_dialled(&addr)
+    {
+        fields.error(
+            "addr",
+            format!("{addr:?} is no address of an SSH server"),
+            Some("write host:port with the port's number, an IPv6 address in brackets: `10.0.0.1:22`, `[::1]:22`"),
+        );
+    }
     keep(fields, KEPT_OF_NODES);
 }
 
@@ -177,6 +187,23 @@ fn is_dns_label(name: &str) -> bool {
     name.len() <= DNS_LABEL
         && name.starts_with(|c: char| c.is_ascii_alphabetic())
         && !name.ends_with('-')
+}
+
+/// Whether it is an IP address or a name, and a port to connect to. Names of the local network need
+/// not be good names of DNS.
+fn is_dialled(addr: &str) -> bool {
+    if let Ok(addr) = addr.parse::<SocketAddr>() {
+        return addr.port() > 0;
+    }
+    let Some((host, port)) = addr.rsplit_once(':') else {
+        return false;
+    };
+    let digits = port.bytes().all(|byte| byte.is_ascii_digit());
+    let odd = |c: char| c.is_whitespace() || c.is_control() || "/:@[]?#".contains(c);
+    !host.is_empty()
+        && !host.contains(odd)
+        && digits
+        && port.parse::<u16>().is_ok_and(|port| port > 0)
 }
 
 fn is_host(name: &str) -> bool {
@@ -268,6 +295,42 @@ spec: {addr: '10.0.0.1:22', hostname: one}
             expected.map(|(event, code)| (format!("{event:?}"), format!("{code:?}")))
         );
         assert_eq!(audit.events()[0]["app_labels"]["env"], "test");
+    }
+
+    #[test]
+    fn a_node_has_an_address_to_connect_to() {
+        for (addr, good) in [
+            ("10.0.0.1:22", true),
+            ("[2001:db8::1]:22", true),
+            ("build_1.example.com:3022", true),
+            ("build-1", false),
+            ("build-1:", false),
+            ("build-1:ssh", false),
+            ("build-1:0", false),
+            ("10.0.0.1:0", false),
+            ("build-1:+22", false),
+            ("build-1:65536", false),
+            (":22", false),
+            ("::1:22", false),
+            ("[::x]:22", false),
+            ("ssh://build-1:22", false),
+            ("me@build-1:22", false),
+            ("build 1:22", false),
+        ] {
+            let file = format!(
+                "kind: node\nversion: v2\nmetadata: {{name: a}}\n\
+                 spec: {{addr: '{addr}', hostname: one}}\n"
+            );
+            match parse("f.yaml", &file, None) {
+                Ok(_) => assert!(good, "{addr}"),
+                Err(error) => {
+                    assert!(!good, "{addr}: {error}");
+                    let place = format!("f.yaml:4:14: error: node \"a\" spec.addr: {addr:?} is no");
+                    assert!(error.lines.starts_with(&place), "{error}");
+                    assert!(error.lines.contains("host:port"), "{error}");
+                }
+            }
+        }
     }
 
     #[test]
