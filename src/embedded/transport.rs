@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::BytesMut;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
@@ -36,8 +36,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const CHUNK: usize = 32 * 1024;
 /// Frames that wait for a slow client.
 const WAITING: usize = 4;
-/// The event of a connection. On a Teleport cluster nodes write `session.start`; this is our own.
-const EVENT: (&str, &str) = ("node.connect", "TNC00I");
+/// The event of a connection, and its codes when it was made and when it could not be. On a Teleport
+/// cluster nodes write `session.start`; this is our own.
+const EVENT: (&str, &str, &str) = ("node.connect", "TNC00I", "TNC00E");
 /// A time that no connection lives to see.
 const NEVER: Duration = Duration::from_secs(u32::MAX as u64);
 
@@ -68,14 +69,8 @@ impl TransportService for Transport {
             .and_then(|first| first.dial_target)
             .ok_or_else(|| Refusal::bad_parameter("first frame must contain a dial target"))?;
         let (state, who) = (Arc::clone(&self.state), caller.clone());
-        let address = blocking(move || find(&state, &who, &target)).await?;
-        let host = timeout(PATIENCE, TcpStream::connect(&address)).await;
-        let host = host
-            .unwrap_or_else(|_elapsed| Err(std::io::ErrorKind::TimedOut.into()))
-            .map_err(|error| {
-                let text = format!("the node's address {address} cannot be reached: {error}");
-                Refusal::unavailable(text).context("failed to dial target host")
-            })?;
+        let found = blocking(move || find(&state, &who, &target)).await?;
+        let host = connect(&self.state, found).await?;
         // Without it, single keystrokes wait; where it fails, they do.
         drop(host.set_nodelay(true));
         let (responses, stream) = mpsc::channel(WAITING);
@@ -107,8 +102,36 @@ fn lasting(mut caller: Caller) -> Caller {
     caller
 }
 
-/// The address of the one node that `target` means, among those that the caller's roles see.
-fn find(state: &ClusterState, caller: &Caller, target: &TargetHost) -> Result<String, Refusal> {
+/// The node that a caller means.
+struct Found {
+    address: String,
+    /// Who goes where, for the audit log.
+    who: Value,
+}
+
+/// Connects to it, and writes what came of that into the audit log.
+async fn connect(state: &ClusterState, found: Found) -> Result<TcpStream, Refusal> {
+    let Found { address, mut who } = found;
+    let host = timeout(PATIENCE, TcpStream::connect(&address)).await;
+    let host = host
+        .unwrap_or_else(|_elapsed| Err(std::io::ErrorKind::TimedOut.into()))
+        .map_err(|error| format!("the node's address {address} cannot be reached: {error}"));
+    let (event, made, failed) = EVENT;
+    if let Value::Object(members) = &mut who {
+        let code = if host.is_ok() { made } else { failed };
+        members.insert("event".to_owned(), event.into());
+        members.insert("code".to_owned(), code.into());
+        members.insert("success".to_owned(), host.is_ok().into());
+        if let Err(error) = &host {
+            members.insert("error".to_owned(), error.as_str().into());
+        }
+    }
+    state.audit.emit(who);
+    host.map_err(|error| Refusal::unavailable(error).context("failed to dial target host"))
+}
+
+/// The one node that `target` means, among those that the caller's roles see.
+fn find(state: &ClusterState, caller: &Caller, target: &TargetHost) -> Result<Found, Refusal> {
     let identity = authorize(state, caller)?;
     if target.cluster != state.name {
         let text = format!("cluster {:?} is not found", target.cluster);
@@ -136,10 +159,7 @@ fn find(state: &ClusterState, caller: &Caller, target: &TargetHost) -> Result<St
         .map_err(|refusal: Refusal| refusal.context("failed to dial target host"))
     })?;
     let address = node.spec_text("/addr").to_owned();
-    let (event, code) = EVENT;
-    state.audit.emit(json!({
-        "event": event,
-        "code": code,
+    let who = json!({
         "user": identity.user,
         "bot_name": identity.bot_name,
         "bot_instance_id": identity.bot_instance_id,
@@ -147,8 +167,8 @@ fn find(state: &ClusterState, caller: &Caller, target: &TargetHost) -> Result<St
         "server_hostname": node.spec_text("/hostname"),
         "server_addr": address,
         "addr.remote": caller.addr.ip().to_string(),
-    }));
-    Ok(address)
+    });
+    Ok(Found { address, who })
 }
 
 /// Whether a node goes by this name. A port says nothing: a node has one.

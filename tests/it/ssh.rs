@@ -302,8 +302,18 @@ fn openssh_reaches_a_real_server_with_what_the_agent_wrote() {
         held.process.try_wait().unwrap().ok_or("it is open")
     });
     told("example", &place, "lock");
-    let connected = cluster.events("node.connect");
+    let events = cluster.events("node.connect");
+    let (connected, failed): (Vec<_>, Vec<_>) =
+        events.iter().partition(|event| event["success"] == true);
     assert!(connected.len() >= 4, "{connected:?}");
-    assert_eq!(connected[0]["user"], "bot-example");
-    assert_eq!(connected[0]["server_hostname"], "node");
+    for event in connected {
+        assert_eq!(event["user"], "bot-example");
+        assert_eq!(event["server_hostname"], "node");
+        assert_eq!(event["code"], "TNC00I");
+    }
+    assert_eq!(failed.len(), 1, "{failed:?}");
+    assert_eq!(failed[0]["server_hostname"], "away");
+    assert_eq!(failed[0]["code"], "TNC00E");
+    let error = failed[0]["error"].as_str().unwrap();
+    assert!(error.contains("127.0.0.1:1 cannot be reached"), "{error}");
 }
