@@ -334,6 +334,11 @@ mod tests {
              selectors:\n  - name: \"n\"\n    default_namespace: team\n  - labels:\n      b: c\n      \
              env: a\ncontext_name_template: '{{.KubeName}}'\n"
         );
+        let both = plan(
+            &Kind,
+            &format!("{HEAD}selectors: [{{name: '', labels: {{b: c}}}}]\n"),
+        );
+        assert!(both.unwrap().contains("- labels:\n      b: c\n"));
         for (bad, told) in [
             ("", "at least one selector is needed"),
             ("selectors: []", "at least one selector is needed"),
@@ -343,6 +348,7 @@ mod tests {
                 "either a name or labels",
             ),
             ("selectors: [{labels: {}}]", "either a name or labels"),
+            ("selectors: [{name: ''}]", "either a name or labels"),
             ("selectors: [a]", "must be a mapping"),
             (
                 "selectors: [{name: a}]\ncontext_name_template: '{{.X}}'",
