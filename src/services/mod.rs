@@ -14,6 +14,7 @@ pub mod kubernetes_v2;
 mod lookup;
 pub mod output;
 mod program;
+mod query;
 pub mod reload;
 pub mod spiffe_svid;
 pub mod ssh_host;

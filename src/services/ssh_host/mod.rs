@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use super::artifacts::{Artifacts, names};
 use super::authorities::{Authorities, Authority};
 use super::impersonated::{DESTINATION, Impersonated};
+use super::query::encoded;
 use super::{Context, Flag, FlagValue, Made, Output, Service, ServiceKind, ServicePlan};
 use crate::crypto::Purpose;
 use crate::crypto::ssh::SshCertificate;
@@ -178,13 +179,13 @@ impl Output for SshHost {
 }
 
 /// What sshd's `TrustedUserCAKeys` reads: the keys of the own cluster's authority, with a comment
-/// that says so as a URL's query would.
+/// that says so as a URL's query.
 fn trusted(users: &[Authority], cluster: &str, authority: &str) -> String {
     let own = users.iter().filter(|users| users.cluster == cluster);
+    let (name, kind) = (encoded(cluster), encoded(authority));
     let mut text = String::new();
     for key in own.flat_map(|own| &own.ssh) {
-        let comment = ["clustername=", cluster, "&type=", authority, "\n"];
-        text.extend([key, " "].into_iter().chain(comment));
+        text.extend([key, " clustername=", &name, "&type=", &kind, "\n"]);
     }
     text
 }
@@ -237,6 +238,11 @@ mod tests {
         assert_eq!(
             trusted(&users, "root", "user"),
             "ssh-ed25519 NEW clustername=root&type=user\nssh-ed25519 OLD clustername=root&type=user\n"
+        );
+        let odd = [authority("a&type=x\nb%-._~é", &["KEY"])];
+        assert_eq!(
+            trusted(&odd, &odd[0].cluster, "user"),
+            "ssh-ed25519 KEY clustername=a%26type%3Dx%0Ab%25-._~%C3%A9&type=user\n"
         );
     }
 }

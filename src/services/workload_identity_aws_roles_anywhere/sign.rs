@@ -10,6 +10,7 @@ use time::macros::format_description;
 
 use crate::crypto::x509::{self, Certificate};
 use crate::crypto::{KeyAlgorithm, KeyError, PrivateKey, sha256_hex};
+use crate::services::query::encoded;
 
 /// The service's name in the scope of a signature.
 const SERVICE: &str = "rolesanywhere";
@@ -180,19 +181,6 @@ fn date(now: SystemTime) -> Result<String, SignError> {
         .ok()
         .filter(|text| text.len() == "20060102T150405Z".len())
         .ok_or(SignError::Clock)
-}
-
-/// RFC 3986: everything but unreserved characters.
-fn encoded(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for byte in text.bytes() {
-        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
-            out.push(char::from(byte));
-        } else {
-            out.push_str(&format!("%{byte:02X}"));
-        }
-    }
-    out
 }
 
 /// The certificate's serial number, in decimal.
