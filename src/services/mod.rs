@@ -194,6 +194,11 @@ pub trait Output: Send + Sync + fmt::Debug {
     fn destination(&self) -> Arc<dyn Destination>;
     /// Asks the cluster for everything that the files need, and renders them. Writes nothing.
     async fn make(&self, context: &Context) -> anyhow::Result<Made>;
+    /// Puts what was made into the destination; for kinds whose files hold more than what is theirs,
+    /// the moment to look at the rest.
+    async fn write(&self, files: FileSet) -> anyhow::Result<()> {
+        Ok(self.destination().write(files).await?)
+    }
     /// Waits until what was made last is out of date for another reason than its age (a trust
     /// bundle changed); the output is made again soon then. Dropped and called anew at will, so that
     /// what it has seen belongs into `self`. Returns once for each change, whatever becomes of it.

@@ -152,11 +152,11 @@ impl Renew for Renewal {
         destination.check_writable().await?;
         let Made { files, not_after } = self.output.make(&self.context).await?;
         let Some(written) = &self.written else {
-            destination.write(files).await?;
+            self.output.write(files).await?;
             return Ok(not_after);
         };
         let changes = differs(destination.as_ref(), &files).await;
-        destination.write(files).await?;
+        self.output.write(files).await?;
         if changes {
             written.send_modify(|count| *count += 1);
         }

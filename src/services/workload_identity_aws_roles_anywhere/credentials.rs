@@ -104,11 +104,10 @@ impl Rest {
         })
     }
 
-    /// The file with the credentials of `session`.
-    pub(super) fn with(&self, session: &Session) -> Secret<Vec<u8>> {
-        let ours = Secret::new(section(session));
-        let parts = [&self.before, &ours, &self.after].map(|part| part.expose().as_bytes());
-        Secret::new(parts.concat())
+    /// The file with `ours`, the lines of [`section`].
+    pub(super) fn with(&self, ours: &[u8]) -> Secret<Vec<u8>> {
+        let [before, after] = [&self.before, &self.after].map(|part| part.expose().as_bytes());
+        Secret::new([before, ours, after].concat())
     }
 }
 
@@ -119,7 +118,7 @@ fn push(text: &mut String, line: &str) {
 
 /// The lines below the profile's name. The expiration is in milliseconds since 1970, as upstream
 /// writes it; AWS's programs do not read it.
-fn section(session: &Session) -> String {
+pub(super) fn section(session: &Session) -> Secret<Vec<u8>> {
     let expiration = session.expiration.duration_since(UNIX_EPOCH);
     let expiration = expiration.unwrap_or_default().as_millis().to_string();
     let values = [
@@ -137,7 +136,7 @@ fn section(session: &Session) -> String {
             text.push_str(part);
         }
     }
-    text
+    Secret::new(text.into_bytes())
 }
 
 impl<'a> Line<'a> {
@@ -181,7 +180,7 @@ mod tests {
                         aws_session_token     = t==\nexpiration            = 1700000000000\n";
 
     fn text(old: &str, profile: &str) -> Result<String, MergeError> {
-        let new = Rest::read(Some(old.as_bytes()), profile)?.with(&session());
+        let new = Rest::read(Some(old.as_bytes()), profile)?.with(section(&session()).expose());
         Ok(String::from_utf8(new.expose().clone()).unwrap())
     }
 
@@ -217,7 +216,8 @@ mod tests {
             assert_eq!(text(old, "default").unwrap(), new, "{old:?}");
             assert_eq!(text(&new, "default").unwrap(), new, "again: {old:?}");
         }
-        let none = Rest::read(None, "p q").unwrap().with(&session());
+        let none = Rest::read(None, "p q").unwrap();
+        let none = none.with(section(&session()).expose());
         assert_eq!(none.expose(), format!("[p q]\n{OURS}").as_bytes());
     }
 

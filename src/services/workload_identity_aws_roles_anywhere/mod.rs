@@ -2,21 +2,23 @@
 //! Anywhere for credentials in AWS's shared credentials file.
 //!
 //! `sign.rs` signs the request, `session.rs` makes it, `credentials.rs` puts the answer into the file.
-//! The SVID is short-lived, never written, and new for each session.
+//! The SVID is short-lived, never written, and new for each session. Outputs of several profiles may
+//! share a file.
 
 mod arn;
 mod credentials;
 mod session;
 mod sign;
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use async_trait::async_trait;
 
 use self::arn::{Arn, is_region};
-use self::credentials::Rest;
+use self::credentials::{Rest, section};
 use self::session::Endpoint;
 use self::sign::{Question, Signer, sign};
 use super::svid::{Derived, Surroundings, only};
@@ -313,6 +315,7 @@ impl ServicePlan for Settings {
     fn build(&self) -> Service {
         Service::Output(Box::new(RolesAnywhere {
             destination: self.destination.build(),
+            turn: turn(self.destination.key()),
             settings: self.clone(),
             surroundings: Surroundings::default(),
             env: Env::of_process(),
@@ -320,13 +323,37 @@ impl ServicePlan for Settings {
     }
 }
 
+/// Whoever holds it may write to the destination of this key. Between looking at a file and
+/// replacing it no other output may, or its section would be lost.
+fn turn(key: String) -> Arc<tokio::sync::Mutex<()>> {
+    static TURNS: Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>> =
+        Mutex::new(BTreeMap::new());
+    let mut turns = TURNS.lock().unwrap_or_else(PoisonError::into_inner);
+    Arc::clone(turns.entry(key).or_default())
+}
+
 /// A running output.
 #[derive(Debug)]
 struct RolesAnywhere {
     settings: Settings,
     destination: Arc<dyn Destination>,
+    turn: Arc<tokio::sync::Mutex<()>>,
     surroundings: Surroundings,
     env: Env,
+}
+
+impl RolesAnywhere {
+    /// What stands in the file now beside the credentials.
+    async fn rest(&self) -> anyhow::Result<Rest> {
+        let settings = &self.settings;
+        let old = if settings.overwrite {
+            None
+        } else {
+            self.destination.read(&settings.file).await?
+        };
+        let old = old.as_ref().map(|old| old.expose().as_slice());
+        Rest::read(old, &settings.credential_profile).with_context(|| settings.file.clone())
+    }
 }
 
 #[async_trait]
@@ -339,14 +366,7 @@ impl Output for RolesAnywhere {
         let settings = &self.settings;
         let endpoint = Endpoint::new(settings.region(), &self.env)?;
         // What is in the way of writing is found before anything is asked for.
-        let old = if settings.overwrite {
-            None
-        } else {
-            self.destination.read(&settings.file).await?
-        };
-        let old = old.as_ref().map(|old| old.expose().as_slice());
-        let rest =
-            Rest::read(old, &settings.credential_profile).with_context(|| settings.file.clone())?;
+        drop(self.rest().await?);
         // The issuer verifies with the bundle and would wait for it without an end.
         self.surroundings.look(context).await?;
         let access = Arc::new(Derived::new(context.identity.clone(), context.lifetime));
@@ -385,11 +405,21 @@ impl Output for RolesAnywhere {
             "Exchanged an SVID for AWS credentials"
         );
         let mut files = FileSet::new();
-        files.insert(settings.file.clone(), rest.with(&session));
+        files.insert(settings.file.clone(), section(&session));
         Ok(Made {
             files,
             not_after: session.expiration,
         })
+    }
+
+    /// Puts the lines of the section into the file, as it is by now.
+    async fn write(&self, mut files: FileSet) -> anyhow::Result<()> {
+        let _turn = self.turn.lock().await;
+        let rest = self.rest().await?;
+        for lines in files.values_mut() {
+            *lines = rest.with(lines.expose());
+        }
+        Ok(self.destination.write(files).await?)
     }
 
     fn interval(&self, _lifetime: Lifetime) -> Duration {

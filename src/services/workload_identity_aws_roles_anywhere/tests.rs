@@ -115,3 +115,61 @@ fn what_aws_would_refuse_is_told_before() {
         assert!(plan.is_none() || to.starts_with("us-east-2"), "{to}");
     }
 }
+
+#[tokio::test]
+async fn outputs_that_share_a_file_keep_each_others_sections() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("aws_credentials");
+    std::fs::write(&path, "[by hand]\nk = v\n").unwrap();
+    let writes = (0..10).map(|number| {
+        let source = format!(
+            "selector: {{name: x}}\ndestination: {{type: directory, path: {}}}\n\
+             {ARNS}credential_profile_name: p{number}\n",
+            folder.path().display()
+        );
+        let (plan, problems) = read(&source);
+        assert_eq!(problems, "");
+        let Service::Output(output) = plan.unwrap().build() else {
+            panic!("it is an output");
+        };
+        async move {
+            let lines = format!("aws_access_key_id = {number}\n").into_bytes();
+            let files = FileSet::from([("aws_credentials".to_owned(), lines.into())]);
+            output.destination().init().await.unwrap();
+            output.write(files).await.unwrap();
+        }
+    });
+    futures_util::future::join_all(writes).await;
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert!(text.starts_with("[by hand]\nk = v\n"), "{text}");
+    for number in 0..10 {
+        let section = format!("[p{number}]\naws_access_key_id = {number}\n");
+        assert!(text.contains(&section), "{section}: {text}");
+    }
+}
+
+#[tokio::test]
+async fn a_file_that_is_to_be_overwritten_is_not_looked_at() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("aws_credentials");
+    std::fs::write(&path, "hunter2").unwrap();
+    for (overwrite, written) in [
+        (false, None),
+        (true, Some("[default]\naws_access_key_id = 1\n")),
+    ] {
+        let source = format!(
+            "selector: {{name: x}}\ndestination: {{type: directory, path: {}}}\n\
+             {ARNS}overwrite_credential_file: {overwrite}\n",
+            folder.path().display()
+        );
+        let Service::Output(output) = read(&source).0.unwrap().build() else {
+            panic!("it is an output");
+        };
+        output.destination().init().await.unwrap();
+        let lines = b"aws_access_key_id = 1\n".to_vec();
+        let files = FileSet::from([("aws_credentials".to_owned(), lines.into())]);
+        assert_eq!(output.write(files).await.is_ok(), written.is_some());
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(text, written.unwrap_or("hunter2"));
+    }
+}
