@@ -264,6 +264,12 @@ impl Handle {
             .cloned()
     }
 
+    /// Whether something in front of the proxy at `address` hides ALPN, by which the proxy tells
+    /// protocols apart; `false` if that cannot be found out now.
+    pub async fn hides_alpn(&self, address: &str) -> bool {
+        self.0.dialer.probe(address).await
+    }
+
     /// The cluster's signature algorithm suite, as it is now.
     pub async fn suite(&self) -> Result<Suite, ClusterError> {
         let ask = Box::pin(self.0.client.suite());

@@ -10,6 +10,7 @@ pub mod database;
 pub mod identity;
 mod impersonated;
 pub mod kubernetes;
+pub mod kubernetes_argo_cd;
 pub mod kubernetes_v2;
 mod lookup;
 pub mod output;
@@ -50,6 +51,7 @@ pub const KINDS: &[&dyn ServiceKind] = &[
     &database::Kind,
     &identity::Kind,
     &kubernetes::Kind,
+    &kubernetes_argo_cd::Kind,
     &kubernetes_v2::Kind,
     &spiffe_svid::Kind,
     &ssh_host::Kind,

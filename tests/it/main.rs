@@ -13,6 +13,7 @@
 )]
 
 mod architecture;
+mod argo_cd;
 mod bad_input;
 mod clients;
 mod common;

@@ -1,6 +1,7 @@
 //! The way to the Kubernetes API, and what its refusals mean.
 
 use std::error::Error as _;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Secret;
@@ -8,14 +9,23 @@ use kube::client::AuthError;
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::core::Status;
 use kube::{Api, Client, Config};
+use tokio::sync::Mutex;
 
-use super::Settings;
 use crate::env::Env;
 
 /// How long a connection may take to come about.
 const CONNECT: Duration = Duration::from_secs(10);
 /// How long a whole answer may take.
-pub(super) const ANSWER: Duration = Duration::from_secs(30);
+const ANSWER: Duration = Duration::from_secs(30);
+
+/// Which API, and which namespace of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Way {
+    /// `None` takes it from the surroundings: see [`connect`].
+    pub(super) namespace: Option<String>,
+    pub(super) kubeconfig_path: Option<PathBuf>,
+    pub(super) kubeconfig_context: Option<String>,
+}
 
 /// A client for the Secrets of one namespace.
 #[derive(Clone)]
@@ -24,6 +34,68 @@ pub(super) struct Access {
     pub(super) namespace: String,
     /// Whose credentials these are, for texts.
     pub(super) credentials: String,
+    /// What RBAC has to grant, for texts.
+    pub(super) verbs: &'static str,
+}
+
+/// The way to the API, and the client once it is made.
+pub(super) struct Connection {
+    way: Way,
+    env: Env,
+    verbs: &'static str,
+    /// Also keeps two writers of this process apart.
+    access: Mutex<Option<Access>>,
+}
+
+impl Connection {
+    /// `verbs` is the list of what RBAC has to grant.
+    pub(super) fn new(way: Way, env: Env, verbs: &'static str) -> Self {
+        Self {
+            way,
+            env,
+            verbs,
+            access: Mutex::new(None),
+        }
+    }
+
+    /// Does `work` with the client. After a failure the client is made anew the next time: its
+    /// credentials may have been replaced.
+    pub(super) async fn with<T, F: Future<Output = Result<T, String>>>(
+        &self,
+        work: impl FnOnce(Access) -> F,
+    ) -> Result<T, String> {
+        let mut held = self.access.lock().await;
+        let access = match held.take() {
+            Some(access) => access,
+            None => connect(&self.way, &self.env, self.verbs).await?,
+        };
+        let done = work(access.clone()).await?;
+        *held = Some(access);
+        Ok(done)
+    }
+}
+
+/// The Secret; `None` if it is not there.
+pub(super) async fn get(access: &Access, name: &str) -> Result<Option<Secret>, String> {
+    match answered(access.api.get_opt(name)).await? {
+        Ok(found) => Ok(found),
+        Err(kube::Error::Api(status)) => Err(refused(&status, Verb::Get, access)),
+        Err(error) => Err(unanswered(&error)),
+    }
+}
+
+/// Waits for an answer, and not for ever.
+pub(super) async fn answered<T>(
+    request: impl Future<Output = Result<T, kube::Error>>,
+) -> Result<Result<T, kube::Error>, String> {
+    tokio::time::timeout(ANSWER, request)
+        .await
+        .map_err(|_elapsed| {
+            format!(
+                "the Kubernetes API gave no answer within {} s",
+                ANSWER.as_secs()
+            )
+        })
 }
 
 /// Makes a client: by the configured kubeconfig, else by the one that `KUBECONFIG` names, else as
@@ -32,12 +104,12 @@ pub(super) struct Access {
 ///
 /// # Errors
 /// What is missing or unusable, as text without anything of a kubeconfig's content.
-pub(super) async fn connect(settings: &Settings, env: &Env) -> Result<Access, String> {
+async fn connect(way: &Way, env: &Env, verbs: &'static str) -> Result<Access, String> {
     let options = KubeConfigOptions {
-        context: settings.kubeconfig_context.clone(),
+        context: way.kubeconfig_context.clone(),
         ..KubeConfigOptions::default()
     };
-    let named = match &settings.kubeconfig_path {
+    let named = match &way.kubeconfig_path {
         Some(path) => Some((path.display().to_string(), Kubeconfig::read_from(path))),
         None => match (env.get("KUBECONFIG"), Kubeconfig::from_env()) {
             (Some(paths), Ok(Some(config))) => Some((paths.to_owned(), Ok(config))),
@@ -55,7 +127,7 @@ pub(super) async fn connect(settings: &Settings, env: &Env) -> Result<Access, St
                 made.map_err(|error| format!("kubeconfig {path}: {}", unusable(&error)))?;
             (config, format!("the kubeconfig {path}"))
         }
-        None if settings.kubeconfig_context.is_some() => {
+        None if way.kubeconfig_context.is_some() => {
             return Err(
                 "kubeconfig_context is set, but no kubeconfig: set kubeconfig_path or KUBECONFIG"
                     .to_owned(),
@@ -76,7 +148,7 @@ pub(super) async fn connect(settings: &Settings, env: &Env) -> Result<Access, St
     config.reset_reader_on_write = true;
     // The runner of outputs tries again, in its own time.
     config.default_retry = false;
-    let namespace = settings
+    let namespace = way
         .namespace
         .clone()
         .or_else(|| env.get("POD_NAMESPACE").map(str::to_owned))
@@ -95,6 +167,7 @@ pub(super) async fn connect(settings: &Settings, env: &Env) -> Result<Access, St
         api: Api::namespaced(client, &namespace),
         namespace,
         credentials,
+        verbs,
     })
 }
 
@@ -151,6 +224,10 @@ pub(super) enum Verb {
     Patch,
     /// Change it where there is none yet, which takes both verbs.
     Create,
+    /// Make one.
+    Make,
+    /// Replace it.
+    Update,
 }
 
 impl Verb {
@@ -159,6 +236,8 @@ impl Verb {
             Self::Get => "`get`",
             Self::Patch => "`patch`",
             Self::Create => "`create` and `patch`",
+            Self::Make => "`create`",
+            Self::Update => "`update`",
         }
     }
 }
@@ -175,9 +254,9 @@ pub(super) fn refused(status: &Status, verb: Verb, access: &Access) -> String {
         ),
         403 => format!(
             "{credentials} may not {} secrets in the namespace {namespace} (403): {message}; bind it \
-             to a Role with the rule {{apiGroups: [\"\"], resources: [secrets], verbs: [get, create, \
-             patch]}}",
-            verb.name()
+             to a Role with the rule {{apiGroups: [\"\"], resources: [secrets], verbs: [{}]}}",
+            verb.name(),
+            access.verbs,
         ),
         404 if kind == Some("namespaces") => {
             format!("there is no namespace {namespace}: create it, or set another `namespace`")

@@ -3,12 +3,16 @@
 mod client;
 mod object;
 mod place;
+mod several;
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+pub(crate) use self::several::{Secrets, manifest};
+
+use self::client::Way;
 use super::{Destination, DestinationKind, DestinationPlan, unescape};
 use crate::env::Env;
 use crate::yaml::{Fields, Tree};
@@ -21,11 +25,8 @@ pub(super) struct KubernetesSecret;
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Settings {
     name: String,
-    /// `None` takes it from the surroundings: see [`client::connect`].
-    namespace: Option<String>,
     labels: BTreeMap<String, String>,
-    kubeconfig_path: Option<PathBuf>,
-    kubeconfig_context: Option<String>,
+    way: Way,
 }
 
 impl DestinationKind for KubernetesSecret {
@@ -64,10 +65,12 @@ impl DestinationKind for KubernetesSecret {
         good.then(|| {
             Arc::new(Settings {
                 name,
-                namespace,
                 labels,
-                kubeconfig_path,
-                kubeconfig_context,
+                way: Way {
+                    namespace,
+                    kubeconfig_path,
+                    kubeconfig_context,
+                },
             }) as Arc<dyn DestinationPlan>
         })
     }
@@ -101,10 +104,11 @@ fn of_uri(rest: &str) -> Result<Settings, String> {
     }
     Ok(Settings {
         name,
-        namespace,
         labels: BTreeMap::new(),
-        kubeconfig_path: None,
-        kubeconfig_context: None,
+        way: Way {
+            namespace,
+            ..Way::default()
+        },
     })
 }
 
@@ -135,7 +139,8 @@ fn name_problem(name: &str) -> Option<String> {
     })
 }
 
-fn namespace_problem(name: &str) -> Option<String> {
+/// What keeps a text from being the name of a namespace.
+pub(crate) fn namespace_problem(name: &str) -> Option<String> {
     (!is_label(name)).then(|| {
         format!(
             "{name:?} is no name for a namespace: at most 63 lower-case letters, digits and `-`, \
@@ -144,7 +149,9 @@ fn namespace_problem(name: &str) -> Option<String> {
     })
 }
 
-fn label_problem(key: &str, value: &str) -> Option<String> {
+/// What keeps two texts from being a label (or, with an empty value, the first from being the key of an
+/// annotation).
+pub(crate) fn label_problem(key: &str, value: &str) -> Option<String> {
     let part = |text: &str| {
         let ends = |b: u8| b.is_ascii_alphanumeric();
         text.len() <= 63
@@ -174,7 +181,7 @@ fn label_problem(key: &str, value: &str) -> Option<String> {
 impl fmt::Display for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("kubernetes_secret: ")?;
-        if let Some(namespace) = &self.namespace {
+        if let Some(namespace) = &self.way.namespace {
             write!(f, "{namespace}/")?;
         }
         f.write_str(&self.name)
@@ -183,7 +190,7 @@ impl fmt::Display for Settings {
 
 impl DestinationPlan for Settings {
     fn key(&self) -> String {
-        let namespace = self.namespace.as_deref().unwrap_or_default();
+        let namespace = self.way.namespace.as_deref().unwrap_or_default();
         format!("kubernetes-secret://{namespace}/{}", self.name)
     }
 
@@ -196,11 +203,11 @@ impl DestinationPlan for Settings {
             .labels
             .iter()
             .map(|(key, value)| (key.clone(), Tree::text(value)));
-        let path = self.kubeconfig_path.as_ref();
+        let path = self.way.kubeconfig_path.as_ref();
         Tree::map([
             ("type", Some(Tree::text("kubernetes_secret"))),
             ("name", Some(Tree::text(&self.name))),
-            ("namespace", self.namespace.as_ref().map(Tree::text)),
+            ("namespace", self.way.namespace.as_ref().map(Tree::text)),
             (
                 "labels",
                 (!self.labels.is_empty()).then(|| Tree::Map(labels.collect())),
@@ -211,7 +218,7 @@ impl DestinationPlan for Settings {
             ),
             (
                 "kubeconfig_context",
-                self.kubeconfig_context.as_ref().map(Tree::text),
+                self.way.kubeconfig_context.as_ref().map(Tree::text),
             ),
         ])
     }

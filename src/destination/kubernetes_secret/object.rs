@@ -18,7 +18,7 @@ const MAX_BYTES: usize = 1024 * 1024;
 /// The longest key.
 const MAX_KEY: usize = 253;
 /// The type of Secrets that are made here.
-const OPAQUE: &str = "Opaque";
+pub(super) const OPAQUE: &str = "Opaque";
 
 /// The object to apply, or why it must not be.
 ///
@@ -36,7 +36,7 @@ pub(super) fn wanted(
     let present = live.and_then(|live| live.data.as_ref());
     let mut data: BTreeMap<String, ByteString> = match (live, present) {
         (Some(live), Some(present)) => {
-            let own = own_keys(live);
+            let own = own(live, "Apply", &["f:data"]);
             let ours = present.iter().filter(|(key, _)| own.contains(key.as_str()));
             ours.map(|(key, value)| (key.clone(), value.clone()))
                 .collect()
@@ -67,7 +67,7 @@ pub(super) fn wanted(
 }
 
 /// Whether the Secret is one to write to.
-fn suitable(live: &Secret) -> Result<(), String> {
+pub(super) fn suitable(live: &Secret) -> Result<(), String> {
     if live.immutable == Some(true) {
         return Err(
             "it is immutable: delete it, and it is made anew, or choose another name".to_owned(),
@@ -99,20 +99,21 @@ fn suitable(live: &Secret) -> Result<(), String> {
     Ok(())
 }
 
-/// The keys that this manager applied and nobody else holds.
-fn own_keys(live: &Secret) -> BTreeSet<&str> {
+/// The keys of the map at `path` that this manager wrote by `operation` and nobody else holds.
+pub(super) fn own<'s>(live: &'s Secret, operation: &str, path: &[&str]) -> BTreeSet<&'s str> {
     let (mut own, mut others) = (BTreeSet::new(), BTreeSet::new());
     for entry in live.metadata.managed_fields.iter().flatten() {
         let fields = entry.fields_v1.as_ref().and_then(|fields| {
-            let data = fields.0.get("f:data")?;
-            data.as_object()
+            let map = path.iter().try_fold(&fields.0, |at, step| at.get(*step))?;
+            map.as_object()
         });
         let keys = fields
             .into_iter()
             .flat_map(|fields| fields.keys())
             .filter_map(|key| key.strip_prefix("f:"));
-        let apply = entry.operation.as_deref() == Some("Apply");
-        if apply && entry.manager.as_deref() == Some(MANAGER) {
+        if entry.operation.as_deref() == Some(operation)
+            && entry.manager.as_deref() == Some(MANAGER)
+        {
             own.extend(keys);
         } else {
             others.extend(keys);
@@ -142,7 +143,7 @@ fn check_key(name: &str) -> Result<(), String> {
 }
 
 /// Adds up what would be in the Secret, other managers' keys included.
-fn check_size(
+pub(super) fn check_size(
     present: Option<&BTreeMap<String, ByteString>>,
     data: &BTreeMap<String, ByteString>,
 ) -> Result<(), String> {

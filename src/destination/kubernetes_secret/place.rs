@@ -7,24 +7,23 @@ use std::path::Path;
 use async_trait::async_trait;
 use k8s_openapi::api::core::v1::Secret as Object;
 use kube::api::{Patch, PatchParams};
-use tokio::sync::Mutex;
 
 use super::Settings;
-use super::client::{self, Access, Verb};
+use super::client::{self, Access, Connection, Verb, answered, get};
 use super::object::{self, MANAGER};
 use crate::destination::{Destination, DestinationError, FileSet, Lock};
 use crate::env::Env;
 use crate::secret::Secret;
 
 /// How often a write is begun anew because the Secret changed meanwhile.
-const ATTEMPTS: u32 = 5;
+pub(super) const ATTEMPTS: u32 = 5;
+/// What RBAC has to grant.
+const VERBS: &str = "get, create, patch";
 
 /// A Kubernetes Secret.
 pub(super) struct Place {
     settings: Settings,
-    env: Env,
-    /// The client, once it is made; also keeps two writers of this process apart.
-    access: Mutex<Option<Access>>,
+    connection: Connection,
 }
 
 /// Whether an apply is meant.
@@ -43,7 +42,7 @@ impl fmt::Debug for Place {
 }
 
 /// How a request ended that the API refused.
-enum Refusal {
+pub(super) enum Refusal {
     /// The Secret is not what it was when it was read: read it again.
     Stale(String),
     /// Something that reading again does not mend.
@@ -53,29 +52,16 @@ enum Refusal {
 impl Place {
     pub(super) fn new(settings: Settings, env: Env) -> Self {
         Self {
+            connection: Connection::new(settings.way.clone(), env, VERBS),
             settings,
-            env,
-            access: Mutex::new(None),
         }
     }
 
-    /// Does `work` with the client. After a failure the client is made anew the next time: its
-    /// credentials may have been replaced.
     async fn with<T, F: Future<Output = Result<T, String>>>(
         &self,
         work: impl FnOnce(Access) -> F,
     ) -> Result<T, DestinationError> {
-        let mut held = self.access.lock().await;
-        let outcome = async {
-            let access = match held.take() {
-                Some(access) => access,
-                None => client::connect(&self.settings, &self.env).await?,
-            };
-            let done = work(access.clone()).await?;
-            *held = Some(access);
-            Ok(done)
-        }
-        .await;
+        let outcome = self.connection.with(work).await;
         outcome.map_err(|problem| DestinationError::Unsuitable {
             path: self.settings.to_string(),
             problem,
@@ -96,15 +82,6 @@ impl Place {
             }
         }
         Err(last)
-    }
-}
-
-/// The Secret; `None` if it is not there.
-async fn get(access: &Access, name: &str) -> Result<Option<Object>, String> {
-    match answered(access.api.get_opt(name)).await? {
-        Ok(found) => Ok(found),
-        Err(kube::Error::Api(status)) => Err(client::refused(&status, Verb::Get, access)),
-        Err(error) => Err(client::unanswered(&error)),
     }
 }
 
@@ -138,20 +115,6 @@ async fn patch(
         }
         Err(error) => Err(Refusal::Final(client::unanswered(&error))),
     }
-}
-
-/// Waits for an answer, and not for ever.
-async fn answered<T>(
-    request: impl Future<Output = Result<T, kube::Error>>,
-) -> Result<Result<T, kube::Error>, String> {
-    tokio::time::timeout(client::ANSWER, request)
-        .await
-        .map_err(|_elapsed| {
-            format!(
-                "the Kubernetes API gave no answer within {} s",
-                client::ANSWER.as_secs()
-            )
-        })
 }
 
 #[async_trait]

@@ -1,10 +1,12 @@
-//! What both kinds of Kubernetes output need to know of the proxy and of the place they write to.
+//! What the kinds of Kubernetes output need to know of the proxy and of the place they write to.
 
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Once;
 
 use anyhow::{Context as _, ensure};
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
 use super::kubeconfig::Login;
 use crate::cluster::Endpoints;
@@ -52,6 +54,12 @@ impl Address {
             url: format!("https://{address}"),
             server_name,
         })
+    }
+
+    /// The URL of one of several clusters, which the proxy tells apart by the path.
+    pub(in crate::services) fn of_cluster(&self, cluster: &str, kubernetes: &str) -> String {
+        let [cluster, kubernetes] = [cluster, kubernetes].map(|name| URL_SAFE_NO_PAD.encode(name));
+        format!("{}/v1/teleport/{cluster}/{kubernetes}", self.url)
     }
 }
 

@@ -3,6 +3,8 @@
 
 pub(super) mod access;
 pub(crate) mod kubeconfig;
+pub(super) mod select;
+pub(super) mod template;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

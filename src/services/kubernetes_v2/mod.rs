@@ -1,26 +1,20 @@
 //! The `kubernetes/v2` output: one kubeconfig for every cluster that selectors find, with one
 //! certificate for all of them; the proxy reads from the path which cluster is meant.
 
-mod name;
-
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::bail;
 use async_trait::async_trait;
-use base64::Engine as _;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
-use self::name::Template;
 use super::artifacts::{Artifacts, CREDENTIALS, names};
 use super::impersonated::{DESTINATION, Impersonated};
+use super::kubernetes::DISABLE_PLUGIN;
 use super::kubernetes::access::{Address, Logins, trusted};
 use super::kubernetes::kubeconfig::{KubeContext, Kubeconfig};
-use super::kubernetes::{CALLED, DISABLE_PLUGIN};
-use super::lookup;
-use super::{Context, Flag, FlagValue, Made, Output, Service, ServiceKind, ServicePlan};
-use crate::cluster::Client;
-use crate::cluster::client::resources::Selection;
+use super::kubernetes::select::{BY_LABELS, BY_NAME, Found, Selectors};
+use super::kubernetes::template::Template;
+use super::{Context, Flag, Made, Output, Service, ServiceKind, ServicePlan};
 use crate::destination::{Destination, DestinationPlan};
 use crate::identity::Target;
 use crate::yaml::{Fields, Tree};
@@ -34,22 +28,9 @@ pub struct Kind;
 struct Settings {
     base: Impersonated,
     disable_exec_plugin: bool,
-    selectors: Vec<Selector>,
+    selectors: Selectors,
     /// How contexts are named; `None` as upstream does.
     template: Option<Template>,
-}
-
-/// Which clusters are wanted, and what is special about them.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Selector {
-    by: By,
-    namespace: Option<String>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum By {
-    Name(String),
-    Labels(BTreeMap<String, String>),
 }
 
 impl ServiceKind for Kind {
@@ -62,24 +43,7 @@ impl ServiceKind for Kind {
     }
 
     fn flags(&self) -> &'static [Flag] {
-        &[
-            DESTINATION,
-            DISABLE_PLUGIN,
-            Flag {
-                name: "name-selector",
-                yaml: "selectors",
-                value: FlagValue::NameSelectors,
-                required: false,
-                help: "Name of a Kubernetes cluster; repeatable",
-            },
-            Flag {
-                name: "label-selector",
-                yaml: "selectors",
-                value: FlagValue::LabelSelectors,
-                required: false,
-                help: "Labels that Kubernetes clusters have; repeatable, each adds clusters",
-            },
-        ]
+        &[DESTINATION, DISABLE_PLUGIN, BY_NAME, BY_LABELS]
     }
 
     fn parse(&self, fields: &mut Fields<'_>) -> Option<Box<dyn ServicePlan>> {
@@ -91,130 +55,31 @@ impl Settings {
     fn read(fields: &mut Fields<'_>) -> Option<Self> {
         let base = Impersonated::with_every_role(fields);
         let disable_exec_plugin = fields.bool("disable_exec_plugin").unwrap_or(false);
-        let sections = fields.sections("selectors").unwrap_or_default();
-        if sections.is_empty() {
-            fields.error(
-                "selectors",
-                "at least one selector is needed",
-                Some("write `- name: CLUSTER` or `- labels: {KEY: VALUE}`"),
-            );
-        }
-        let listed = sections.len();
-        let selectors: Vec<_> = sections.into_iter().filter_map(Selector::read).collect();
-        let template = match fields.string("context_name_template") {
-            None => Ok(None),
-            Some(source) => Template::parse(&source).map(Some).map_err(|problem| {
-                fields.error(
-                    "context_name_template",
-                    problem,
-                    Some("use {{.ClusterName}}, {{.KubeName}} and {{index .Labels \"KEY\"}}"),
-                );
-            }),
-        };
-        (listed > 0 && selectors.len() == listed).then_some(Self {
+        let selectors = Selectors::read(fields);
+        let template = Template::read(fields, "context_name_template");
+        Some(Self {
             base: base?,
             disable_exec_plugin,
-            selectors,
+            selectors: selectors?,
             template: template.ok()?,
         })
     }
 }
 
-impl Selector {
-    fn read(mut fields: Fields<'_>) -> Option<Self> {
-        let name = fields.string("name");
-        let labels = fields.string_map("labels").unwrap_or_default();
-        let namespace = fields.string("default_namespace");
-        let by = match (name, labels.is_empty()) {
-            (Some(name), true) => Some(By::Name(name)),
-            (None, false) => Some(By::Labels(labels.into_iter().collect())),
-            (Some(_), false) | (None, true) => {
-                fields.error(
-                    "name",
-                    "a selector has either a name or labels",
-                    Some("write `- name: CLUSTER` or `- labels: {KEY: VALUE}`"),
-                );
-                None
-            }
-        };
-        fields.finish();
-        Some(Self { by: by?, namespace })
-    }
-
-    fn emit(&self) -> Tree {
-        let (name, labels) = match &self.by {
-            By::Name(name) => (Some(Tree::text(name)), None),
-            By::Labels(labels) => {
-                let labels = labels
-                    .iter()
-                    .map(|(key, value)| (key.clone(), Tree::text(value)));
-                (None, Some(Tree::Map(labels.collect())))
-            }
-        };
-        Tree::map([
-            ("name", name),
-            ("labels", labels),
-            ("default_namespace", self.namespace.as_ref().map(Tree::text)),
-        ])
-    }
-
-    /// The clusters that it finds. By labels, none is no mistake.
-    async fn find(&self, client: &Client) -> anyhow::Result<Vec<Found>> {
-        let found = match &self.by {
-            By::Name(name) => {
-                let found = client.kubernetes_clusters(Selection::Name(name)).await?;
-                vec![lookup::single(CALLED, name, found)?]
-            }
-            By::Labels(labels) => {
-                client
-                    .kubernetes_clusters(Selection::Labels(labels))
-                    .await?
-            }
-        };
-        Ok(found
-            .into_iter()
-            .map(|cluster| Found {
-                name: cluster.name,
-                labels: cluster.labels,
-                namespace: self.namespace.clone(),
-            })
-            .collect())
-    }
-}
-
-/// A cluster that a selector found.
-#[derive(Debug, Clone)]
-struct Found {
-    name: String,
-    labels: BTreeMap<String, String>,
-    namespace: Option<String>,
-}
-
-/// The contexts by name, and the name of the first. A cluster that several selectors find counts for
-/// the first of them.
+/// The contexts by name, and the name of the first.
 fn contexts(
     found: Vec<Found>,
     cluster: &str,
-    url: &str,
+    address: &Address,
     template: Option<&Template>,
 ) -> anyhow::Result<(BTreeMap<String, KubeContext>, String)> {
-    let default = || Template::parse(name::DEFAULT).map_err(anyhow::Error::msg);
-    let template = template.cloned().map_or_else(default, Ok)?;
-    let encode = |text: &str| URL_SAFE_NO_PAD.encode(text);
-    let mut seen = HashSet::new();
+    let template = template.cloned().unwrap_or_else(Template::both_names);
     let mut contexts = BTreeMap::new();
     let mut current = None;
     for item in found {
-        if !seen.insert(item.name.clone()) {
-            continue;
-        }
-        let name = template.name(cluster, &item.name, &item.labels);
+        let name = template.render(cluster, &item.name, &item.labels);
         let context = KubeContext {
-            server: format!(
-                "{url}/v1/teleport/{}/{}",
-                encode(cluster),
-                encode(&item.name)
-            ),
+            server: address.of_cluster(cluster, &item.name),
             namespace: item.namespace,
         };
         if contexts.insert(name.clone(), context).is_some() {
@@ -243,14 +108,13 @@ impl ServicePlan for Settings {
     }
 
     fn emit(&self) -> Vec<(String, Tree)> {
-        let selectors = self.selectors.iter().map(Selector::emit).collect();
         let template = self.template.as_ref().map(Template::source);
         self.base.emit([
             (
                 "disable_exec_plugin",
                 self.disable_exec_plugin.then_some(Tree::Bool(true)),
             ),
-            ("selectors", Some(Tree::List(selectors))),
+            ("selectors", Some(self.selectors.emit())),
             ("context_name_template", template.map(Tree::text)),
         ])
     }
@@ -281,15 +145,11 @@ impl Output for Kubernetes {
     async fn make(&self, context: &Context) -> anyhow::Result<Made> {
         let settings = &self.settings;
         let client = settings.base.client(context).await?;
-        let mut found = Vec::new();
-        for selector in &settings.selectors {
-            found.extend(Box::pin(selector.find(&client)).await?);
-        }
+        let found = Box::pin(settings.selectors.find(&client)).await?;
         let endpoints = Box::pin(context.identity.endpoints()).await?;
         let address = Address::of(&endpoints)?;
         let cluster = endpoints.cluster_name.as_str();
-        let (contexts, current) =
-            contexts(found, cluster, &address.url, settings.template.as_ref())?;
+        let (contexts, current) = contexts(found, cluster, &address, settings.template.as_ref())?;
         let (issued, authorities) = settings.base.issue(context, Target::Cluster).await?;
         let key = issued.key().to_pem();
         let kubeconfig = Kubeconfig {
@@ -314,8 +174,19 @@ impl Output for Kubernetes {
 
 #[cfg(test)]
 mod tests {
+    use base64::Engine as _;
+    use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+
     use super::*;
     use crate::services::testing::plan;
+
+    /// `https://p:1`, without a name of its own for TLS.
+    fn address() -> Address {
+        Address {
+            url: "https://p:1".to_owned(),
+            server_name: None,
+        }
+    }
 
     const HEAD: &str = "destination: {type: memory}\n";
 
@@ -371,8 +242,8 @@ mod tests {
 
     #[test]
     fn every_cluster_has_one_context_and_the_first_found_is_current() {
-        let listed = vec![found("k2", Some("a")), found("k1", None), found("k2", None)];
-        let (all, current) = contexts(listed, "real.example.org", "https://p:1", None).unwrap();
+        let listed = vec![found("k2", Some("a")), found("k1", None)];
+        let (all, current) = contexts(listed, "real.example.org", &address(), None).unwrap();
         assert_eq!(current, "real.example.org-k2");
         let context = |server: &str, namespace: Option<&str>| KubeContext {
             server: format!("https://p:1/v1/teleport/cmVhbC5leGFtcGxlLm9yZw/{server}"),
@@ -384,7 +255,7 @@ mod tests {
         ];
         let expected = expected.map(|(name, context)| (name.to_owned(), context));
         assert_eq!(all, BTreeMap::from(expected));
-        let (all, current) = contexts(Vec::new(), "c", "https://p:1", None).unwrap();
+        let (all, current) = contexts(Vec::new(), "c", &address(), None).unwrap();
         assert!(all.is_empty() && current.is_empty());
     }
 
@@ -392,7 +263,7 @@ mod tests {
     fn two_clusters_cannot_share_a_name() {
         let template = Template::parse("{{index .Labels \"env\"}}").unwrap();
         let listed = || vec![found("k1", None), found("k2", None)];
-        let refused = contexts(listed(), "c", "https://p:1", Some(&template)).unwrap_err();
+        let refused = contexts(listed(), "c", &address(), Some(&template)).unwrap_err();
         assert!(
             refused.to_string().contains("\"prod\", one of them \"k2\""),
             "{refused}"
@@ -402,8 +273,7 @@ mod tests {
     #[test]
     fn hostile_names_stay_in_their_place() {
         for name in ["a/../b", "x\ny", "\"'", &"k".repeat(300)] {
-            let (all, current) =
-                contexts(vec![found(name, None)], "c", "https://p:1", None).unwrap();
+            let (all, current) = contexts(vec![found(name, None)], "c", &address(), None).unwrap();
             assert_eq!(current, format!("c-{name}"));
             let server = &all[&current].server;
             let path = server.strip_prefix("https://p:1/v1/teleport/Yw/").unwrap();

@@ -61,6 +61,8 @@ pub(crate) struct State {
     versions: u64,
     /// Verbs that the service account has on Secrets.
     pub(crate) verbs: BTreeSet<&'static str>,
+    /// Secrets that it may only read.
+    pub(crate) closed: BTreeSet<String>,
     pub(crate) faults: VecDeque<(&'static str, Fault)>,
     /// `METHOD path?query` of every request about Secrets.
     pub(crate) requests: Vec<String>,
@@ -122,7 +124,7 @@ impl KubeApi {
             .unwrap();
         let acceptor = TlsAcceptor::from(Arc::new(config));
         let state = Arc::new(Mutex::new(State {
-            verbs: BTreeSet::from(["get", "create", "patch"]),
+            verbs: BTreeSet::from(["get", "create", "patch", "update"]),
             ..State::default()
         }));
         let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
@@ -220,6 +222,23 @@ impl KubeApi {
         state.secrets.insert(name.to_owned(), stored);
     }
 
+    /// Sets a field such as `labels.team` as someone else.
+    pub(crate) fn edit(&self, name: &str, manager: &str, field: &str, value: &str) {
+        let mut state = self.state();
+        state.versions += 1;
+        let version = state.versions;
+        let stored = state.secrets.get_mut(name).unwrap();
+        stored.version = version;
+        stored.fields.insert(field.to_owned(), json!(value));
+        let held = stored.managers.entry(format!("{manager} Update"));
+        held.or_default().insert(field.to_owned());
+    }
+
+    /// The names of all Secrets.
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.state().secrets.keys().cloned().collect()
+    }
+
     /// The decoded data; `None` if there is no such Secret.
     pub(crate) fn data(&self, name: &str) -> Option<BTreeMap<String, String>> {
         let state = self.state();
@@ -257,8 +276,8 @@ impl Stored {
         for (field, value) in &self.fields {
             if let Some(key) = field.strip_prefix("data.") {
                 object["data"][key] = value.clone();
-            } else if let Some(key) = field.strip_prefix("labels.") {
-                object["metadata"]["labels"][key] = value.clone();
+            } else if let Some((map, key)) = in_metadata(field) {
+                object["metadata"][map][key] = value.clone();
             } else {
                 object[field] = value.clone();
             }
@@ -281,8 +300,8 @@ impl Stored {
             for field in fields {
                 if let Some(key) = field.strip_prefix("data.") {
                     held["f:data"][format!("f:{key}")] = json!({});
-                } else if let Some(key) = field.strip_prefix("labels.") {
-                    held["f:metadata"]["f:labels"][format!("f:{key}")] = json!({});
+                } else if let Some((map, key)) = in_metadata(field) {
+                    held["f:metadata"][format!("f:{map}")][format!("f:{key}")] = json!({});
                 } else {
                     held[format!("f:{field}")] = json!({});
                 }
@@ -297,6 +316,14 @@ impl Stored {
     }
 }
 
+/// The map of the metadata that a flat field is in, and its key there.
+fn in_metadata(field: &str) -> Option<(&str, &str)> {
+    let (map, key) = field.split_once('.')?;
+    ["labels", "annotations"]
+        .contains(&map)
+        .then_some((map, key))
+}
+
 fn refusal(code: u16, reason: &'static str, message: impl Into<String>) -> Refusal {
     Refusal {
         code,
@@ -308,7 +335,7 @@ fn refusal(code: u16, reason: &'static str, message: impl Into<String>) -> Refus
 
 impl State {
     fn allowed(&self, verb: &str, name: &str) -> Result<(), Refusal> {
-        if self.verbs.contains(verb) {
+        if self.verbs.contains(verb) && (verb == "get" || !self.closed.contains(name)) {
             return Ok(());
         }
         Err(refusal(
@@ -328,6 +355,63 @@ impl State {
             .get(name)
             .ok_or_else(|| refusal(404, "NotFound", format!("secrets \"{name}\" not found")))?;
         Ok(stored.object(name))
+    }
+
+    /// Makes the whole object or replaces it (`verb`), as `POST` and `PUT` do.
+    fn replace(
+        &mut self,
+        name: &str,
+        body: &Value,
+        manager: &str,
+        verb: &str,
+        dry: bool,
+    ) -> Result<Value, Refusal> {
+        self.allowed(verb, name)?;
+        if body["metadata"]["name"] != name || body["metadata"]["namespace"] != KubeApi::NAMESPACE {
+            return Err(refusal(400, "BadRequest", "the name is another"));
+        }
+        let asked = body["metadata"]["resourceVersion"].as_str();
+        let mut next = match (verb, self.secrets.get(name)) {
+            ("create", None) if asked.is_some() => {
+                let message = "resourceVersion should not be set on objects to be created";
+                return Err(refusal(400, "BadRequest", message));
+            }
+            ("create", None) => Stored::default(),
+            ("create", Some(_)) => {
+                let message = format!("secrets \"{name}\" already exists");
+                return Err(refusal(409, "AlreadyExists", message));
+            }
+            (_, None) => {
+                let message = format!("secrets \"{name}\" not found");
+                return Err(refusal(404, "NotFound", message));
+            }
+            (_, Some(live)) => {
+                if asked.is_some_and(|asked| asked != live.version.to_string()) {
+                    return Err(changed(name));
+                }
+                live.clone()
+            }
+        };
+        let sent = flatten(body);
+        let set: BTreeSet<String> = sent
+            .iter()
+            .filter(|(field, value)| next.fields.get(*field) != Some(value))
+            .map(|(field, _)| field.clone())
+            .collect();
+        for held in next.managers.values_mut() {
+            held.retain(|field| sent.contains_key(field) && !set.contains(field));
+        }
+        let own = next.managers.entry(format!("{manager} Update"));
+        own.or_default().extend(set);
+        let before = std::mem::replace(&mut next.fields, sent);
+        valid(&next, (verb != "create").then_some(&before))?;
+        next.version = self.versions + 1;
+        let shown = next.object(name);
+        if !dry {
+            self.versions += 1;
+            self.secrets.insert(name.to_owned(), next);
+        }
+        Ok(shown)
     }
 
     /// Server-side apply, as `sigs.k8s.io/structured-merge-diff` decides it for maps of scalars.
@@ -431,6 +515,7 @@ fn flatten(body: &Value) -> BTreeMap<String, Value> {
     let maps = [
         ("data", &body["data"]),
         ("labels", &body["metadata"]["labels"]),
+        ("annotations", &body["metadata"]["annotations"]),
     ];
     for (prefix, map) in maps {
         for (key, value) in map.as_object().into_iter().flatten() {
@@ -521,13 +606,17 @@ async fn answer(
         return Ok(Response::new(body));
     }
     let prefix = "/api/v1/namespaces/";
-    let outcome = match path
+    let sent: Value = serde_json::from_slice(&body).unwrap_or_default();
+    let mut steps: Vec<&str> = path
         .strip_prefix(prefix)
-        .map(|rest| rest.split('/').collect::<Vec<_>>())
-        .as_deref()
-    {
+        .map(|rest| rest.split('/').collect())
+        .unwrap_or_default();
+    if method == "POST" {
+        steps.extend(sent["metadata"]["name"].as_str());
+    }
+    let outcome = match steps.as_slice() {
         _ if !known => Err(refusal(401, "Unauthorized", "Unauthorized")),
-        Some([namespace, "secrets", name]) => {
+        [namespace, "secrets", name] => {
             let mut state = state.lock().unwrap();
             match fault {
                 Some(Fault::Answer(code)) => Err(refusal(code, "", format!("fault {code}"))),
@@ -561,17 +650,15 @@ async fn answer(
                     return Err(refused);
                 }
                 let kind = head.headers.get("content-type");
+                let dry = query.get("dryRun") == Some(&"All");
+                let manager = query.get("fieldManager").unwrap_or(&"");
                 match method {
                     "GET" => state.get(name),
+                    "POST" => state.replace(name, &sent, manager, "create", dry),
+                    "PUT" => state.replace(name, &sent, manager, "update", dry),
                     "PATCH" if kind.is_some_and(|kind| kind == "application/apply-patch+yaml") => {
-                        let body = serde_json::from_slice(&body)
-                            .map_err(|error| refusal(400, "BadRequest", error.to_string()))?;
-                        let (force, dry) = (
-                            query.get("force") == Some(&"true"),
-                            query.get("dryRun") == Some(&"All"),
-                        );
-                        let manager = query.get("fieldManager").unwrap_or(&"");
-                        state.apply(name, &body, manager, force, dry)
+                        let force = query.get("force") == Some(&"true");
+                        state.apply(name, &sent, manager, force, dry)
                     }
                     _ => Err(refusal(405, "MethodNotAllowed", "no such method here")),
                 }

@@ -1,13 +1,18 @@
-//! `context_name_template`: the part of Go's templates that names of contexts need.
+//! Names and labels made for each cluster: the part of Go's templates that they need.
 
 use std::collections::BTreeMap;
 
+use crate::yaml::Fields;
+
+/// What a user may write.
+pub(in crate::services) const HINT: &str =
+    "use {{.ClusterName}}, {{.KubeName}} and {{index .Labels \"KEY\"}}";
 /// What upstream's agent names contexts by.
-pub(super) const DEFAULT: &str = "{{.ClusterName}}-{{.KubeName}}";
+const DEFAULT: &str = "{{.ClusterName}}-{{.KubeName}}";
 
 /// A template, read.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Template {
+pub(in crate::services) struct Template {
     source: String,
     parts: Vec<Part>,
 }
@@ -22,11 +27,35 @@ enum Part {
 }
 
 impl Template {
+    /// Reads the template of a name under `key`; `Ok(None)` if there is none. Problems go to `fields`.
+    ///
+    /// # Errors
+    /// There was a problem.
+    pub(in crate::services) fn read(
+        fields: &mut Fields<'_>,
+        key: &str,
+    ) -> Result<Option<Self>, ()> {
+        let Some(source) = fields.string(key) else {
+            return Ok(None);
+        };
+        Self::parse(&source)
+            .map(Some)
+            .map_err(|problem| fields.error(key, problem, Some(HINT)))
+    }
+
+    /// What upstream's agent names contexts by: both names, with `-` between.
+    pub(in crate::services) fn both_names() -> Self {
+        Self {
+            source: DEFAULT.to_owned(),
+            parts: vec![Part::Cluster, Part::Text("-".to_owned()), Part::Kubernetes],
+        }
+    }
+
     /// Reads a template.
     ///
     /// # Errors
     /// What is wrong with it, as text for the user.
-    pub(super) fn parse(source: &str) -> Result<Self, String> {
+    pub(in crate::services) fn parse(source: &str) -> Result<Self, String> {
         let mut parts = Vec::new();
         let mut rest = source;
         while let Some((text, after)) = rest.split_once("{{") {
@@ -39,9 +68,6 @@ impl Template {
         }
         parts.push(Part::Text(rest.to_owned()));
         parts.retain(|part| !matches!(part, Part::Text(text) if text.is_empty()));
-        if parts.is_empty() {
-            return Err("the name would be empty".to_owned());
-        }
         Ok(Self {
             source: source.to_owned(),
             parts,
@@ -49,12 +75,21 @@ impl Template {
     }
 
     /// As it was written.
-    pub(super) fn source(&self) -> &str {
+    pub(in crate::services) fn source(&self) -> &str {
         &self.source
     }
 
-    /// The name of the context for one Kubernetes cluster.
-    pub(super) fn name(
+    /// The text, if it is the same for every cluster.
+    pub(in crate::services) fn fixed(&self) -> Option<&str> {
+        match self.parts.as_slice() {
+            [] => Some(""),
+            [Part::Text(text)] => Some(text),
+            _ => None,
+        }
+    }
+
+    /// The text for one Kubernetes cluster.
+    pub(in crate::services) fn render(
         &self,
         cluster: &str,
         kubernetes: &str,
@@ -114,13 +149,15 @@ mod tests {
             ("{{index .Labels \"a/b.c\"}}{{.Labels.env}}", "xprod"),
             ("{{index .Labels \"none\"}}x", "x"),
             ("fixed", "fixed"),
+            ("", ""),
         ] {
             let read = Template::parse(template).unwrap();
-            assert_eq!(read.name("root", "k1", &labels), name, "{template}");
+            assert_eq!(read.render("root", "k1", &labels), name, "{template}");
             assert_eq!(read.source(), template);
+            assert_eq!(read.fixed().is_some(), ["fixed", ""].contains(&template));
         }
+        assert_eq!(Template::parse(DEFAULT).unwrap(), Template::both_names());
         for bad in [
-            "",
             "{{.KubeName",
             "{{}}",
             "{{.Name}}",
