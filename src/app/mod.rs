@@ -10,6 +10,7 @@ mod rotation;
 mod supervisor;
 mod unit;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -132,9 +133,11 @@ impl Agent {
             shutdown: shutdown.clone(),
         };
         let mut units = Vec::new();
+        let mut types = BTreeMap::new();
         for service in plan.services {
             let name: Arc<str> = service.name.as_str().into();
             let context = context(Arc::clone(&name), service.lifetime);
+            types.insert(service.name, service.kind);
             let unit = Unit::new(service.plan, service.reload, context);
             if plan.oneshot && !unit.is_output() {
                 tracing::info!(service = %name, "Skipping a service that cannot run once");
@@ -163,6 +166,8 @@ impl Agent {
                 join_method: method.name(),
                 one_shot: plan.oneshot,
                 started: clock.now(),
+                registry: registry.clone(),
+                types,
             },
             registry,
             metrics,

@@ -29,7 +29,9 @@ use crate::pb::proto::{
     Certs, GetRoleRequest, PingRequest, RegisterUsingIamMethodRequest, UserCertsRequest, Watch,
 };
 use crate::pb::teleport::machineid::v1::bot_instance_service_server::BotInstanceService as _;
-use crate::pb::teleport::machineid::v1::{BotInstanceStatusHeartbeat, SubmitHeartbeatRequest};
+use crate::pb::teleport::machineid::v1::{
+    BotInstanceServiceHealth, BotInstanceStatusHeartbeat, SubmitHeartbeatRequest,
+};
 use crate::pb::teleport::trust::v1::trust_service_server::TrustService as _;
 use crate::pb::teleport::trust::v1::{GetCertAuthoritiesRequest, GetCertAuthorityRequest};
 use crate::pb::types::{RegisterUsingTokenRequest, WatchKind};
@@ -749,7 +751,10 @@ async fn the_first_and_the_last_heartbeats_are_kept() {
         };
         let message = SubmitHeartbeatRequest {
             heartbeat: Some(heartbeat),
-            service_health: Vec::new(),
+            service_health: vec![BotInstanceServiceHealth {
+                reason: Some(format!("failed {uptime} times")),
+                ..BotInstanceServiceHealth::default()
+            }],
         };
         lab.auth
             .submit_heartbeat(lab.from(Some(&own), message))
@@ -764,6 +769,9 @@ async fn the_first_and_the_last_heartbeats_are_kept() {
     assert_eq!(status["latest_heartbeats"].as_array().unwrap().len(), 10);
     assert_eq!(status["latest_heartbeats"][9]["uptime"], "12s");
     assert_eq!(status["latest_authentications"][0]["generation"], 1);
+    let health = status["service_health"].as_array().unwrap();
+    assert_eq!(health.len(), 1, "only the last is kept");
+    assert_eq!(health[0]["reason"], "failed 12 times");
     let empty = lab.from(Some(&own), SubmitHeartbeatRequest::default());
     let refusal = lab.auth.submit_heartbeat(empty).await.unwrap_err();
     assert_eq!(refusal.message(), "heartbeat: must be non-nil");
