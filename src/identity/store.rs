@@ -205,7 +205,7 @@ impl Store {
         let mut position = Position::default();
         let mut loaded = Loaded::default();
         let mut issued = Vec::new();
-        let mut pending = None;
+        let mut pending: Option<(u64, PrivateKey)> = None;
         let mut unread = None;
         for (slot, name) in SLOTS.into_iter().enumerate() {
             let bytes = match self.destination.read(name).await {
@@ -221,7 +221,11 @@ impl Store {
                 Ok((sequence, content)) => {
                     position.sequence = position.sequence.max(sequence);
                     match content {
-                        Slot::Pending(key) => pending = Some((sequence, key)),
+                        Slot::Pending(key) => {
+                            if pending.as_ref().is_none_or(|(other, _)| sequence > *other) {
+                                pending = Some((sequence, key));
+                            }
+                        }
                         Slot::Issued(stored) => issued.push((sequence, slot, *stored)),
                     }
                 }

@@ -115,6 +115,27 @@ async fn what_is_committed_comes_back_newest_first() {
 }
 
 #[tokio::test]
+async fn of_several_keys_that_were_to_be_sent_the_last_one_counts() {
+    let keys = [(7, key()), (9, key()), (8, key())];
+    for order in [[0, 1, 2], [1, 0, 2], [2, 0, 1]] {
+        let place = memory();
+        for (name, which) in SLOTS.into_iter().zip(order) {
+            let (sequence, key) = &keys[which];
+            let key = key.to_pem().expose().clone();
+            let state = State::Pending { key };
+            let record = Record {
+                sequence: *sequence,
+                state,
+            };
+            let files = FileSet::from([(name.to_owned(), encode(&record).unwrap())]);
+            place.write(files).await.unwrap();
+        }
+        let pending = Store::open(place).load().await.unwrap().pending.unwrap();
+        assert!(same_key(&pending, &keys[1].1), "{order:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_stop_at_any_write_leaves_the_old_or_the_new_identity() {
     let authority = Authority::new("example.org");
     let base = tempfile::tempdir().unwrap();
