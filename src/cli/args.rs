@@ -106,7 +106,7 @@ fn typed(yes: bool, no: bool) -> Option<bool> {
 }
 
 /// The forms of log lines.
-#[derive(Debug, Clone, Copy, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum LogFormat {
     /// One line of text for each event.
     Text,

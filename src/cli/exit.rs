@@ -3,6 +3,7 @@
 use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
 
+use super::args::LogFormat;
 use crate::telemetry::one_line;
 
 /// What the shell sees. Upstream ends with 1 for everything; here a mistake of the caller can be
@@ -55,8 +56,16 @@ impl Failure {
         }
     }
 
-    /// Writes the error to standard error, its first word red on a terminal.
-    pub(super) fn print(&self) {
+    /// Writes the error to standard error: as events of the log where that is JSON, else with its
+    /// first word red on a terminal.
+    pub(super) fn print(&self, log: LogFormat) {
+        // Before the log is set up there is nothing to write events to.
+        if log == LogFormat::Json && tracing::dispatcher::has_been_set() {
+            for line in self.text().lines() {
+                tracing::error!("{line}");
+            }
+            return;
+        }
         let mut stderr = std::io::stderr().lock();
         let label = if stderr.is_terminal() {
             "\u{1b}[31mERROR: \u{1b}[0m"

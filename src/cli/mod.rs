@@ -27,7 +27,7 @@ use tracing::level_filters::LevelFilter;
 use crate::clock::Clock;
 use crate::env::Env;
 use crate::telemetry::{self, Colour};
-use args::{Cli, Command, Globals, InstallTarget};
+use args::{Cli, Command, Globals, InstallTarget, LogFormat};
 use exit::{Exit, Failure, print};
 use kube_credentials::KubeCommand;
 use spiffe_inspect::Address;
@@ -36,17 +36,17 @@ use spiffe_inspect::Address;
 pub fn main() -> ExitCode {
     let env = Env::of_process();
     let exit = match Cli::try_parse() {
-        Ok(cli) => finish(run(&cli, &env)),
-        Err(error) => finish(unparsed(&error)),
+        Ok(cli) => finish(run(&cli, &env), cli.globals.log_format),
+        Err(error) => finish(unparsed(&error), LogFormat::Text),
     };
     exit.into()
 }
 
-fn finish(outcome: Result<(), Failure>) -> Exit {
+fn finish(outcome: Result<(), Failure>, log: LogFormat) -> Exit {
     match outcome {
         Ok(()) => Exit::Success,
         Err(failure) => {
-            failure.print();
+            failure.print(log);
             failure.exit()
         }
     }
