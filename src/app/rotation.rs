@@ -19,8 +19,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backoff::{Backoff, Loudness, Repeated};
 use crate::clock::Clock;
-use crate::cluster::Disposition;
-use crate::cluster::events::{self, EventsError};
+use crate::cluster::events::{self, Events, EventsError};
+use crate::cluster::{Client, Disposition};
 use crate::crypto::jitter;
 use crate::identity::Handle;
 use crate::pb::proto::Watch;
@@ -63,13 +63,15 @@ async fn follow(handle: &Handle, clock: &Clock, reload: &watch::Sender<u64>, int
         let cluster = identity.cluster().to_owned();
         let mut synced = false;
         let session = Session {
-            handle,
             clock,
             reload,
             interval,
             cluster: &cluster,
         };
-        let error = match session.run(&mut seen, &mut due, &mut synced).await {
+        let error = match session
+            .run(handle.client(), &mut seen, &mut due, &mut synced)
+            .await
+        {
             Ok(never) => match never {},
             Err(error) => error,
         };
@@ -101,7 +103,6 @@ async fn follow(handle: &Handle, clock: &Clock, reload: &watch::Sender<u64>, int
 
 /// One stream of changes.
 struct Session<'a> {
-    handle: &'a Handle,
     clock: &'a Clock,
     reload: &'a watch::Sender<u64>,
     interval: Duration,
@@ -112,11 +113,11 @@ impl Session<'_> {
     /// Opens the stream, reads what is, then hears what changes: nothing is missed in between.
     async fn run(
         &self,
+        client: &Client,
         seen: &mut Seen,
         due: &mut Option<SystemTime>,
         synced: &mut bool,
     ) -> Result<Infallible, EventsError> {
-        let client = self.handle.client();
         let mut events = events::begun(client.watch(watched(self.cluster))).await?;
         for kind in AUTHORITIES {
             for authority in client.cert_authorities(kind).await? {
@@ -124,9 +125,19 @@ impl Session<'_> {
             }
         }
         *synced = true;
+        self.heed(&mut events, seen, due).await
+    }
+
+    /// Hears what changes, and has everything renewed when that is due.
+    async fn heed(
+        &self,
+        events: &mut Events,
+        seen: &mut Seen,
+        due: &mut Option<SystemTime>,
+    ) -> Result<Infallible, EventsError> {
         loop {
             let event = tokio::select! {
-                event = events::next(&mut events) => event?,
+                event = events::next(events) => event?,
                 () = passed(self.clock, *due) => {
                     *due = None;
                     seen.followed();
@@ -230,7 +241,10 @@ impl Seen {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::{StreamExt as _, stream};
+
     use super::*;
+    use crate::pb::proto::{Event, Operation};
     use crate::pb::types::{CertAuthoritySpecV2, Rotation};
 
     fn authority(kind: &str, phase: &str, id: &str) -> CertAuthorityV2 {
@@ -328,6 +342,40 @@ mod tests {
             let told = seen.note("c", &authority(kind, "init", "1"));
             assert_eq!(told, Some(News::Step), "{kind}");
         }
+    }
+
+    /// Phase after phase, of one rotation after the other, without a pause or an end.
+    #[tokio::test(start_paused = true)]
+    async fn a_flood_of_rotations_is_followed_no_faster_than_the_debounce() {
+        let event = |kind: Operation, resource| {
+            Ok(Event {
+                r#type: kind.into(),
+                resource,
+            })
+        };
+        let rotations = (0_u64..).map(move |count| {
+            let phases = ["init", "update_clients", "update_servers", "standby"];
+            let phase = phases[usize::try_from(count % 4).unwrap()];
+            let authority = authority("host", phase, &(count / 4).to_string());
+            event(Operation::Put, Some(Resource::CertAuthority(authority)))
+        });
+        let flood = stream::iter(std::iter::once(event(Operation::Init, None)).chain(rotations));
+        let mut events = events::begun(async { Ok(flood.boxed()) }).await.unwrap();
+
+        let clock = Clock::simulated(SystemTime::UNIX_EPOCH);
+        let (reload, reloads) = watch::channel(0);
+        let session = Session {
+            clock: &clock,
+            reload: &reload,
+            interval: Duration::from_mins(20),
+            cluster: "c",
+        };
+        let (mut seen, mut due) = (Seen::default(), None);
+        let heeding = session.heed(&mut events, &mut seen, &mut due);
+        let hour = tokio::time::timeout(Duration::from_hours(1), heeding);
+        assert!(hour.await.is_err(), "it goes on");
+        let renewals = *reloads.borrow();
+        assert!((120..=360).contains(&renewals), "{renewals} in an hour");
     }
 
     #[test]

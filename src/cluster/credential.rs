@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use rustls::client::Resumption;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
 
@@ -41,10 +42,12 @@ impl Credential {
         let unusable = |problem: String| ClusterError::Trust(format!("identity: {problem}"));
         let roots = roots_of(authorities)?;
         let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.pkcs8_der().expose().clone()));
-        let tls = builder(clock)?
+        let mut tls = builder(clock)?
             .with_root_certificates(roots)
             .with_client_auth_cert(vec![CertificateDer::from(certificate_der.to_vec())], key)
             .map_err(|source| unusable(source.to_string()))?;
+        // A resumed session shows no certificate: each connection is judged anew.
+        tls.resumption = Resumption::disabled();
         Ok(Self {
             cluster: cluster.to_owned(),
             tls: Arc::new(tls),
@@ -111,8 +114,100 @@ pub(crate) fn roots_of(authorities: &[String]) -> Result<RootCertStore, ClusterE
 
 #[cfg(test)]
 mod tests {
+    use std::slice::from_ref;
+    use std::time::Duration;
+
+    use rustls::server::ProducesTickets;
+    use rustls::{HandshakeKind, ServerConfig};
+    use tokio_rustls::{TlsAcceptor, TlsConnector};
+    use x509_cert::ext::pkix::KeyUsages;
+
     use super::*;
-    use crate::identity::fixtures::Authority;
+    use crate::crypto::KeyAlgorithm;
+    use crate::embedded::ca::mint::{self, Issuer, Template};
+    use crate::identity::fixtures::{Authority, start};
+
+    /// An auth service whose certificate `authority` signed; sessions of whoever else has `tickets`
+    /// can be resumed with it.
+    fn auth_service(authority: &Authority, tickets: &Arc<dyn ProducesTickets>) -> TlsAcceptor {
+        let key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();
+        let spki = key.public_spki();
+        let name = format!("O={0},CN={0}", authority.cluster).parse().unwrap();
+        let template = Template {
+            serial: mint::serial(),
+            subject: "CN=auth".parse().unwrap(),
+            not_before: start(),
+            not_after: start() + Duration::from_hours(100),
+            spki: &spki,
+            key_usage: KeyUsages::DigitalSignature.into(),
+            extended: &[],
+            authority: false,
+            names: vec![mint::dns(&encoded_cluster(&authority.cluster)).unwrap()],
+        };
+        let leaf = template.sign(Issuer {
+            name: &name,
+            key_id: None,
+            key: &authority.key,
+        });
+        let key = PrivatePkcs8KeyDer::from(key.pkcs8_der().expose().clone());
+        let mut config = ServerConfig::builder()
+            .with_no_client_auth()
+            .with_single_cert(vec![leaf.unwrap().into()], key.into())
+            .unwrap();
+        config.ticketer = Arc::clone(tickets);
+        TlsAcceptor::from(Arc::new(config))
+    }
+
+    /// How the handshake of one more connection to `server` went.
+    async fn handshake(
+        credential: &Credential,
+        server: &TlsAcceptor,
+    ) -> std::io::Result<HandshakeKind> {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let (near, far) = tokio::io::duplex(64 * 1024);
+        let server = server.clone();
+        tokio::spawn(async move {
+            let mut stream = server.accept(far).await?;
+            // The tickets come with it.
+            stream.write_all(b"!").await?;
+            stream.shutdown().await
+        });
+        let connector = TlsConnector::from(credential.tls(vec![]));
+        let mut stream = connector
+            .connect(credential.server_name().unwrap(), near)
+            .await?;
+        stream.read_u8().await?;
+        Ok(stream.get_ref().1.handshake_kind().unwrap())
+    }
+
+    #[tokio::test]
+    async fn sessions_are_not_resumed_so_that_a_rotated_authority_is_noticed() {
+        let (old, new) = (Authority::new("root"), Authority::new("root"));
+        let clock = Clock::simulated(start() + Duration::from_hours(1));
+        let key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();
+        let identity = old.identity(key, 1, start() + Duration::from_mins(30));
+        let trusting = |authority: &Authority| {
+            let (key, der) = (identity.key(), identity.tls().der());
+            Credential::new(&clock, "root", key, der, from_ref(&authority.pem)).unwrap()
+        };
+        let tickets = rustls::crypto::aws_lc_rs::Ticketer::new().unwrap();
+        let (before, after) = (auth_service(&old, &tickets), auth_service(&new, &tickets));
+        let held = trusting(&old);
+        for _ in 0..3 {
+            let kind = handshake(&held, &before).await.unwrap();
+            assert_eq!(kind, HandshakeKind::Full, "nothing was resumed");
+        }
+        // It could resume what the one before began, but its authority is not known here.
+        let refused = |result: std::io::Result<HandshakeKind>| {
+            let text = result.unwrap_err().to_string();
+            assert!(text.contains("certificate"), "{text}");
+        };
+        refused(handshake(&held, &after).await);
+        // After the renewal it is the other way round.
+        let renewed = trusting(&new);
+        handshake(&renewed, &after).await.unwrap();
+        refused(handshake(&renewed, &before).await);
+    }
 
     #[test]
     fn cluster_names_are_hex_encoded() {

@@ -247,7 +247,7 @@ impl Bot {
                             self.settings.interval,
                             [jitter(), jitter()],
                         );
-                        tell(row.failed(), &error, wait);
+                        tell(row.failed(), self.settings.route.address(), &error, wait);
                         failed + wait
                     }
                 },
@@ -289,7 +289,7 @@ impl Bot {
                 }
                 Err(error) => {
                     let wait = backoff.next_wait(jitter());
-                    tell(Loudness::Warn, &error, wait);
+                    tell(Loudness::Warn, self.settings.route.address(), &error, wait);
                     self.clock.sleep(wait).await;
                 }
             }
@@ -499,14 +499,15 @@ async fn unless_stopped<T>(
     }
 }
 
-fn tell(loudness: Loudness, error: &BotError, wait: Duration) {
+/// Tells of a failure; `server` is where the cluster should be, which not every error knows.
+fn tell(loudness: Loudness, server: &str, error: &BotError, wait: Duration) {
     let retry_in = format!("{:.1}s", wait.as_secs_f64());
     match loudness {
         Loudness::Warn => {
-            tracing::warn!(%error, retry_in, "The bot's identity could not be renewed");
+            tracing::warn!(%error, server, retry_in, "The bot's identity could not be renewed");
         }
         Loudness::Debug => {
-            tracing::debug!(%error, retry_in, "The bot's identity could not be renewed");
+            tracing::debug!(%error, server, retry_in, "The bot's identity could not be renewed");
         }
     }
 }

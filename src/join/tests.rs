@@ -47,6 +47,19 @@ struct Fake {
     script: Option<Vec<Step>>,
     said: Arc<Mutex<Vec<Said>>>,
     older: Arc<Mutex<Vec<RegisterUsingTokenRequest>>>,
+    /// How the older service misbehaves.
+    fault: Option<Fault>,
+}
+
+/// What is wrong with the older service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    /// Headers, and nothing after them.
+    Silent,
+    /// Challenges without an end.
+    Asking,
+    /// One challenge, and nothing after it.
+    Stuck,
 }
 
 impl Fake {
@@ -161,14 +174,24 @@ impl older::JoinService for Fake {
         &self,
         request: Request<Streaming<RegisterUsingIamMethodRequest>>,
     ) -> Result<Response<Self::RegisterUsingIAMMethodStream>, Status> {
-        let heard = Arc::clone(&self.older);
+        let (heard, fault) = (Arc::clone(&self.older), self.fault);
         let (sender, receiver) = mpsc::channel(1);
         tokio::spawn(async move {
             let challenge = RegisterUsingIamMethodResponse {
                 challenge: "c".to_owned(),
                 certs: None,
             };
-            sender.send(Ok(challenge)).await.unwrap();
+            match fault {
+                Some(Fault::Silent) => return std::future::pending().await,
+                Some(Fault::Asking) => {
+                    while sender.send(Ok(challenge.clone())).await.is_ok() {}
+                    return;
+                }
+                Some(Fault::Stuck) | None => sender.send(Ok(challenge)).await.unwrap(),
+            }
+            if fault == Some(Fault::Stuck) {
+                return std::future::pending().await;
+            }
             let answer = request.into_inner().message().await.unwrap().unwrap();
             assert_eq!(answer.sts_identity_request, b"signed c");
             let join = answer.register_using_token_request.unwrap();
@@ -186,6 +209,9 @@ impl older::JoinService for Fake {
         &self,
         request: Request<RegisterUsingTokenRequest>,
     ) -> Result<Response<Certs>, Status> {
+        if self.fault.is_some() {
+            return std::future::pending().await;
+        }
         assert_eq!(request.metadata().get("version").unwrap(), "18.0.0");
         self.older.lock().unwrap().push(request.into_inner());
         Ok(Response::new(Certs::default()))
@@ -488,6 +514,32 @@ async fn a_cluster_that_breaks_the_order_gets_nothing_and_the_error_says_what_it
         assert!(started.elapsed() <= JOIN + Duration::from_secs(5), "{text}");
         assert_eq!(fake.gave_up(), reason, "{text}");
         assert!(fake.older.lock().unwrap().is_empty(), "{text}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_older_service_that_never_comes_to_an_end_is_given_up() {
+    for (proof, fault, text) in [
+        (iam(), Fault::Silent, "no answer within a minute"),
+        (iam(), Fault::Stuck, "no answer within a minute"),
+        (iam(), Fault::Asking, "holds no certificates"),
+        (Proof::Token, Fault::Silent, "Timeout expired"),
+    ] {
+        let fake = Fake {
+            fault: Some(fault),
+            ..Fake::default()
+        };
+        let started = tokio::time::Instant::now();
+        let error = fake
+            .join(&proof, &Older::default(), "18.0.0")
+            .await
+            .unwrap_err();
+        assert!(error.to_string().contains(text), "{fault:?}: {error}");
+        assert_eq!(error.disposition(), Disposition::Retry, "{fault:?}");
+        assert!(
+            started.elapsed() <= JOIN + Duration::from_secs(5),
+            "{fault:?}"
+        );
     }
 }
 

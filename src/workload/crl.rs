@@ -17,6 +17,7 @@ use tokio::sync::watch;
 
 use crate::backoff::{Backoff, Loudness, Repeated};
 use crate::clock::Clock;
+use crate::cluster::events::paced;
 use crate::cluster::{Client, ClusterError, Disposition};
 
 /// What is known about revocations.
@@ -142,7 +143,7 @@ async fn session(feed: &dyn CrlFeed, published: &watch::Sender<Crl>) -> Ended {
         Disposition::Retry | Disposition::Refused => Ended::Failed(error),
     };
     let mut lists = match tokio::time::timeout(OPENING, feed.lists()).await {
-        Ok(Ok(lists)) => lists,
+        Ok(Ok(lists)) => paced(lists),
         Ok(Err(error)) => return failed(error),
         Err(_elapsed) => return Ended::Silent,
     };

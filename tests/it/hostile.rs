@@ -6,10 +6,16 @@
 
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use http_body_util::StreamBody;
+use hyper::body::{Frame, Incoming};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tbot::clock::Clock;
 use tbot::cluster::dial::{self, Tcp};
 use tbot::cluster::trust::Trust;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy};
+use tbot::websocket;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, copy, sink};
 
 use crate::bad_input::{RESOURCES, assert_refused, once, output, snapshot, start};
 use crate::common::{Cluster, OutputText as _, Process, Sandbox, eventually, free_port};
@@ -239,5 +245,150 @@ fn pages_where_the_proxy_should_be_are_named_and_not_read_for_ever() {
         let address = format!("localhost:{}", page.port);
         assert_refused(&refused, &[&address, said]);
         assert!(began.elapsed() < Duration::from_secs(30), "{case}");
+    }
+}
+
+/// Reads whatever comes, and says nothing.
+async fn silence(mut stream: impl AsyncRead + Unpin) -> std::io::Result<()> {
+    copy(&mut stream, &mut sink()).await.map(drop)
+}
+
+/// The head of an HTTP request.
+async fn head(stream: &mut (impl AsyncRead + Unpin)) -> std::io::Result<String> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await?);
+    }
+    Ok(String::from_utf8_lossy(&head).into_owned())
+}
+
+/// A proxy that upgrades connections, in which nothing is ever said.
+fn mute_tunnel(web: &Web) -> Middle {
+    const FOUND: &str = r#"{"proxy": {"tls_routing_enabled": true}, "cluster_name": "c"}"#;
+    let acceptor = web.acceptor();
+    Middle::start(move |stream, log| {
+        let acceptor = acceptor.clone();
+        async move {
+            let mut stream = acceptor.accept(stream).await?;
+            let head = head(&mut stream).await?;
+            if head.starts_with("GET /webapi/find ") {
+                let answer = format!(
+                    "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{FOUND}",
+                    FOUND.len()
+                );
+                stream.write_all(answer.as_bytes()).await?;
+                return stream.shutdown().await;
+            }
+            let key = head
+                .lines()
+                .filter_map(|line| line.split_once(": "))
+                .find(|(name, _)| name.eq_ignore_ascii_case("sec-websocket-key"))
+                .map(|(_, key)| websocket::accept(key.trim()))
+                .unwrap();
+            log.lock().unwrap().push(head);
+            let answer = format!(
+                "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\
+                 Sec-WebSocket-Protocol: alpn-ping\r\nSec-WebSocket-Accept: {key}\r\n\r\n"
+            );
+            stream.write_all(answer.as_bytes()).await?;
+            silence(stream).await
+        }
+    })
+}
+
+/// An auth service that answers calls whose path has `kind` in it with empty messages and no end, and
+/// others with one.
+fn endless(web: &Web, kind: &'static str) -> Middle {
+    let acceptor = web.acceptor();
+    Middle::start(move |stream, log| {
+        let acceptor = acceptor.clone();
+        async move {
+            let stream = acceptor.accept(stream).await?;
+            let service = hyper::service::service_fn(move |request: http::Request<Incoming>| {
+                let endless = request.uri().path().contains(kind);
+                log.lock().unwrap().push(request.uri().path().to_owned());
+                let message = Frame::data(Bytes::from_static(&[0; 5]));
+                let mut trailers = http::HeaderMap::new();
+                trailers.insert("grpc-status", http::HeaderValue::from_static("0"));
+                let body = if endless {
+                    let messages = Bytes::from_static(&[0; 5 * 1000]);
+                    futures_util::stream::repeat_with(move || Frame::data(messages.clone())).boxed()
+                } else {
+                    futures_util::stream::iter([message, Frame::trailers(trailers)]).boxed()
+                };
+                let answer = http::Response::builder()
+                    .header("content-type", "application/grpc")
+                    .body(StreamBody::new(body.map(Ok::<_, std::io::Error>)));
+                async { answer }
+            });
+            hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                .serve_connection(TokioIo::new(stream), service)
+                .await
+                .map_err(std::io::Error::other)
+        }
+    })
+}
+
+#[test]
+fn peers_that_stop_halfway_or_never_stop_are_given_up_and_named() {
+    // The beginning of a ServerHello of 118 bytes.
+    const HALF: [u8; 9] = [0x16, 3, 3, 0, 0x7a, 2, 0, 0, 0x76];
+    let sandbox = Sandbox::new();
+    let web = Web::new(&sandbox);
+    let half = Middle::start(|mut stream, _log| async move {
+        stream.write_all(&HALF).await?;
+        silence(stream).await
+    });
+    let acceptor = web.acceptor();
+    let mute = Middle::start(move |stream, _log| {
+        let acceptor = acceptor.clone();
+        async move { silence(acceptor.accept(stream).await?).await }
+    });
+    let tunnel = mute_tunnel(&web);
+    let (calls, joins) = (endless(&web, "/Ping"), endless(&web, "JoinService"));
+    let peers = [
+        ("half", &half, "failed: no answer within 20 s"),
+        ("mute", &mute, "Ping: no complete answer within 30 s"),
+        ("tunnel", &tunnel, "failed: no answer within 20 s"),
+        ("calls", &calls, "Ping: no complete answer within 30 s"),
+        (
+            "joins",
+            &joins,
+            "an unknown kind instead of a first message",
+        ),
+    ];
+    // All at once: each is waited for as long as its deadline says.
+    let mut agents = peers.map(|(name, peer, _)| {
+        let server = if name == "tunnel" {
+            format!("proxy_server: localhost:{}", peer.port)
+        } else {
+            format!("auth_server: localhost:{}", peer.port)
+        };
+        let config = format!(
+            "version: v2\n{server}\nonboarding: {{join_method: token, token: x}}\n\
+             storage: {{type: memory}}\noutputs:\n{}",
+            output(&sandbox.path("out")),
+        );
+        let path = sandbox.write(&format!("{name}.yaml"), config);
+        let mut command = sandbox.tbot(["start", "-c"]);
+        command
+            .arg(path)
+            .env("SSL_CERT_FILE", &web.certificate)
+            .env("TELEPORT_TLS_ROUTING_CONN_UPGRADE", "yes");
+        sandbox.spawn(name, command)
+    });
+    for ((name, peer, said), agent) in peers.iter().zip(&mut agents) {
+        let address = format!("localhost:{}", peer.port);
+        eventually(&format!("{name} is given up"), || {
+            agent.check_running();
+            let log = agent.log();
+            let told = |line: &&str| line.contains(said) && line.contains(&address);
+            log.lines().find(told).map(drop).ok_or(log.clone())
+        });
+    }
+    assert!(!tunnel.seen().is_empty(), "no WebSocket was opened");
+    for mut agent in agents {
+        agent.signal("TERM");
+        assert!(agent.wait().success(), "{}", agent.log());
     }
 }

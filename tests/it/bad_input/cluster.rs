@@ -5,6 +5,8 @@ use std::net::TcpListener;
 use std::sync::mpsc;
 use std::thread;
 
+use serde_json::Value;
+
 use super::{FRESH, RESOURCES, assert_refused, once, output, snapshot, start};
 use crate::common::{Cluster, OutputText as _, Sandbox, eventually, free_port};
 
@@ -33,6 +35,20 @@ fn a_cluster_that_is_not_there_is_named() {
         ],
     );
     assert!(!sandbox.path("out/tlscert").exists());
+
+    // Where the log is JSON, so is the last line.
+    let mut command = sandbox.tbot(["--log-format", "json", "start", "--oneshot", "-c"]);
+    let refused = command.arg(sandbox.path("once.yaml")).output().unwrap();
+    assert_eq!(refused.status.code(), Some(1), "{}", refused.text());
+    let lines = String::from_utf8(refused.stderr).unwrap();
+    let lines: Vec<Value> = lines
+        .lines()
+        .map(|line| serde_json::from_str(line).expect(line))
+        .collect();
+    let last = lines.last().unwrap();
+    assert_eq!(last["level"], "error");
+    let message = last["message"].as_str().unwrap();
+    assert!(message.contains(&format!("127.0.0.1:{port}")), "{message}");
 }
 
 #[test]
@@ -120,4 +136,63 @@ fn a_stored_identity_outlives_an_outage_and_a_restart() {
         }
     });
     assert_eq!(cluster.events("bot.join").len(), 1, "it joined again");
+}
+
+#[test]
+fn the_cluster_is_told_which_service_fails_and_why() {
+    let sandbox = Sandbox::new();
+    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let token = cluster.invite("example", "10m");
+    let config = cluster.config(&token, "bot")
+        + "outputs:\n"
+        + &output(&sandbox.path("out"))
+        + "  - {type: application, name: shop, app_name: nowhere, destination: {type: memory}}\n";
+    let mut agent = start(&sandbox, "agent", &config);
+    agent.wait_for_log(FRESH);
+    let health = eventually("the heartbeat has come", || {
+        agent.check_running();
+        let shown = cluster.run(&["get", "bot_instance", "--format", "json"]);
+        let shown: Value =
+            serde_json::from_str(&shown).map_err(|error| format!("{error}: {shown}"))?;
+        match &shown[0]["status"]["service_health"] {
+            Value::Array(health) => Ok(health.clone()),
+            _ => Err(shown.to_string()),
+        }
+    });
+    let told: Vec<_> = health
+        .iter()
+        .map(|health| {
+            [
+                &health["service"]["type"],
+                &health["service"]["name"],
+                &health["status"],
+            ]
+            .map(|text| text.as_str().unwrap_or_default())
+        })
+        .collect();
+    assert_eq!(
+        told,
+        [
+            [
+                "internal/identity",
+                "identity",
+                "BOT_INSTANCE_HEALTH_STATUS_HEALTHY"
+            ],
+            [
+                "identity",
+                "identity-1",
+                "BOT_INSTANCE_HEALTH_STATUS_HEALTHY"
+            ],
+            [
+                "application",
+                "shop",
+                "BOT_INSTANCE_HEALTH_STATUS_UNHEALTHY"
+            ],
+        ]
+    );
+    let reason = health[2]["reason"].as_str().unwrap();
+    assert!(reason.contains("nowhere"), "{reason}");
+    assert!(reason.len() <= 256 && !reason.contains('\n'), "{reason}");
+    assert_eq!(health[0]["reason"], Value::Null);
+    assert!(health[0]["updated_at"].as_str().unwrap().ends_with('Z'));
 }
