@@ -147,9 +147,11 @@ async fn a_day_of_an_administrator() {
     // What is printed can be created again.
     let copy = cluster.file("copy.yaml", &yaml);
     cluster.out(&["create", "-f", &copy]).await;
+    // One of its invitations was not used.
     assert_eq!(
         cluster.out(&["rm", "bot/example"]).await,
-        "bot \"example\" has been deleted\n"
+        "bot \"example\" has been deleted (its tokens stay, but let nobody in: see \
+         `tbot cluster tokens ls`)\n"
     );
     cluster.stop().await;
 }
