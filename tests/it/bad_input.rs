@@ -74,7 +74,16 @@ pub(crate) fn start(sandbox: &Sandbox, name: &str, config: &str) -> Process {
 /// Checks that a command failed while it ran, with one line that has every text.
 #[track_caller]
 pub(crate) fn assert_refused(output: &Output, texts: &[&str]) {
-    assert_eq!(output.status.code(), Some(1), "{}", output.text());
+    assert_ended(output, 1, texts);
+}
+
+/// The same for a mistake in what was written: 2.
+pub(crate) fn assert_mistaken(output: &Output, texts: &[&str]) {
+    assert_ended(output, 2, texts);
+}
+
+fn assert_ended(output: &Output, code: i32, texts: &[&str]) {
+    assert_eq!(output.status.code(), Some(code), "{}", output.text());
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     let errors: Vec<_> = stderr
         .lines()

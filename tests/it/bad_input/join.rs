@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{RESOURCES, assert_refused, once, output, snapshot};
+use super::{RESOURCES, assert_mistaken, assert_refused, once, output, snapshot};
 use crate::common::{Cluster, Moto, OutputText as _, Sandbox, skip, wait_until};
 
 #[test]
@@ -189,7 +189,7 @@ fn a_token_for_others_than_bots_is_refused_where_it_is_made() {
     let mut command = sandbox.tbot(["cluster", "--data-dir"]);
     command.arg(sandbox.path("cluster")).arg("create").arg(file);
     let refused = command.output().unwrap();
-    assert_refused(
+    assert_mistaken(
         &refused,
         &[
             "node.yaml:4:",
