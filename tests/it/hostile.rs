@@ -345,12 +345,11 @@ fn peers_that_stop_halfway_or_never_stop_are_given_up_and_named() {
         async move { silence(acceptor.accept(stream).await?).await }
     });
     let tunnel = mute_tunnel(&web);
-    let (calls, joins) = (endless(&web, "/Ping"), endless(&web, "JoinService"));
+    let joins = endless(&web, "JoinService");
     let peers = [
         ("half", &half, "failed: no answer within 20 s"),
         ("mute", &mute, "Ping: no complete answer within 30 s"),
         ("tunnel", &tunnel, "failed: no answer within 20 s"),
-        ("calls", &calls, "Ping: no complete answer within 30 s"),
         (
             "joins",
             &joins,
