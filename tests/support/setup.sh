@@ -10,9 +10,12 @@ here=$(cd "$(dirname "$0")" && pwd)
 missing=()
 for need in systemctl:systemd dbus-daemon:dbus unshare:util-linux nsenter:util-linux openssl:openssl \
     ssh-keygen:openssh-client sshd:openssh-server python3:python3 curl:curl setfacl:acl \
-    kubectl:kubernetes-client strace:strace nginx:nginx-light psql:postgresql; do
+    kubectl:kubernetes-client strace:strace nginx:nginx-light psql:postgresql-client; do
     command -v "${need%%:*}" > /dev/null || missing+=("${need##*:}")
 done
+# Debian keeps the server's programs out of PATH.
+command -v initdb > /dev/null || compgen -G '/usr/lib/postgresql/*/bin/initdb' > /dev/null ||
+    missing+=(postgresql)
 if [ ${#missing[@]} -gt 0 ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
         echo "installing system packages: ${missing[*]}"
