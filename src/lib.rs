@@ -21,6 +21,7 @@ pub mod identity;
 pub mod install;
 pub mod join;
 pub mod pb;
+mod query;
 pub mod renewal;
 pub mod secret;
 pub mod services;

@@ -4,20 +4,11 @@
 use std::sync::Arc;
 
 use super::authorities::Authorities;
-use super::{Context, Flag, FlagValue, Lifetime};
+use super::{Context, Lifetime};
 use crate::cluster::Client;
 use crate::destination::{self, DestinationPlan};
 use crate::identity::{Issued, Request, Target};
 use crate::yaml::{Fields, Tree};
-
-/// The flag that every output has.
-pub(crate) const DESTINATION: Flag = Flag {
-    name: "destination",
-    yaml: "destination",
-    value: FlagValue::Destination,
-    required: true,
-    help: "Where to write the files: a path, file:///path, kubernetes-secret:///name or memory://",
-};
 
 /// The keys that they share.
 #[derive(Debug, Clone)]

@@ -16,6 +16,7 @@ const RINGS: &[&[&str]] = &[
         "fsx",
         "health",
         "pb",
+        "query",
         "renewal",
         "secret",
         "spiffe",

@@ -1,7 +1,6 @@
 //! The two calls of AWS's EKS API that discovery makes, signed.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::time::SystemTime;
 
 use aws_credential_types::Credentials;
@@ -15,6 +14,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use crate::embedded::outbound::{Outbound, OutboundError, Target};
+use crate::query::encoded;
 
 /// The largest answer, in bytes: a description has a few KiB.
 const MAX_ANSWER: usize = 1024 * 1024;
@@ -110,7 +110,7 @@ impl Eks {
             match page.next_token.filter(|token| !token.is_empty()) {
                 None => return Ok(names),
                 Some(token) => {
-                    path = format!("/clusters?maxResults=100&nextToken={}", encode(&token));
+                    path = format!("/clusters?maxResults=100&nextToken={}", encoded(&token));
                 }
             }
         }
@@ -196,20 +196,6 @@ fn is_name(name: &str) -> bool {
             .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
 }
 
-/// A value of a query (RFC 3986).
-fn encode(text: &str) -> String {
-    let mut encoded = String::new();
-    for byte in text.bytes() {
-        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
-            encoded.push(char::from(byte));
-        } else {
-            // Writing to a string does not fail.
-            let _written = write!(encoded, "%{byte:02X}");
-        }
-    }
-    encoded
-}
-
 /// The message of an error, or the beginning of whatever it is, on one line.
 fn reason(body: &[u8]) -> String {
     const LONGEST: usize = 300;
@@ -244,7 +230,6 @@ mod tests {
             assert_eq!(is_name(name), good, "{name:?}");
         }
         assert!(!is_name(&"x".repeat(101)));
-        assert_eq!(encode("a+/=~ü"), "a%2B%2F%3D~%C3%BC");
         assert_eq!(host("eu-west-1"), "eks.eu-west-1.amazonaws.com");
         assert_eq!(host("cn-north-1"), "eks.cn-north-1.amazonaws.com.cn");
     }

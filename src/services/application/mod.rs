@@ -6,7 +6,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 use super::artifacts::{AUTHORITIES, Artifacts, CREDENTIALS, TLS, names};
-use super::impersonated::{DESTINATION, Impersonated};
+use super::flags::DESTINATION;
+use super::impersonated::Impersonated;
 use super::lookup::NoSingle;
 use super::{Context, Flag, FlagValue, Made, Output, Service, ServiceKind, ServicePlan};
 use crate::destination::{Destination, DestinationPlan};

@@ -7,7 +7,8 @@ use async_trait::async_trait;
 
 use super::artifacts::{AUTHORITIES, Artifacts, CREDENTIALS, TLS, names};
 use super::authorities::{Authorities, bundle, terminated};
-use super::impersonated::{DESTINATION, Impersonated};
+use super::flags::DESTINATION;
+use super::impersonated::Impersonated;
 use super::lookup;
 use super::{Context, Flag, FlagValue, Made, Output, Service, ServiceKind, ServicePlan};
 use crate::cluster::client::resources::Resource;

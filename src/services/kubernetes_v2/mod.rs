@@ -8,7 +8,8 @@ use anyhow::bail;
 use async_trait::async_trait;
 
 use super::artifacts::{Artifacts, CREDENTIALS, names};
-use super::impersonated::{DESTINATION, Impersonated};
+use super::flags::DESTINATION;
+use super::impersonated::Impersonated;
 use super::kubernetes::DISABLE_PLUGIN;
 use super::kubernetes::access::{Address, Logins, trusted};
 use super::kubernetes::kubeconfig::{KubeContext, Kubeconfig};

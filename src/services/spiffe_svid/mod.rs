@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
+use super::flags::{DESTINATION, FEDERATED_BUNDLES};
 use super::svid::{Derived, Surroundings, x509_files};
 use super::{Context, Flag, FlagValue, Made, Output, Service, ServiceKind, ServicePlan};
 use crate::destination::{self, Destination, DestinationPlan};
@@ -29,13 +30,7 @@ impl ServiceKind for Kind {
 
     fn flags(&self) -> &'static [Flag] {
         &[
-            Flag {
-                name: "destination",
-                yaml: "destination",
-                value: FlagValue::Destination,
-                required: true,
-                help: "Where to write the files: a path, file:///path or memory://",
-            },
+            DESTINATION,
             Flag {
                 name: "svid-path",
                 yaml: "svid.path",
@@ -64,13 +59,7 @@ impl ServiceKind for Kind {
                 required: false,
                 help: "An IP address of the certificate; repeatable",
             },
-            Flag {
-                name: "include-federated-trust-bundles",
-                yaml: "include_federated_trust_bundles",
-                value: FlagValue::Bool,
-                required: false,
-                help: "Write the bundles of federated trust domains beside the cluster's own",
-            },
+            FEDERATED_BUNDLES,
         ]
     }
 
@@ -285,16 +274,11 @@ impl Output for SpiffeSvid {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::yaml::{Problems, emit, parse};
+    use crate::services::testing;
+    use crate::yaml::emit;
 
     fn read(source: &str) -> (Option<Box<dyn ServicePlan>>, String) {
-        let node = parse(source).unwrap();
-        let problems = Problems::new();
-        let mut fields = Fields::new(&node, "", &problems).unwrap();
-        fields.ignore("type");
-        let plan = Kind.parse(&mut fields);
-        fields.finish();
-        (plan, problems.render("t"))
+        testing::read(&Kind, source)
     }
 
     #[test]

@@ -8,14 +8,15 @@ use async_trait::async_trait;
 
 use super::artifacts::{Artifacts, names};
 use super::authorities::{Authorities, Authority};
-use super::impersonated::{DESTINATION, Impersonated};
-use super::query::encoded;
+use super::flags::DESTINATION;
+use super::impersonated::Impersonated;
 use super::{Context, Flag, FlagValue, Made, Output, Service, ServiceKind, ServicePlan};
 use crate::crypto::Purpose;
 use crate::crypto::ssh::SshCertificate;
 use crate::destination::{Destination, DestinationPlan};
 use crate::identity::new_key;
 use crate::pb::teleport::trust::v1::GenerateHostCertRequest;
+use crate::query::encoded;
 use crate::yaml::{Fields, Tree};
 
 /// The authorities that a server may be told to believe: that of the cluster's users, or the one

@@ -22,6 +22,7 @@ use tonic::service::interceptor::InterceptedService;
 
 use self::api::Api;
 use self::listener::{Bound, Listen};
+use super::flags::NAME_SELECTOR;
 use super::svid::Derived;
 use super::trust::Feeds;
 use super::{Context, Flag, FlagValue, Server, Service, ServiceKind, ServicePlan};
@@ -65,13 +66,7 @@ impl ServiceKind for Kind {
                 required: true,
                 help: "Where to listen, for example unix:///opt/machine-id/workload.sock",
             },
-            Flag {
-                name: "name-selector",
-                yaml: "selector.name",
-                value: FlagValue::Text,
-                required: false,
-                help: "The name of the workload identity to issue",
-            },
+            NAME_SELECTOR,
             Flag {
                 name: "label-selector",
                 yaml: "selector.labels",

@@ -3,18 +3,14 @@ use crate::cluster::Client;
 use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
 use crate::pb::workload_api::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use crate::pb::workload_api::{JwtBundlesRequest, X509BundlesRequest, X509svidRequest};
+use crate::services::testing;
 use crate::workload::tests::{Authority, DOMAIN, HOUR, message, start};
 use crate::workload::{Crl, IssueError, Issuer, Svid};
-use crate::yaml::{Problems, emit, parse};
+use crate::yaml::emit;
 use tonic::Code;
 
 fn read(source: &str) -> (Option<Box<dyn ServicePlan>>, String) {
-    let node = parse(source).unwrap();
-    let problems = Problems::new();
-    let mut fields = Fields::new(&node, "", &problems).unwrap();
-    let plan = Kind.parse(&mut fields);
-    fields.finish();
-    (plan, problems.render("t"))
+    testing::read(&Kind, source)
 }
 
 #[test]

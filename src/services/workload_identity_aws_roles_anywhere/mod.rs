@@ -21,6 +21,7 @@ use self::arn::{Arn, is_region};
 use self::credentials::{Rest, section};
 use self::session::Endpoint;
 use self::sign::{Question, Signer, sign};
+use super::flags::{DESTINATION, LABEL_SELECTOR, NAME_SELECTOR};
 use super::svid::{Derived, Surroundings, only};
 use super::{Context, Flag, FlagValue, Lifetime, Made, Output, Service, ServiceKind, ServicePlan};
 use crate::cluster::network::{self, Network};
@@ -67,26 +68,9 @@ impl ServiceKind for Kind {
             }
         }
         const FLAGS: &[Flag] = &[
-            Flag {
-                name: "destination",
-                yaml: "destination",
-                value: FlagValue::Destination,
-                required: true,
-                help: "Where to write the file: a path, file:///path or memory://",
-            },
-            text(
-                "name-selector",
-                "selector.name",
-                false,
-                "The name of the workload identity to issue",
-            ),
-            Flag {
-                name: "label-selector",
-                yaml: "selector.labels",
-                value: FlagValue::Labels,
-                required: false,
-                help: "Labels of the workload identity to issue, as key=value,key2=value2",
-            },
+            DESTINATION,
+            NAME_SELECTOR,
+            LABEL_SELECTOR,
             text("role-arn", "role_arn", true, "The AWS role to assume"),
             text(
                 "profile-arn",

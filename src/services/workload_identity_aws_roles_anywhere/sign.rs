@@ -10,7 +10,7 @@ use time::macros::format_description;
 
 use crate::crypto::x509::{self, Certificate};
 use crate::crypto::{KeyAlgorithm, KeyError, PrivateKey, sha256_hex};
-use crate::services::query::encoded;
+use crate::query::encoded;
 
 /// The service's name in the scope of a signature.
 const SERVICE: &str = "rolesanywhere";

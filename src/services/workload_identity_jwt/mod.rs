@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
+use super::flags::{DESTINATION, LABEL_SELECTOR, NAME_SELECTOR};
 use super::svid::{Derived, Surroundings, only};
 use super::{Context, Flag, FlagValue, Made, Output, Service, ServiceKind, ServicePlan};
 use crate::destination::{self, Destination, DestinationPlan, FileSet};
@@ -28,27 +29,9 @@ impl ServiceKind for Kind {
 
     fn flags(&self) -> &'static [Flag] {
         &[
-            Flag {
-                name: "destination",
-                yaml: "destination",
-                value: FlagValue::Destination,
-                required: true,
-                help: "Where to write the file: a path, file:///path or memory://",
-            },
-            Flag {
-                name: "name-selector",
-                yaml: "selector.name",
-                value: FlagValue::Text,
-                required: false,
-                help: "The name of the workload identity to issue",
-            },
-            Flag {
-                name: "label-selector",
-                yaml: "selector.labels",
-                value: FlagValue::Labels,
-                required: false,
-                help: "Labels of the workload identity to issue, as key=value,key2=value2",
-            },
+            DESTINATION,
+            NAME_SELECTOR,
+            LABEL_SELECTOR,
             Flag {
                 name: "audience",
                 yaml: "audiences",
@@ -179,15 +162,11 @@ impl Output for JwtOutput {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::yaml::{Problems, emit, parse};
+    use crate::services::testing;
+    use crate::yaml::emit;
 
     fn read(source: &str) -> (Option<Box<dyn ServicePlan>>, String) {
-        let node = parse(source).unwrap();
-        let problems = Problems::new();
-        let mut fields = Fields::new(&node, "", &problems).unwrap();
-        let plan = Kind.parse(&mut fields);
-        fields.finish();
-        (plan, problems.render("t"))
+        testing::read(&Kind, source)
     }
 
     #[test]

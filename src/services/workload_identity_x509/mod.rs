@@ -10,8 +10,9 @@ use std::time::SystemTime;
 use async_trait::async_trait;
 use bytes::Bytes;
 
+use super::flags::{DESTINATION, FEDERATED_BUNDLES, LABEL_SELECTOR, NAME_SELECTOR};
 use super::svid::{Derived, Surroundings, only, x509_files};
-use super::{Context, Flag, FlagValue, Made, Output, Service, ServiceKind, ServicePlan};
+use super::{Context, Flag, Made, Output, Service, ServiceKind, ServicePlan};
 use crate::crypto::pem;
 use crate::destination::{self, Destination, DestinationPlan, FileSet};
 use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
@@ -41,34 +42,10 @@ impl ServiceKind for Kind {
 
     fn flags(&self) -> &'static [Flag] {
         &[
-            Flag {
-                name: "destination",
-                yaml: "destination",
-                value: FlagValue::Destination,
-                required: true,
-                help: "Where to write the files: a path, file:///path or memory://",
-            },
-            Flag {
-                name: "name-selector",
-                yaml: "selector.name",
-                value: FlagValue::Text,
-                required: false,
-                help: "The name of the workload identity to issue",
-            },
-            Flag {
-                name: "label-selector",
-                yaml: "selector.labels",
-                value: FlagValue::Labels,
-                required: false,
-                help: "Labels of the workload identity to issue, as key=value,key2=value2",
-            },
-            Flag {
-                name: "include-federated-trust-bundles",
-                yaml: "include_federated_trust_bundles",
-                value: FlagValue::Bool,
-                required: false,
-                help: "Write the bundles of federated trust domains beside the cluster's own",
-            },
+            DESTINATION,
+            NAME_SELECTOR,
+            LABEL_SELECTOR,
+            FEDERATED_BUNDLES,
         ]
     }
 

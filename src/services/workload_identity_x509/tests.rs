@@ -1,15 +1,11 @@
 use super::*;
 use crate::crypto::{KeyAlgorithm, PrivateKey, pem};
+use crate::services::testing;
 use crate::workload::tests::{Authority, DOMAIN, HOUR, message, start};
-use crate::yaml::{Problems, emit, parse};
+use crate::yaml::emit;
 
 fn read(source: &str) -> (Option<Box<dyn ServicePlan>>, String) {
-    let node = parse(source).unwrap();
-    let problems = Problems::new();
-    let mut fields = Fields::new(&node, "", &problems).unwrap();
-    let plan = Kind.parse(&mut fields);
-    fields.finish();
-    (plan, problems.render("t"))
+    testing::read(&Kind, source)
 }
 
 #[test]
