@@ -1,15 +1,19 @@
 //! The `workload-identity-api` service: the SPIFFE Workload API on a unix socket.
 //!
 //! `listener.rs` opens the socket, `incoming.rs` pins who connects, `authority.rs`
-//! lets clients in that name the socket's path as authority, `api.rs` answers calls,
-//! `limits.rs` keeps one user from starving the others. Issuing, caching and following bundles are
+//! lets clients in that name the socket's path as authority, `limits.rs` keeps one user from starving
+//! the others. `source.rs` is what every call draws on, `feed.rs` the streams, `spiffe.rs` the calls
+//! of the standard and `message.rs` what their messages hold. Issuing, caching and following bundles are
 //! [`crate::workload`]'s.
 
-mod api;
 mod authority;
+mod feed;
 mod incoming;
 mod limits;
 mod listener;
+mod message;
+mod source;
+mod spiffe;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,17 +21,16 @@ use std::time::Duration;
 use anyhow::Context as _;
 use async_trait::async_trait;
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
 use tonic::service::interceptor::InterceptedService;
 
-use self::api::Api;
 use self::listener::{Bound, Listen};
+use self::source::Source;
+use self::spiffe::SpiffeApi;
 use super::flags::NAME_SELECTOR;
 use super::svid::Derived;
 use super::trust::Feeds;
 use super::{Context, Flag, FlagValue, Server, Service, ServiceKind, ServicePlan};
 use crate::attest;
-use crate::clock::Clock;
 use crate::destination::DestinationPlan;
 use crate::pb::workload_api::spiffe_workload_api_server::SpiffeWorkloadApiServer;
 use crate::workload::{Access, Bundles, Cache, ClusterIssuer, Freshness, JwtIssuer, Selector};
@@ -170,21 +173,20 @@ impl Server for WorkloadApi {
             context.clock.clone(),
             context.lifetime.interval,
         );
-        let api = Api::new(
-            api::Sources {
-                cache: cache.clone(),
-                jwt,
-                bundles: bundles.clone(),
-                crl: revoked,
-            },
-            self.plan.attestors.build(),
-            self.plan.selector.clone(),
-            context.lifetime.ttl,
-            context.clock.clone(),
-            context.shutdown.clone(),
-        );
+        let source = Arc::new(Source {
+            cache: cache.clone(),
+            jwt,
+            bundles: bundles.clone(),
+            crl: revoked,
+            attestors: self.plan.attestors.build(),
+            selector: self.plan.selector.clone(),
+            ttl: context.lifetime.ttl,
+            clock: context.clock.clone(),
+            shutdown: context.shutdown.clone(),
+            calls: Source::limit(),
+        });
         tracing::info!(listen = %self.plan.listen, "Workload API is listening");
-        let serve = serve(api, &bound, &context.clock, &context.shutdown);
+        let serve = serve(source, &bound);
         let work = async {
             tokio::join!(
                 cache.run(),
@@ -206,21 +208,15 @@ impl Server for WorkloadApi {
     }
 }
 
-/// Serves until `shutdown`, and then until every call has ended.
-async fn serve(
-    api: Api,
-    bound: &Bound,
-    clock: &Clock,
-    shutdown: &CancellationToken,
-) -> Result<(), tonic::transport::Error> {
-    let service = SpiffeWorkloadApiServer::new(api).max_decoding_message_size(MAX_REQUEST);
+/// Serves until the source's shutdown, and then until every call has ended.
+async fn serve(source: Arc<Source>, bound: &Bound) -> Result<(), tonic::transport::Error> {
+    let (clock, shutdown) = (source.clock.clone(), source.shutdown.clone());
+    let spiffe =
+        SpiffeWorkloadApiServer::new(SpiffeApi(source)).max_decoding_message_size(MAX_REQUEST);
     tonic::transport::Server::builder()
         .max_concurrent_streams(Some(STREAMS_PER_CONNECTION))
-        .add_service(InterceptedService::new(service, api::require_header))
-        .serve_with_incoming_shutdown(
-            incoming::accept(bound, clock.clone()),
-            shutdown.clone().cancelled_owned(),
-        )
+        .add_service(InterceptedService::new(spiffe, spiffe::require_header))
+        .serve_with_incoming_shutdown(incoming::accept(bound, clock), shutdown.cancelled_owned())
         .await
 }
 

@@ -1,4 +1,5 @@
 use super::*;
+use crate::clock::Clock;
 use crate::cluster::Client;
 use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
 use crate::pb::workload_api::spiffe_workload_api_client::SpiffeWorkloadApiClient;
@@ -7,6 +8,7 @@ use crate::services::testing;
 use crate::workload::tests::{Authority, DOMAIN, HOUR, message, start};
 use crate::workload::{Crl, IssueError, Issuer, Svid};
 use crate::yaml::emit;
+use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
 fn read(source: &str) -> (Option<Box<dyn ServicePlan>>, String) {
@@ -127,21 +129,20 @@ impl World {
         let listen = Listen::Unix(self.path.clone());
         let bound = listen.bind().await.unwrap();
         let clock = Clock::simulated(start());
-        let api = Api::new(
-            api::Sources {
-                cache: self.cache.clone(),
-                jwt: JwtIssuer::new(Arc::new(NoAccess), self.bundles.subscribe(), clock.clone()),
-                bundles: self.bundles.subscribe(),
-                crl: self.revoked.subscribe(),
-            },
-            attest::Plan::default().build(),
-            Selector::Name("foo".into()),
-            HOUR,
-            clock.clone(),
-            self.shutdown.clone(),
-        );
+        let source = Source {
+            cache: self.cache.clone(),
+            jwt: JwtIssuer::new(Arc::new(NoAccess), self.bundles.subscribe(), clock.clone()),
+            bundles: self.bundles.subscribe(),
+            crl: self.revoked.subscribe(),
+            attestors: attest::Plan::default().build(),
+            selector: Selector::Name("foo".into()),
+            ttl: HOUR,
+            clock,
+            shutdown: self.shutdown.clone(),
+            calls: Source::limit(),
+        };
         tokio::select! {
-            served = serve(api, &bound, &clock, &self.shutdown) => served.unwrap(),
+            served = serve(Arc::new(source), &bound) => served.unwrap(),
             () = self.cache.run() => {}
             () = test => {}
         }
