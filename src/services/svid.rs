@@ -182,7 +182,7 @@ pub(super) fn x509_files(
 ) -> anyhow::Result<FileSet> {
     let mut bundle = certificates(bundles.local())?;
     if federated {
-        for others in bundles.federated().values() {
+        for (_, others) in bundles.federated_x509() {
             bundle.push_str(&certificates(others)?);
         }
     }

@@ -3,14 +3,15 @@
 use std::time::{Duration, SystemTime};
 
 use aws_lc_rs::signature::{
-    ECDSA_P256_SHA256_FIXED, ECDSA_P384_SHA384_FIXED, RSA_PKCS1_2048_8192_SHA256,
-    RSA_PKCS1_2048_8192_SHA384, RSA_PKCS1_2048_8192_SHA512, RSA_PSS_2048_8192_SHA256,
-    RSA_PSS_2048_8192_SHA384, RSA_PSS_2048_8192_SHA512, UnparsedPublicKey, VerificationAlgorithm,
+    ECDSA_P256_SHA256_FIXED, ECDSA_P384_SHA384_FIXED, ECDSA_P521_SHA512_FIXED,
+    RSA_PKCS1_2048_8192_SHA256, RSA_PKCS1_2048_8192_SHA384, RSA_PKCS1_2048_8192_SHA512,
+    RSA_PSS_2048_8192_SHA256, RSA_PSS_2048_8192_SHA384, RSA_PSS_2048_8192_SHA512,
+    UnparsedPublicKey, VerificationAlgorithm,
 };
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use der::Decode as _;
 use der::asn1::UintRef;
+use der::{Decode as _, Encode as _};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use x509_cert::spki::SubjectPublicKeyInfoRef;
@@ -65,6 +66,7 @@ enum Kind {
     Rsa,
     P256,
     P384,
+    P521,
 }
 
 /// The JWT keys of one trust domain.
@@ -81,6 +83,14 @@ impl JwtBundle {
             .map(|pem| Key::new(&spki_from_pem(pem).map_err(|_source| JwtError::Key)?))
             .collect::<Result<_, _>>()?;
         Ok(Self { keys })
+    }
+
+    /// Reads the keys of a JWK Set. Those without a `kid`, and those that sign no JWT-SVIDs, are
+    /// passed over.
+    #[must_use]
+    pub fn from_jwks<'a>(keys: impl IntoIterator<Item = &'a Map<String, Value>>) -> Self {
+        let keys = keys.into_iter().filter_map(Key::from_jwk).collect();
+        Self { keys }
     }
 
     /// A JWK Set with `kid` and without `use`, as the Workload API sends it.
@@ -103,39 +113,100 @@ impl JwtBundle {
     }
 }
 
+/// An RSA public key (PKCS#1).
+#[derive(der::Sequence)]
+struct RsaKey<'a> {
+    n: UintRef<'a>,
+    e: UintRef<'a>,
+}
+
+/// The curves of JWT-SVIDs: their names, and the bytes of a coordinate.
+const CURVES: &[(&str, Kind, usize)] = &[
+    ("P-256", Kind::P256, 32),
+    ("P-384", Kind::P384, 48),
+    ("P-521", Kind::P521, 66),
+];
+
+fn encode(bytes: &[u8]) -> String {
+    URL_SAFE_NO_PAD.encode(bytes)
+}
+
 impl Key {
     fn new(spki: &[u8]) -> Result<Self, JwtError> {
-        #[derive(der::Sequence)]
-        struct RsaKey<'a> {
-            n: UintRef<'a>,
-            e: UintRef<'a>,
-        }
-        let encode = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
         let info = SubjectPublicKeyInfoRef::from_der(spki).map_err(|_source| JwtError::Key)?;
         let bytes = info.subject_public_key.as_bytes().ok_or(JwtError::Key)?;
-        let (kind, kid, mut jwk) = if let Ok(key) = RsaKey::from_der(bytes) {
-            // The key ID is computed, not sent: over PKCS#1 for RSA, over the SPKI for the others.
-            let jwk = json!({ "kty": "RSA", "n": encode(key.n.as_bytes()), "e": encode(key.e.as_bytes()) });
-            (Kind::Rsa, encode(&sha256(bytes)), jwk)
-        } else {
-            let point = bytes.strip_prefix(&[4]).ok_or(JwtError::Key)?;
-            let (kind, curve) = match point.len() {
-                64 => (Kind::P256, "P-256"),
-                96 => (Kind::P384, "P-384"),
-                _ => return Err(JwtError::Key),
-            };
-            let (x, y) = point.split_at(point.len() / 2);
-            let jwk = json!({ "kty": "EC", "crv": curve, "x": encode(x), "y": encode(y) });
-            (kind, encode(&sha256(spki)), jwk)
-        };
-        let jwk = jwk.as_object_mut().ok_or(JwtError::Key)?;
-        jwk.insert("kid".to_owned(), Value::String(kid.clone()));
-        Ok(Self {
+        // The key ID is computed, not sent: over PKCS#1 for RSA, over the SPKI for the others.
+        if let Ok(key) = RsaKey::from_der(bytes) {
+            return Self::rsa(encode(&sha256(bytes)), &key).ok_or(JwtError::Key);
+        }
+        let point = bytes.strip_prefix(&[4]).ok_or(JwtError::Key)?;
+        let (x, y) = point.split_at(point.len() / 2);
+        let curve = CURVES.iter().find(|(_, _, length)| *length == x.len());
+        let curve = curve.ok_or(JwtError::Key)?;
+        Self::ec(encode(&sha256(spki)), curve, x, y).ok_or(JwtError::Key)
+    }
+
+    /// A key of a JWK Set; `None` if it lacks something, or signs no JWT-SVIDs.
+    fn from_jwk(jwk: &Map<String, Value>) -> Option<Self> {
+        let text = |name: &str| jwk.get(name).and_then(Value::as_str);
+        let bytes = |name: &str| URL_SAFE_NO_PAD.decode(text(name)?).ok();
+        let kid = text("kid").filter(|kid| !kid.is_empty())?.to_owned();
+        match text("kty")? {
+            "RSA" => {
+                let (n, e) = (bytes("n")?, bytes("e")?);
+                let (n, e) = (UintRef::new(&n).ok()?, UintRef::new(&e).ok()?);
+                Self::rsa(kid, &RsaKey { n, e })
+            }
+            "EC" => {
+                let name = text("crv")?;
+                let curve = CURVES.iter().find(|(known, ..)| *known == name)?;
+                Self::ec(kid, curve, &bytes("x")?, &bytes("y")?)
+            }
+            _ => None,
+        }
+    }
+
+    fn rsa(kid: String, key: &RsaKey<'_>) -> Option<Self> {
+        let (n, e) = (encode(key.n.as_bytes()), encode(key.e.as_bytes()));
+        let jwk = [("kty", "RSA".to_owned()), ("n", n), ("e", e)];
+        let bytes = key.to_der().ok()?;
+        Some(Self::of(kid, Kind::Rsa, bytes, jwk))
+    }
+
+    fn ec(
+        kid: String,
+        (name, kind, length): &(&str, Kind, usize),
+        x: &[u8],
+        y: &[u8],
+    ) -> Option<Self> {
+        if x.len() != *length || y.len() != *length {
+            return None;
+        }
+        let jwk = [
+            ("kty", "EC".to_owned()),
+            ("crv", (*name).to_owned()),
+            ("x", encode(x)),
+            ("y", encode(y)),
+        ];
+        Some(Self::of(kid, *kind, [&[4], x, y].concat(), jwk))
+    }
+
+    fn of(
+        kid: String,
+        kind: Kind,
+        bytes: Vec<u8>,
+        jwk: impl IntoIterator<Item = (&'static str, String)>,
+    ) -> Self {
+        let members = jwk.into_iter().chain([("kid", kid.clone())]);
+        let jwk = members
+            .map(|(name, text)| (name.to_owned(), Value::String(text)))
+            .collect();
+        Self {
             kid,
             kind,
-            bytes: bytes.to_vec(),
-            jwk: std::mem::take(jwk),
-        })
+            bytes,
+            jwk,
+        }
     }
 }
 
@@ -230,6 +301,7 @@ fn algorithm(name: &str) -> Result<(Kind, &'static dyn VerificationAlgorithm), J
         "PS512" => (Kind::Rsa, &RSA_PSS_2048_8192_SHA512),
         "ES256" => (Kind::P256, &ECDSA_P256_SHA256_FIXED),
         "ES384" => (Kind::P384, &ECDSA_P384_SHA384_FIXED),
+        "ES512" => (Kind::P521, &ECDSA_P521_SHA512_FIXED),
         other => return Err(JwtError::Algorithm(other.to_owned())),
     })
 }
@@ -316,6 +388,26 @@ mod tests {
             validate("a.b", "x", NOW, |_| None),
             Err(JwtError::Malformed)
         );
+    }
+
+    #[test]
+    fn a_key_set_that_was_sent_verifies_what_the_keys_signed() {
+        let now = NOW;
+        for (algorithm, alg) in [
+            (KeyAlgorithm::Rsa2048, "RS256"),
+            (KeyAlgorithm::EcdsaP256, "ES256"),
+        ] {
+            let key = PrivateKey::generate(algorithm).unwrap();
+            let sent: Value = serde_json::from_slice(&bundle(&key).jwks()).unwrap();
+            let sent: Vec<_> = sent["keys"].as_array().unwrap().iter().collect();
+            let read = JwtBundle::from_jwks(sent.iter().filter_map(|key| key.as_object()));
+            assert_eq!(read, bundle(&key));
+            if alg == "RS256" {
+                let (header, claims) = good(&key);
+                let token = token(&key, &header, &claims);
+                assert!(validate(&token, "x", now, |_| Some(&read)).is_ok());
+            }
+        }
     }
 
     #[test]

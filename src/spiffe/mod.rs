@@ -1,5 +1,6 @@
-//! SPIFFE IDs, trust domains and JWT-SVIDs, read strictly.
+//! SPIFFE IDs, trust domains, bundle documents and JWT-SVIDs, read strictly.
 
+pub mod bundle;
 mod id;
 pub mod jwt;
 

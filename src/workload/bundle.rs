@@ -6,10 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
-use serde::Deserialize;
 use tokio::sync::watch;
 
 use crate::backoff::{Backoff, Loudness, Repeated};
@@ -23,6 +20,7 @@ use crate::pb::proto::{Event, Operation, Watch};
 use crate::pb::teleport::machineid::v1::SpiffeFederation;
 use crate::pb::types::{CaKeySet, CertAuthorityV2, WatchKind};
 use crate::spiffe::TrustDomain;
+use crate::spiffe::bundle::{Document, DocumentError};
 use crate::spiffe::jwt::JwtBundle;
 
 /// The authority whose certificates make the bundle.
@@ -31,8 +29,25 @@ const CA_KIND: &str = "cert_authority";
 const FEDERATION_KIND: &str = "spiffe_federation";
 /// How often a cluster without a watch is asked again.
 const POLL: Duration = Duration::from_mins(5);
-/// The largest federated bundle that is read, in bytes.
-const MAX_BUNDLE: usize = 1024 * 1024;
+
+/// The bundle of a federated trust domain. It may have lost all of its keys: nothing of that trust
+/// domain is to be believed then.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Federated {
+    /// DER certificates, one after the other.
+    pub x509: Bytes,
+    /// The keys that verify its JWT-SVIDs.
+    pub jwt: JwtBundle,
+}
+
+impl From<Document> for Federated {
+    fn from(document: Document) -> Self {
+        Self {
+            x509: document.x509(),
+            jwt: document.jwt,
+        }
+    }
+}
 
 /// The bundles of one moment. Immutable; share it with `Arc`.
 #[derive(Debug, Clone)]
@@ -41,7 +56,7 @@ pub struct Bundles {
     local: Bytes,
     authorities: Vec<Certificate>,
     jwt: JwtBundle,
-    federated: BTreeMap<TrustDomain, Bytes>,
+    federated: BTreeMap<TrustDomain, Federated>,
 }
 
 impl PartialEq for Bundles {
@@ -126,9 +141,43 @@ impl Bundles {
         &self.authorities
     }
 
-    /// The bundles of federated trust domains, the same way.
-    pub fn federated(&self) -> &BTreeMap<TrustDomain, Bytes> {
+    /// The bundles of the other trust domains that the cluster federates with.
+    pub fn federated(&self) -> &BTreeMap<TrustDomain, Federated> {
         &self.federated
+    }
+
+    /// The certificates of each other trust domain that has any, DER, one after the other.
+    pub fn federated_x509(&self) -> impl Iterator<Item = (&TrustDomain, &Bytes)> {
+        self.federated
+            .iter()
+            .map(|(domain, bundle)| (domain, &bundle.x509))
+            .filter(|(_, x509)| !x509.is_empty())
+    }
+
+    /// The JWT keys of each other trust domain that has any.
+    pub fn federated_jwt(&self) -> impl Iterator<Item = (&TrustDomain, &JwtBundle)> {
+        self.federated
+            .iter()
+            .map(|(domain, bundle)| (domain, &bundle.jwt))
+            .filter(|(_, jwt)| !jwt.is_empty())
+    }
+
+    /// The keys that verify JWT-SVIDs of `domain`, the own one or a federated one; `None` if nobody
+    /// vouches for it.
+    pub fn jwt_of(&self, domain: &TrustDomain) -> Option<&JwtBundle> {
+        if *domain == self.trust_domain {
+            return Some(&self.jwt);
+        }
+        self.federated.get(domain).map(|bundle| &bundle.jwt)
+    }
+
+    /// Takes a federated bundle in. Nobody else speaks for the own trust domain.
+    fn insert(&mut self, domain: TrustDomain, bundle: Federated) {
+        if domain == self.trust_domain {
+            tracing::warn!(%domain, "Leaving out a federation with the cluster's own trust domain");
+            return;
+        }
+        self.federated.insert(domain, bundle);
     }
 }
 
@@ -142,9 +191,18 @@ pub enum BundleError {
     /// The cluster's or the federation's name is no trust domain.
     #[error("{0:?} cannot be a trust domain (1 to 255 characters of a-z, 0-9, '.', '-', '_')")]
     TrustDomain(String),
-    /// A certificate or the bundle document cannot be read.
+    /// A certificate or key of the authority cannot be read.
     #[error("the bundle of {0} is malformed")]
     Malformed(TrustDomain),
+    /// What the cluster says about a federated trust domain is no bundle.
+    #[error("the bundle of {domain} cannot be read: {source}")]
+    Document {
+        /// Whose bundle it was to be.
+        domain: TrustDomain,
+        /// What is wrong with it.
+        #[source]
+        source: DocumentError,
+    },
     /// The federated bundle was not fetched by the cluster yet.
     #[error("the cluster has no bundle of {0} yet")]
     NotReady(TrustDomain),
@@ -293,7 +351,7 @@ impl Follower<'_> {
         for federation in &federations {
             match federated(federation) {
                 Ok((domain, bundle)) => {
-                    bundles.federated.insert(domain, bundle);
+                    bundles.insert(domain, bundle);
                 }
                 Err(error) => {
                     tracing::warn!(%error, "Leaving out a federated trust domain");
@@ -337,7 +395,7 @@ impl Follower<'_> {
             Some(Resource::SpiffeFederation(federation)) if !deleted => {
                 federated(&federation).map(|(domain, bundle)| {
                     let mut bundles = Bundles::clone(&current);
-                    bundles.federated.insert(domain, bundle);
+                    bundles.insert(domain, bundle);
                     bundles
                 })
             }
@@ -383,8 +441,8 @@ fn domain_of(federation: &SpiffeFederation) -> Result<TrustDomain, BundleError> 
     TrustDomain::new(name).map_err(|_source| BundleError::TrustDomain(name.to_owned()))
 }
 
-/// The X.509 part of a federated trust domain's bundle.
-fn federated(federation: &SpiffeFederation) -> Result<(TrustDomain, Bytes), BundleError> {
+/// The bundle of a federated trust domain.
+fn federated(federation: &SpiffeFederation) -> Result<(TrustDomain, Federated), BundleError> {
     let domain = domain_of(federation)?;
     let document = federation
         .status
@@ -393,44 +451,8 @@ fn federated(federation: &SpiffeFederation) -> Result<(TrustDomain, Bytes), Bund
     if document.is_empty() {
         return Err(BundleError::NotReady(domain));
     }
-    match parse_spiffe_bundle(document) {
-        Some(bundle) => Ok((domain, bundle)),
-        None => Err(BundleError::Malformed(domain)),
+    match Document::parse(document.as_bytes()) {
+        Ok(document) => Ok((domain, document.into())),
+        Err(source) => Err(BundleError::Document { domain, source }),
     }
-}
-
-#[derive(Deserialize)]
-struct Document {
-    keys: Vec<DocumentKey>,
-}
-
-#[derive(Deserialize)]
-struct DocumentKey {
-    #[serde(default, rename = "use")]
-    purpose: String,
-    #[serde(default)]
-    x5c: Vec<String>,
-}
-
-/// The `x509-svid` certificates of a SPIFFE bundle document (`SPIFFE_Trust_Domain_and_Bundle.md` 4),
-/// DER, one after the other. A bundle without any is valid and empty.
-fn parse_spiffe_bundle(document: &str) -> Option<Bytes> {
-    if document.len() > MAX_BUNDLE {
-        return None;
-    }
-    let document: Document = serde_json::from_str(document).ok()?;
-    let mut bundle = Vec::new();
-    for key in document
-        .keys
-        .iter()
-        .filter(|key| key.purpose == "x509-svid")
-    {
-        let [certificate] = key.x5c.as_slice() else {
-            return None;
-        };
-        let der = STANDARD.decode(certificate).ok()?;
-        Certificate::from_der(&der).ok()?;
-        bundle.extend(der);
-    }
-    Some(bundle.into())
 }

@@ -17,7 +17,7 @@ mod outcome;
 #[cfg(test)]
 pub(crate) mod tests;
 
-pub use bundle::{BundleFeed, Bundles};
+pub use bundle::{BundleFeed, Bundles, Federated};
 pub use cache::{Cache, Freshness, State, Subscription};
 pub use crl::{Crl, CrlFeed};
 pub use issue::{Access, ClusterIssuer, IssueError, Issuer, Svid};

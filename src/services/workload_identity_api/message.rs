@@ -17,13 +17,10 @@ pub(super) fn entry(svid: &Svid, bundles: &Bundles) -> X509svid {
     }
 }
 
-/// Federated bundles by the ID of their trust domain, without the own one.
+/// Federated bundles by the ID of their trust domain.
 pub(super) fn federated(bundles: &Bundles) -> impl Iterator<Item = (String, Bytes)> {
-    let own = bundles.trust_domain();
     bundles
-        .federated()
-        .iter()
-        .filter(move |(domain, _)| *domain != own)
+        .federated_x509()
         .map(|(domain, bundle)| (domain.id(), bundle.clone()))
 }
 

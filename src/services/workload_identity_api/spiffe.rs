@@ -94,7 +94,6 @@ impl Content for X509Bundles {
         crl: Vec<Bytes>,
         _clock: &Clock,
     ) -> Result<Option<X509BundlesResponse>, Box<Status>> {
-        // The own trust domain wins over a federated one of the same name.
         let local = (bundles.trust_domain().id(), bundles.local().clone());
         Ok(Some(X509BundlesResponse {
             crl,
@@ -124,9 +123,13 @@ impl Content for JwtBundles {
         _crl: Vec<Bytes>,
         _clock: &Clock,
     ) -> Result<Option<JwtBundlesResponse>, Box<Status>> {
-        let local = (bundles.trust_domain().id(), bundles.jwt().jwks());
+        let local = (bundles.trust_domain(), bundles.jwt());
         Ok(Some(JwtBundlesResponse {
-            bundles: HashMap::from([local]),
+            bundles: bundles
+                .federated_jwt()
+                .chain([local])
+                .map(|(domain, keys)| (domain.id(), keys.jwks()))
+                .collect(),
         }))
     }
 
@@ -239,7 +242,7 @@ impl SpiffeWorkloadApi for SpiffeApi {
             ));
         };
         let valid = jwt::validate(&svid, &audience, self.0.clock.now(), |domain| {
-            (domain == bundles.trust_domain()).then(|| bundles.jwt())
+            bundles.jwt_of(domain)
         })
         .map_err(|error| Status::invalid_argument(error.to_string()))?;
         Ok(Response::new(ValidateJwtsvidResponse {

@@ -11,10 +11,13 @@ use super::*;
 use crate::clock::Clock;
 use crate::cluster::ClusterError;
 use crate::cluster::events::Events;
+use crate::crypto::{KeyAlgorithm, PrivateKey};
 use crate::pb::proto::event::Resource;
 use crate::pb::proto::{Event, Operation, Watch};
 use crate::pb::teleport::header::v1::Metadata;
 use crate::pb::teleport::machineid::v1::{SpiffeFederation, SpiffeFederationStatus};
+use crate::spiffe::TrustDomain;
+use crate::spiffe::jwt::JwtBundle;
 use crate::workload::bundle::{BundleError, follow};
 use crate::workload::{BundleFeed, Bundles};
 use std::sync::Arc;
@@ -35,9 +38,12 @@ fn federation(name: &str, document: &str) -> SpiffeFederation {
 
 fn document(authority: &Authority) -> String {
     let der = base64::engine::general_purpose::STANDARD.encode(&authority.der);
-    format!(
-        r#"{{"keys":[{{"use":"jwt-svid","kid":"k","kty":"EC"}},{{"use":"x509-svid","kty":"EC","x5c":["{der}"]}}]}}"#
-    )
+    let key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();
+    let jwks = JwtBundle::from_pems([key.public_pem().as_str()]).unwrap();
+    let jwks: serde_json::Value = serde_json::from_slice(&jwks.jwks()).unwrap();
+    let mut jwt = jwks["keys"][0].clone();
+    jwt["use"] = "jwt-svid".into();
+    format!(r#"{{"keys":[{jwt},{{"use":"x509-svid","kty":"EC","x5c":["{der}"]}}]}}"#)
 }
 
 #[test]
@@ -162,9 +168,12 @@ async fn changes_are_followed_and_nothing_unusable_replaces_what_is_good() {
         let federated: Vec<_> = first
             .federated()
             .iter()
-            .map(|(d, b)| (d.name().to_owned(), b.to_vec()))
+            .map(|(d, b)| (d.name().to_owned(), b.x509.to_vec(), b.jwt.len()))
             .collect();
-        assert_eq!(federated, [("friend.org".to_owned(), friend.der.clone())]);
+        assert_eq!(
+            federated,
+            [("friend.org".to_owned(), friend.der.clone(), 1)]
+        );
 
         // None of these is news.
         events
@@ -197,6 +206,31 @@ async fn changes_are_followed_and_nothing_unusable_replaces_what_is_good() {
             [new.der.clone(), old.der.clone()].concat()
         );
         assert_eq!(second.federated(), first.federated());
+
+        // A trust domain that revoked all of its keys is believed; nobody speaks for another.
+        events
+            .send(Ok(put(Resource::SpiffeFederation(federation(
+                DOMAIN,
+                &document(&friend),
+            )))))
+            .unwrap();
+        events
+            .send(Ok(put(Resource::SpiffeFederation(federation(
+                "friend.org",
+                r#"{"keys":[]}"#,
+            )))))
+            .unwrap();
+        bundles.changed().await.unwrap();
+        let third = bundles.borrow_and_update().clone().unwrap();
+        let domain = TrustDomain::new("friend.org").unwrap();
+        assert!(second.jwt_of(&domain).is_some_and(|keys| keys.len() == 1));
+        assert!(third.jwt_of(&domain).is_some_and(JwtBundle::is_empty));
+        assert_eq!(third.federated().len(), 1);
+        assert_eq!(
+            third.federated_x509().count() + third.federated_jwt().count(),
+            0
+        );
+        assert_eq!(third.jwt_of(third.trust_domain()), Some(third.jwt()));
 
         events
             .send(Ok(delete("spiffe_federation", "friend.org")))
