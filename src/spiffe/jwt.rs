@@ -37,6 +37,9 @@ pub enum JwtError {
     /// No key of the subject's trust domain verifies the token.
     #[error("no key of trust domain {0} verifies the token")]
     Untrusted(String),
+    /// The token is of another type, or wants an extension understood that JWT-SVIDs do not have.
+    #[error("the header asks for what JWT-SVIDs do not have")]
+    Header,
     /// The subject is no SPIFFE ID.
     #[error("the subject is no SPIFFE ID")]
     Subject,
@@ -46,6 +49,9 @@ pub enum JwtError {
     /// The token has no end or is past it.
     #[error("the token has expired, or does not say when it does")]
     Expired,
+    /// The token begins later.
+    #[error("the token is not valid yet: do the clocks agree?")]
+    NotYet,
     /// A public key is of a kind that signs no JWT-SVIDs.
     #[error("unsupported JWT key")]
     Key,
@@ -214,6 +220,8 @@ impl Key {
 struct Header {
     alg: String,
     kid: Option<String>,
+    typ: Option<String>,
+    crit: Option<Value>,
 }
 
 /// A verified JWT-SVID.
@@ -241,6 +249,10 @@ pub fn validate<'a>(
     let (header, payload) = signed.split_once('.').ok_or(JwtError::Malformed)?;
     let header: Header = json_part(header)?;
     let (kind, algorithm) = algorithm(&header.alg)?;
+    // JWT-SVID.md 2.3, RFC 7515 4.1.11: whoever does not know an extension refuses the token.
+    if header.crit.is_some() || !matches!(header.typ.as_deref(), None | Some("JWT" | "JOSE")) {
+        return Err(JwtError::Header);
+    }
     let claims: Map<String, Value> = json_part(payload)?;
     let id: SpiffeId = claims
         .get("sub")
@@ -260,14 +272,14 @@ pub fn validate<'a>(
                 .is_ok()
         })
         .ok_or_else(untrusted)?;
-    let expires = claims
-        .get("exp")
-        .and_then(Value::as_f64)
-        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
-        .and_then(|since| SystemTime::UNIX_EPOCH.checked_add(since))
-        .ok_or(JwtError::Expired)?;
-    if expires + LEEWAY <= now {
+    let expires = claims.get("exp").and_then(time).ok_or(JwtError::Expired)?;
+    if expires <= now - LEEWAY {
         return Err(JwtError::Expired);
+    }
+    if let Some(begins) = claims.get("nbf")
+        && time(begins).is_none_or(|begins| begins > now + LEEWAY)
+    {
+        return Err(JwtError::NotYet);
     }
     let for_us = match claims.get("aud") {
         Some(Value::String(one)) => one == audience,
@@ -282,6 +294,12 @@ pub fn validate<'a>(
         claims,
         expires,
     })
+}
+
+/// A `NumericDate` (RFC 7519 2).
+fn time(seconds: &Value) -> Option<SystemTime> {
+    let since = Duration::try_from_secs_f64(seconds.as_f64()?).ok()?;
+    SystemTime::UNIX_EPOCH.checked_add(since)
 }
 
 fn json_part<T: serde::de::DeserializeOwned>(part: &str) -> Result<T, JwtError> {
@@ -368,8 +386,25 @@ mod tests {
                 json!({"sub": "td/a", "aud": "x", "exp": 100}),
                 JwtError::Subject,
             ),
+            (
+                json!({"sub": "spiffe://td/a", "aud": "x", "exp": 100, "nbf": 61}),
+                JwtError::NotYet,
+            ),
+            (
+                json!({"sub": "spiffe://td/a", "aud": "x", "exp": 100, "nbf": "0"}),
+                JwtError::NotYet,
+            ),
         ] {
             assert_eq!(check(&header, &claims, NOW), Err(why));
+        }
+        for (name, value) in [
+            ("typ", json!("at+jwt")),
+            ("crit", json!(["exp"])),
+            ("crit", json!([])),
+        ] {
+            let mut header = header.clone();
+            header[name] = value;
+            assert_eq!(check(&header, &claims, NOW), Err(JwtError::Header));
         }
         for alg in ["none", "HS256", "EdDSA", ""] {
             let header = json!({ "alg": alg, "kid": bundle.keys[0].kid });

@@ -35,7 +35,7 @@ const MAX_SVIDS: usize = 64;
 /// The longest intermediate chain that is passed on.
 const MAX_CHAIN: usize = 8;
 /// The longest hint, in bytes (`SPIFFE_Workload_API.md` 5.2.1).
-const MAX_HINT: usize = 1024;
+pub const MAX_HINT: usize = 1024;
 
 /// An X.509-SVID with its key, checked. Immutable; cloning shares the bytes.
 #[derive(Clone)]

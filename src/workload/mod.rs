@@ -20,7 +20,7 @@ pub(crate) mod tests;
 pub use bundle::{BundleFeed, Bundles, Federated};
 pub use cache::{Cache, Freshness, State, Subscription};
 pub use crl::{Crl, CrlFeed};
-pub use issue::{Access, ClusterIssuer, IssueError, Issuer, Svid};
+pub use issue::{Access, ClusterIssuer, IssueError, Issuer, MAX_HINT, Svid};
 pub use jwt::JwtIssuer;
 pub use legacy::{LegacyIssuer, PathRequest};
 pub use selector::Selector;

@@ -19,6 +19,7 @@ mod clients;
 mod common;
 mod completeness;
 mod config;
+mod conformance;
 mod dialling;
 mod discovery;
 mod docs;

@@ -17,7 +17,7 @@ use crate::pb::workload_api::{
     X509svidRequest, X509svidResponse,
 };
 use crate::spiffe::{SpiffeId, jwt};
-use crate::workload::{Bundles, State, Subscription};
+use crate::workload::{Bundles, MAX_HINT, State, Subscription};
 
 /// The metadata that every call carries (`SPIFFE_Workload_Endpoint.md` 6), so that a browser or a
 /// proxied request cannot reach the API by accident.
@@ -200,8 +200,8 @@ impl SpiffeWorkloadApi for SpiffeApi {
             .filter(|svid| spiffe_id.is_empty() || svid.id.to_string() == spiffe_id)
             .map(|svid| Jwtsvid {
                 spiffe_id: svid.id.to_string(),
-                // Hints are unique within a response; the first keeps it.
-                hint: if hints.insert(svid.hint.clone()) {
+                // Hints are short, and unique within a response; the first keeps it.
+                hint: if svid.hint.len() <= MAX_HINT && hints.insert(svid.hint.clone()) {
                     svid.hint
                 } else {
                     String::new()

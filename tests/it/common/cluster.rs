@@ -62,6 +62,7 @@ spec: {spiffe: {id: /svc/foo}}
 /// `tbot cluster serve` in `<sandbox>/cluster`, with an auth port of its own.
 pub(crate) struct Cluster<'a> {
     sandbox: &'a Sandbox,
+    name: String,
     arguments: Vec<String>,
     environment: Vec<(String, String)>,
     process: Option<Process>,
@@ -72,12 +73,20 @@ pub(crate) struct Cluster<'a> {
 }
 
 impl<'a> Cluster<'a> {
-    /// The name of every cluster of the tests.
+    /// The name of the clusters of the tests.
     pub(crate) const NAME: &'static str = "test.example.org";
 
     /// Starts one with the given resources.
     pub(crate) fn start(sandbox: &'a Sandbox, resources: &str) -> Self {
         Self::start_with(sandbox, resources, free_port(), &[])
+    }
+
+    /// Starts one of another name.
+    pub(crate) fn start_named(sandbox: &'a Sandbox, name: &str, resources: &str) -> Self {
+        let mut cluster = Self::stopped(sandbox, resources, free_port(), &[]);
+        name.clone_into(&mut cluster.name);
+        cluster.resume();
+        cluster
     }
 
     /// Starts one whose auth port is `auth_port`, with more arguments of `serve`.
@@ -128,6 +137,7 @@ impl<'a> Cluster<'a> {
         let resources = sandbox.write("resources.yaml", resources);
         let mut cluster = Self {
             sandbox,
+            name: Self::NAME.to_owned(),
             arguments: arguments.iter().map(|&text| text.to_owned()).collect(),
             environment: Vec::new(),
             process: None,
@@ -153,7 +163,7 @@ impl<'a> Cluster<'a> {
         command
             .arg("--data-dir")
             .arg(self.sandbox.path("cluster"))
-            .args(["--cluster-name", Self::NAME])
+            .args(["--cluster-name", &self.name])
             .args(["--listen", &format!("127.0.0.1:{}", self.port)])
             .args(["--auth-listen", &self.auth()])
             .args(["--public-addr", &self.public])

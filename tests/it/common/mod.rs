@@ -5,6 +5,7 @@ mod kube_api;
 mod moto;
 mod sandbox;
 mod systemd;
+mod workload;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ pub(crate) use kube_api::{Fault, KubeApi};
 pub(crate) use moto::Moto;
 pub(crate) use sandbox::{OutputText, Process, Sandbox, free_port};
 pub(crate) use systemd::Systemd;
+pub(crate) use workload::{Workload, decode, first};
 
 /// How long [`eventually`] waits. `TBOT_TEST_PATIENCE` (seconds) overrules it on slow machines.
 const PATIENCE: Duration = Duration::from_secs(60);
