@@ -31,7 +31,7 @@ use crate::diag;
 use crate::health::Registry;
 use crate::identity::bot::{Bot, Settings};
 use crate::identity::store::Store;
-use crate::services::{Context, Trust};
+use crate::services::{Context, Sockets, Trust};
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::one_line;
 
@@ -42,21 +42,24 @@ use unit::Unit;
 /// The name under which the bot's own identity reports its health.
 const IDENTITY: &str = "identity";
 
-/// Runs what `plan` says: until a signal ends it, or once with `oneshot`.
+/// Runs what `plan` says: until a signal ends it, or once with `oneshot`. Of `sockets`, those that a
+/// service listens on are used instead of new ones.
 ///
 /// # Errors
 /// What keeps it from starting, a first join that the cluster refuses, and with `oneshot` any output
 /// that failed.
-pub async fn run(plan: Plan) -> anyhow::Result<()> {
-    Box::pin(run_until(plan, CancellationToken::new())).await
+pub async fn run(plan: Plan, sockets: Sockets) -> anyhow::Result<()> {
+    let agent = Box::pin(Agent::build(plan, sockets, CancellationToken::new())).await?;
+    agent.run().await
 }
 
-/// As [`run`], and `shutdown` ends it too.
+/// As [`run`] without sockets from elsewhere, and `shutdown` ends it too.
 ///
 /// # Errors
 /// As [`run`].
 pub async fn run_until(plan: Plan, shutdown: CancellationToken) -> anyhow::Result<()> {
-    Box::pin(Agent::build(plan, shutdown)).await?.run().await
+    let agent = Box::pin(Agent::build(plan, Sockets::default(), shutdown)).await?;
+    agent.run().await
 }
 
 /// A plan whose sockets are bound and whose destinations are ready, before the first network
@@ -79,7 +82,11 @@ struct Agent {
 }
 
 impl Agent {
-    async fn build(plan: Plan, shutdown: CancellationToken) -> anyhow::Result<Self> {
+    async fn build(
+        plan: Plan,
+        sockets: Sockets,
+        shutdown: CancellationToken,
+    ) -> anyhow::Result<Self> {
         let clock = Clock::system();
         let registry = Registry::new(clock.clone());
         let metrics = Metrics::new();
@@ -125,6 +132,7 @@ impl Agent {
         let context = |name: Arc<str>, lifetime| Context {
             clock: clock.clone(),
             identity: bot.handle(),
+            sockets: sockets.clone(),
             trust: trust.clone(),
             lifetime,
             health: registry.reporter(&*name),
@@ -146,6 +154,7 @@ impl Agent {
             }
         }
         prepare(&mut units).await?;
+        sockets.settle();
         let mut diag = Vec::new();
         if let Some(address) = plan.diag_addr.filter(|_| !plan.oneshot) {
             let listener = diag::Listener::tcp(&address)
@@ -346,7 +355,9 @@ mod tests {
             std::fs::create_dir(storage.join(folder)).unwrap();
             std::fs::write(storage.join(folder).join("key"), "new").unwrap();
         }
-        let refused = Box::pin(run(plan(&storage))).await.unwrap_err();
+        let refused = Box::pin(run(plan(&storage), Sockets::default()))
+            .await
+            .unwrap_err();
         assert!(one_line(&refused).contains("in use"), "{refused:#}");
         for folder in work {
             assert!(storage.join(folder).join("key").exists(), "{folder}");
@@ -355,7 +366,7 @@ mod tests {
 
         // Left behind, it is tidied by the next.
         drop(lock);
-        Agent::build(plan(&storage), CancellationToken::new())
+        Agent::build(plan(&storage), Sockets::default(), CancellationToken::new())
             .await
             .unwrap();
         for folder in work {

@@ -52,7 +52,7 @@ impl Unit {
     /// Makes the destination or binds the socket. A unit that fails here can still be run: it tries
     /// again.
     pub(super) async fn prepare(&mut self) -> anyhow::Result<()> {
-        let outcome = guarded(prepared(self.plan.as_ref())).await;
+        let outcome = guarded(prepared(self.plan.as_ref(), &self.context)).await;
         match outcome {
             Ok(service) => {
                 self.prepared = Some(service);
@@ -102,7 +102,7 @@ impl Unit {
     async fn live(&mut self) -> anyhow::Result<()> {
         let service = match self.prepared.take() {
             Some(service) => service,
-            None => prepared(self.plan.as_ref()).await?,
+            None => prepared(self.plan.as_ref(), &self.context).await?,
         };
         match service {
             Service::Output(output) => {
@@ -126,7 +126,7 @@ impl Unit {
         let outcome = guarded(async {
             let service = match self.prepared.take() {
                 Some(service) => service,
-                None => prepared(self.plan.as_ref()).await?,
+                None => prepared(self.plan.as_ref(), &self.context).await?,
             };
             match service {
                 Service::Output(output) => {
@@ -143,11 +143,11 @@ impl Unit {
     }
 }
 
-async fn prepared(plan: &dyn ServicePlan) -> anyhow::Result<Service> {
+async fn prepared(plan: &dyn ServicePlan, context: &Context) -> anyhow::Result<Service> {
     let mut service = plan.build();
     match &mut service {
         Service::Output(output) => output.destination().init().await?,
-        Service::Server(server) => server.bind().await?,
+        Service::Server(server) => server.bind(context).await?,
     }
     Ok(service)
 }
@@ -243,7 +243,7 @@ mod tests {
 
     #[async_trait]
     impl Server for Fake {
-        async fn bind(&mut self) -> anyhow::Result<()> {
+        async fn bind(&mut self, _context: &Context) -> anyhow::Result<()> {
             self.starts.fetch_add(1, Ordering::Relaxed);
             anyhow::ensure!(!self.fails(Fault::Bind), "the socket is in use");
             Ok(())
@@ -287,6 +287,7 @@ mod tests {
         let context = Context {
             clock,
             identity,
+            sockets: crate::services::Sockets::default(),
             trust: crate::services::Trust::default(),
             lifetime: Lifetime::default(),
             name: "fake".into(),

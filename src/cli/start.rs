@@ -11,6 +11,7 @@ use super::flags::AgentFlags;
 use crate::app;
 use crate::config::{self, Invalid, Loaded, Overlay, Source};
 use crate::env::Env;
+use crate::services::Sockets;
 use crate::yaml::MAX_TEXT;
 
 /// Runs the agent until it ends.
@@ -28,7 +29,8 @@ pub(super) fn run(globals: &Globals, flags: &AgentFlags, env: &Env) -> Result<()
         configuration = loaded.plan.to_redacted_yaml(),
         "Starting with this configuration"
     );
-    super::runtime()?.block_on(Box::pin(app::run(loaded.plan)))?;
+    let sockets = Sockets::of_process(env);
+    super::runtime()?.block_on(Box::pin(app::run(loaded.plan, sockets)))?;
     Ok(())
 }
 

@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 use super::InstallError;
 use super::paths::Access;
 
+/// Sockets that systemd keeps over a restart; one for each service that listens.
+const STORED_SOCKETS: u32 = 16;
+
 /// Everything that the unit's text depends on.
 #[derive(Clone, Debug)]
 pub struct Unit {
@@ -90,6 +93,10 @@ impl Unit {
              RestartSec=5\n\
              WatchdogSec=60\n\
              Environment=\"TELEPORT_ANONYMOUS_TELEMETRY={telemetry}\"\n\
+             # Sockets stay open while the agent is restarted or upgraded. systemd 254 and later set the\n\
+             # variable themselves.\n\
+             FileDescriptorStoreMax={stored}\n\
+             Environment=\"FDSTORE={stored}\"\n\
              ExecStart={command}\n\
              ExecReload=/bin/kill -HUP $MAINPID\n",
             name = self.name,
@@ -97,6 +104,7 @@ impl Unit {
             group = self.group,
             telemetry = u8::from(self.telemetry),
             command = self.command(),
+            stored = STORED_SOCKETS,
         );
         if let Some(path) = &self.pid_file {
             let _written = writeln!(text, "PIDFile={}", setting(path));
@@ -268,6 +276,8 @@ mod tests {
             "Environment=\"TELEPORT_ANONYMOUS_TELEMETRY=1\"",
             "ExecStart=/usr/local/bin/tbot start -c /etc/tbot.yaml",
             "ExecReload=/bin/kill -HUP $MAINPID",
+            "FileDescriptorStoreMax=16",
+            "Environment=\"FDSTORE=16\"",
             "LimitNOFILE=524288",
             "WantedBy=multi-user.target",
             "StateDirectory=teleport/bot",

@@ -17,6 +17,7 @@ mod lookup;
 pub mod output;
 mod program;
 pub mod reload;
+pub mod sockets;
 pub mod spiffe_svid;
 pub mod ssh_host;
 mod svid;
@@ -33,6 +34,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+pub use sockets::Sockets;
 pub use trust::Trust;
 
 use async_trait::async_trait;
@@ -228,7 +230,7 @@ pub struct Made {
 pub trait Server: Send + Sync + fmt::Debug {
     /// Binds what it listens on. Called before the first network exchange, so that a socket in use
     /// fails early.
-    async fn bind(&mut self) -> anyhow::Result<()>;
+    async fn bind(&mut self, context: &Context) -> anyhow::Result<()>;
     /// Serves until `context.shutdown`.
     async fn run(self: Box<Self>, context: Context) -> anyhow::Result<()>;
 }
@@ -240,6 +242,8 @@ pub struct Context {
     pub clock: Clock,
     /// The bot's own identity, identities derived from it, and clients bound to them.
     pub identity: Handle,
+    /// Listening sockets that were passed to this process, or that outlive it.
+    pub sockets: Sockets,
     /// Trust bundles and revocations, followed once for all services.
     pub trust: Trust,
     /// The service's lifetime.

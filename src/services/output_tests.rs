@@ -329,6 +329,7 @@ fn context(registry: &Registry, clock: &Clock) -> Context {
     Context {
         clock: clock.clone(),
         identity,
+        sockets: crate::services::Sockets::default(),
         trust: crate::services::Trust::default(),
         lifetime: crate::services::Lifetime::default(),
         name: "out".into(),

@@ -26,6 +26,7 @@ mod docs;
 mod examples;
 mod foreign;
 mod guide;
+mod handover;
 mod harness;
 mod hostile;
 mod init;

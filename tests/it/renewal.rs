@@ -370,6 +370,7 @@ async fn a_cluster_that_lists_no_authorities_has_identity_outputs_all_the_same()
             name: "out".into(),
             health: setup.registry.reporter("out"),
             metrics: Metrics::new(),
+            sockets: tbot::services::Sockets::default(),
             trust: tbot::services::Trust::default(),
             shutdown: setup.shutdown.clone(),
         };

@@ -265,6 +265,7 @@ async fn thirty_days_with_a_rotation_each_leave_no_gap() {
         name: "out".into(),
         health: registry.reporter("out"),
         metrics: Metrics::new(),
+        sockets: services::Sockets::default(),
         trust: services::Trust::default(),
         shutdown: shutdown.clone(),
     };

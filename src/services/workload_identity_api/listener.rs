@@ -1,14 +1,21 @@
-//! Where the Workload API listens: a unix socket, or TCP for trials.
+//! Where the Workload API listens: a unix socket, or TCP for trials; ours, or one that systemd passed.
 
 use std::fmt;
 use std::io;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
+use std::net::SocketAddr;
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 
-use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::net::{TcpListener, UnixListener, UnixSocket, UnixStream};
+
+use super::permissions::Permissions;
+use crate::services::sockets::{FileId, Sockets, file_at};
 
 /// The longest path that fits a socket address (`sun_path` with its final zero), in bytes.
 const MAX_PATH: usize = 107;
+/// Connections that may wait to be accepted, as many as the kernel allows by default: callers of a
+/// moment in which the agent is being replaced.
+const BACKLOG: u32 = 4096;
 
 /// Why the API cannot listen. Nothing was changed on disk, except that a socket nobody answers on
 /// may be gone.
@@ -36,6 +43,9 @@ pub(super) enum ListenError {
     /// The path does not fit a socket address.
     #[error("cannot listen on {}: a socket's path has at most {MAX_PATH} bytes", path.display())]
     TooLong { path: PathBuf },
+    /// Mode or owner, as configured, cannot be set.
+    #[error("cannot listen on {}: {problem}", path.display())]
+    Permissions { path: PathBuf, problem: String },
     /// The user that runs the agent may not create the socket, or another refusal of the system.
     #[error("cannot listen on {address}: {action}: {source}")]
     Io {
@@ -96,22 +106,65 @@ impl Listen {
         Ok((Self::Unix(PathBuf::from(path)), warning))
     }
 
-    /// Starts to listen.
-    pub(super) async fn bind(&self) -> Result<Bound, ListenError> {
+    /// Starts to listen for the service of this name: on a socket that was passed for it, else on one
+    /// of its own with these permissions.
+    pub(super) async fn bind(
+        &self,
+        permissions: &Permissions,
+        sockets: &Sockets,
+        service: &str,
+    ) -> Result<Bound, ListenError> {
+        let failed = |action| {
+            move |source| ListenError::Io {
+                address: self.to_string(),
+                action,
+                source,
+            }
+        };
         match self {
-            Self::Unix(path) => Ok(Bound::Unix(Socket::bind(path).await?)),
+            Self::Unix(path) => match sockets.unix(path, service) {
+                Some(listener) => {
+                    if *permissions != Permissions::default() {
+                        tracing::debug!(
+                            path = %path.display(),
+                            "The socket was passed by systemd and keeps its mode and its owner"
+                        );
+                    }
+                    listener
+                        .and_then(UnixListener::from_std)
+                        .map(|listener| Bound::Unix(Socket::passed(listener)))
+                        .map_err(failed("take over the socket that systemd passed"))
+                }
+                None => Ok(Bound::Unix(Socket::bind(path, permissions, sockets).await?)),
+            },
             Self::Tcp(address) => {
-                tracing::warn!(
-                    address,
-                    "The Workload API listens on TCP: callers cannot be told apart, and everybody \
-                     who reaches the port is served"
-                );
-                let listener = TcpListener::bind(address).await;
-                listener.map(Bound::Tcp).map_err(|source| ListenError::Io {
-                    address: self.to_string(),
-                    action: "bind",
-                    source,
-                })
+                let addresses: Vec<SocketAddr> = tokio::net::lookup_host(address)
+                    .await
+                    .map_err(failed("resolve"))?
+                    .collect();
+                if addresses.iter().all(|address| address.ip().is_loopback()) {
+                    tracing::warn!(
+                        address,
+                        "The Workload API listens on TCP: callers cannot be told apart, and every \
+                         process of this machine is served"
+                    );
+                } else {
+                    tracing::error!(
+                        address,
+                        "The Workload API listens on TCP beyond this machine, without TLS: whoever \
+                         reaches the port gets the private keys of this identity; listen on a unix \
+                         socket, or on 127.0.0.1 for trials"
+                    );
+                }
+                match sockets.tcp(&addresses, service) {
+                    Some(listener) => listener
+                        .and_then(TcpListener::from_std)
+                        .map_err(failed("take over the socket that systemd passed")),
+                    None => TcpListener::bind(&addresses[..])
+                        .await
+                        .map_err(failed("bind")),
+                }
+                .map(Bound::Tcp)
             }
         }
     }
@@ -124,16 +177,26 @@ pub(super) enum Bound {
     Tcp(TcpListener),
 }
 
-/// A listening unix socket, which takes its file away when it is dropped.
+/// A listening unix socket. Its file goes with it, unless the socket outlives this process.
 #[derive(Debug)]
 pub(super) struct Socket {
     listener: UnixListener,
-    path: PathBuf,
-    file: Option<(u64, u64)>,
+    file: Option<(PathBuf, FileId)>,
 }
 
 impl Socket {
-    async fn bind(path: &Path) -> Result<Self, ListenError> {
+    fn passed(listener: UnixListener) -> Self {
+        Self {
+            listener,
+            file: None,
+        }
+    }
+
+    async fn bind(
+        path: &Path,
+        permissions: &Permissions,
+        sockets: &Sockets,
+    ) -> Result<Self, ListenError> {
         let io = |action| {
             move |source| ListenError::Io {
                 address: path.display().to_string(),
@@ -155,17 +218,24 @@ impl Socket {
             });
         }
         remove_stale(path).await?;
-        let listener = UnixListener::bind(path).map_err(io("bind"))?;
-        let socket = Self {
+        let socket = UnixSocket::new_stream().map_err(io("socket"))?;
+        socket.bind(path).map_err(io("bind"))?;
+        // Nobody can connect before its owner and its mode are right.
+        if let Err(problem) = permissions.apply(path) {
+            // What was bound a moment ago is ours to remove.
+            let _removed = std::fs::remove_file(path);
+            return Err(ListenError::Permissions {
+                path: path.to_owned(),
+                problem,
+            });
+        }
+        let listener = socket.listen(BACKLOG).map_err(io("listen"))?;
+        let file = file_at(path).map(|file| (path.to_owned(), file));
+        let stays = sockets.keep(path, &listener);
+        Ok(Self {
             listener,
-            path: path.to_owned(),
-            file: identity(path),
-        };
-        // Created with less by the umask, opened to everybody now: who gets what is decided by
-        // attestation and by the directory.
-        let everybody = std::fs::Permissions::from_mode(0o777);
-        std::fs::set_permissions(path, everybody).map_err(io("chmod"))?;
-        Ok(socket)
+            file: file.filter(|_| !stays),
+        })
     }
 
     pub(super) fn listener(&self) -> &UnixListener {
@@ -176,19 +246,13 @@ impl Socket {
 impl Drop for Socket {
     fn drop(&mut self) {
         // Another process may have taken the path over; its socket stays.
-        if self.file.is_some()
-            && identity(&self.path) == self.file
-            && let Err(source) = std::fs::remove_file(&self.path)
+        if let Some((path, file)) = &self.file
+            && file_at(path) == Some(*file)
+            && let Err(source) = std::fs::remove_file(path)
         {
-            tracing::debug!(path = %self.path.display(), %source, "Cannot remove the socket");
+            tracing::debug!(path = %path.display(), %source, "Cannot remove the socket");
         }
     }
-}
-
-/// Device and inode of what stands at `path`.
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    let meta = std::fs::symlink_metadata(path).ok()?;
-    Some((meta.dev(), meta.ino()))
 }
 
 /// Removes a socket that a process left behind: one on which nobody answers.
@@ -229,6 +293,8 @@ async fn remove_stale(path: &Path) -> Result<(), ListenError> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     #[test]
@@ -264,7 +330,7 @@ mod tests {
     }
 
     async fn bind(path: &Path) -> Result<Socket, ListenError> {
-        Socket::bind(path).await
+        Socket::bind(path, &Permissions::default(), &Sockets::default()).await
     }
 
     #[tokio::test]

@@ -1,9 +1,10 @@
 //! The `workload-identity-api` service: the SPIFFE Workload API on a unix socket.
 //!
-//! `listener.rs` opens the socket, `incoming.rs` pins who connects, `authority.rs`
-//! lets clients in that name the socket's path as authority, `limits.rs` keeps one user from starving
-//! the others. `source.rs` is what every call draws on, `feed.rs` the streams, `spiffe.rs` the calls
-//! of the standard and `message.rs` what their messages hold. Issuing, caching and following bundles are
+//! `listener.rs` opens the socket, `permissions.rs` says for whom, `incoming.rs` pins who connects,
+//! `authority.rs` lets clients in that name the socket's path as authority, `limits.rs` keeps one user
+//! from starving the others. `source.rs` is what every call draws on, `feed.rs` the streams, `spiffe.rs`
+//! the calls of the standard and `message.rs` what their messages hold. Issuing, caching and following
+//! bundles are
 //! [`crate::workload`]'s.
 
 mod authority;
@@ -12,6 +13,7 @@ mod incoming;
 mod limits;
 mod listener;
 mod message;
+mod permissions;
 mod source;
 mod spiffe;
 
@@ -23,7 +25,8 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 use tonic::service::interceptor::InterceptedService;
 
-use self::listener::{Bound, Listen};
+use self::listener::{Bound, Listen, ListenError};
+use self::permissions::Permissions;
 use self::source::Source;
 use self::spiffe::SpiffeApi;
 use super::flags::NAME_SELECTOR;
@@ -98,10 +101,21 @@ impl ServiceKind for Kind {
                     None
                 }
             });
+        let permissions = Permissions::parse(fields);
+        if let (Some(Listen::Tcp(_)), Some(permissions)) = (&listen, &permissions)
+            && *permissions != Permissions::default()
+        {
+            fields.error(
+                "socket",
+                "TCP has neither a mode nor an owner",
+                Some("remove the section, or listen on unix:///path/to.sock"),
+            );
+        }
         let attestors = attest::Plan::parse(fields);
         let selector = Selector::parse(fields);
         Some(Box::new(Plan {
             listen: listen?,
+            permissions: permissions?,
             attestors: attestors?,
             selector: selector?,
         }))
@@ -115,6 +129,7 @@ impl ServiceKind for Kind {
 #[derive(Debug, Clone)]
 struct Plan {
     listen: Listen,
+    permissions: Permissions,
     attestors: attest::Plan,
     selector: Selector,
 }
@@ -129,11 +144,16 @@ impl ServicePlan for Plan {
     }
 
     fn emit(&self) -> Vec<(String, Tree)> {
-        vec![
-            ("listen".to_owned(), Tree::text(self.listen.to_string())),
-            ("attestors".to_owned(), self.attestors.emit()),
-            ("selector".to_owned(), self.selector.emit()),
-        ]
+        let sections = [
+            ("listen", Some(Tree::text(self.listen.to_string()))),
+            ("socket", self.permissions.emit()),
+            ("attestors", Some(self.attestors.emit())),
+            ("selector", Some(self.selector.emit())),
+        ];
+        sections
+            .into_iter()
+            .filter_map(|(key, tree)| Some((key.to_owned(), tree?)))
+            .collect()
     }
 
     fn build(&self) -> Service {
@@ -141,6 +161,15 @@ impl ServicePlan for Plan {
             plan: self.clone(),
             bound: None,
         }))
+    }
+}
+
+impl Plan {
+    async fn bind(&self, context: &Context) -> Result<Bound, ListenError> {
+        let bind = self
+            .listen
+            .bind(&self.permissions, &context.sockets, &context.name);
+        bind.await
     }
 }
 
@@ -153,15 +182,15 @@ struct WorkloadApi {
 
 #[async_trait]
 impl Server for WorkloadApi {
-    async fn bind(&mut self) -> anyhow::Result<()> {
-        self.bound = Some(self.plan.listen.bind().await?);
+    async fn bind(&mut self, context: &Context) -> anyhow::Result<()> {
+        self.bound = Some(self.plan.bind(context).await?);
         Ok(())
     }
 
     async fn run(mut self: Box<Self>, context: Context) -> anyhow::Result<()> {
         let bound = match self.bound.take() {
             Some(bound) => bound,
-            None => self.plan.listen.bind().await?,
+            None => self.plan.bind(&context).await?,
         };
         let Feeds { bundles, revoked } = context.trust.follow(&context.identity, &context.clock);
         let access: Arc<dyn Access> =

@@ -4,7 +4,7 @@ use crate::cluster::Client;
 use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
 use crate::pb::workload_api::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use crate::pb::workload_api::{JwtBundlesRequest, X509BundlesRequest, X509svidRequest};
-use crate::services::testing;
+use crate::services::{Sockets, testing};
 use crate::workload::tests::{Authority, DOMAIN, HOUR, message, start};
 use crate::workload::{Crl, IssueError, Issuer, Svid};
 use crate::yaml::emit;
@@ -127,7 +127,8 @@ impl World {
     /// Runs `test` beside the service.
     async fn run(&self, test: impl Future<Output = ()>) {
         let listen = Listen::Unix(self.path.clone());
-        let bound = listen.bind().await.unwrap();
+        let (open, sockets) = (Permissions::default(), Sockets::default());
+        let bound = listen.bind(&open, &sockets, "api").await.unwrap();
         let clock = Clock::simulated(start());
         let source = Source {
             cache: self.cache.clone(),

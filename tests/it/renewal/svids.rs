@@ -37,6 +37,7 @@ async fn a_day_of_svids_is_never_stale_and_they_are_issued_when_due_only() {
         name: "out".into(),
         health: setup.registry.reporter("out"),
         metrics: Metrics::new(),
+        sockets: tbot::services::Sockets::default(),
         trust: tbot::services::Trust::default(),
         shutdown: setup.shutdown.clone(),
     };
