@@ -2,6 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+/// The services on the Workload API's socket.
+const SERVED: &[&str] = &["spiffe/workload.proto", "envoy/service/secret/v3/sds.proto"];
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let root = Path::new("proto");
     println!("cargo:rerun-if-changed=proto");
@@ -9,6 +12,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     collect(root, &mut files)?;
     files.sort();
     let descriptors = protox::compile(&files, [root])?;
+    let mut served = protox::Compiler::new([root])?;
+    served.include_imports(true).open_files(SERVED)?;
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("no OUT_DIR")?);
+    std::fs::write(out.join("served.bin"), served.encode_file_descriptor_set())?;
     tonic_prost_build::configure()
         // Messages of the Workload API are encoded once and shared by many streams.
         .bytes(".X509SVIDResponse")

@@ -92,6 +92,14 @@ pub fn rfc3339(time: SystemTime) -> String {
         .unwrap_or_default()
 }
 
+/// A wall time as RFC 3339 in UTC to the nanosecond, for versions that have to differ.
+#[must_use]
+pub fn rfc3339_nanos(time: SystemTime) -> String {
+    OffsetDateTime::from(time)
+        .format(&Rfc3339)
+        .unwrap_or_default()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -61,6 +61,55 @@ pub mod teleport {
     }
 }
 
+/// Envoy's secret discovery service.
+pub mod envoy {
+    pub mod config {
+        pub mod core {
+            pub mod v3 {
+                include!(concat!(env!("OUT_DIR"), "/envoy.config.core.v3.rs"));
+            }
+        }
+    }
+    pub mod extensions {
+        pub mod transport_sockets {
+            pub mod tls {
+                pub mod v3 {
+                    include!(concat!(
+                        env!("OUT_DIR"),
+                        "/envoy.extensions.transport_sockets.tls.v3.rs"
+                    ));
+                }
+            }
+        }
+    }
+    pub mod service {
+        pub mod discovery {
+            pub mod v3 {
+                include!(concat!(env!("OUT_DIR"), "/envoy.service.discovery.v3.rs"));
+            }
+        }
+        pub mod secret {
+            pub mod v3 {
+                include!(concat!(env!("OUT_DIR"), "/envoy.service.secret.v3.rs"));
+            }
+        }
+    }
+    pub mod r#type {
+        pub mod v3 {
+            include!(concat!(env!("OUT_DIR"), "/envoy.r#type.v3.rs"));
+        }
+    }
+}
+
+pub mod google {
+    pub mod rpc {
+        include!(concat!(env!("OUT_DIR"), "/google.rpc.rs"));
+    }
+}
+
+/// Descriptors of the services on the Workload API's socket, for clients that ask the server what it has.
+pub const SERVED: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/served.bin"));
+
 /// The SPIFFE Workload API, which lives in no package.
 pub mod workload_api {
     include!(concat!(env!("OUT_DIR"), "/_.rs"));

@@ -172,7 +172,7 @@ impl Bundles {
     }
 
     /// Takes a federated bundle in. Nobody else speaks for the own trust domain.
-    fn insert(&mut self, domain: TrustDomain, bundle: Federated) {
+    pub(crate) fn insert(&mut self, domain: TrustDomain, bundle: Federated) {
         if domain == self.trust_domain {
             tracing::warn!(%domain, "Leaving out a federation with the cluster's own trust domain");
             return;

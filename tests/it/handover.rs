@@ -186,7 +186,8 @@ fn a_socket_unit_s_socket_is_listened_on_and_left_alone() {
         "systemctl kill --signal=KILL tbot",
     ]);
     assert!(seen.contains("refused=0 "), "{seen}");
-    let mode = machine.shell("systemctl stop tbot.service 2> /dev/null; stat -c %a /opt/machine-id/w.sock");
+    let mode = machine
+        .shell("systemctl stop tbot.service 2> /dev/null; stat -c %a /opt/machine-id/w.sock");
     assert_eq!(mode, "660\n");
     let journal = machine.shell("journalctl -u tbot --no-pager");
     assert!(

@@ -3,7 +3,8 @@
 //! `listener.rs` opens the socket, `permissions.rs` says for whom, `incoming.rs` pins who connects,
 //! `authority.rs` lets clients in that name the socket's path as authority, `limits.rs` keeps one user
 //! from starving the others. `source.rs` is what every call draws on, `feed.rs` the streams, `spiffe.rs`
-//! the calls of the standard and `message.rs` what their messages hold. Issuing, caching and following
+//! the calls of the standard and `message.rs` what their messages hold;
+//! `sds/` says the same to Envoy, `server.rs` puts all of it on the socket. Issuing, caching and following
 //! bundles are
 //! [`crate::workload`]'s.
 
@@ -14,6 +15,8 @@ mod limits;
 mod listener;
 mod message;
 mod permissions;
+mod sds;
+mod server;
 mod source;
 mod spiffe;
 
@@ -23,28 +26,23 @@ use std::time::Duration;
 use anyhow::Context as _;
 use async_trait::async_trait;
 use tokio::sync::watch;
-use tonic::service::interceptor::InterceptedService;
+use tonic_health::server::HealthReporter;
 
 use self::listener::{Bound, Listen, ListenError};
 use self::permissions::Permissions;
+use self::server::{serve, tell};
 use self::source::Source;
-use self::spiffe::SpiffeApi;
 use super::flags::NAME_SELECTOR;
 use super::svid::Derived;
 use super::trust::Feeds;
 use super::{Context, Flag, FlagValue, Server, Service, ServiceKind, ServicePlan};
 use crate::attest;
 use crate::destination::DestinationPlan;
-use crate::pb::workload_api::spiffe_workload_api_server::SpiffeWorkloadApiServer;
 use crate::workload::{Access, Bundles, Cache, ClusterIssuer, Freshness, JwtIssuer, Selector};
 use crate::yaml::{Fields, Tree};
 
 /// The YAML `type`.
 const NAME: &str = "workload-identity-api";
-/// Calls and streams that one connection may have open. Each costs memory that a caller decides on.
-const STREAMS_PER_CONNECTION: u32 = 1000;
-/// The largest request, in bytes; the largest that has a meaning carries one token.
-const MAX_REQUEST: usize = 64 * 1024;
 /// How often the freshness of what is served is looked at.
 const LOOK: Duration = Duration::from_secs(5);
 /// How long open calls may take to end when the service stops.
@@ -215,11 +213,13 @@ impl Server for WorkloadApi {
             calls: Source::limit(),
         });
         tracing::info!(listen = %self.plan.listen, "Workload API is listening");
-        let serve = serve(source, &bound);
+        let health = HealthReporter::new();
+        tell(&health, false).await;
+        let serve = serve(source, &bound, health.clone());
         let work = async {
             tokio::join!(
                 cache.run(),
-                report(&context, &cache, &bundles),
+                report(&context, &cache, &bundles, &health),
                 renew_on_change(&context, &cache, bundles.clone()),
             )
         };
@@ -237,20 +237,13 @@ impl Server for WorkloadApi {
     }
 }
 
-/// Serves until the source's shutdown, and then until every call has ended.
-async fn serve(source: Arc<Source>, bound: &Bound) -> Result<(), tonic::transport::Error> {
-    let (clock, shutdown) = (source.clock.clone(), source.shutdown.clone());
-    let spiffe =
-        SpiffeWorkloadApiServer::new(SpiffeApi(source)).max_decoding_message_size(MAX_REQUEST);
-    tonic::transport::Server::builder()
-        .max_concurrent_streams(Some(STREAMS_PER_CONNECTION))
-        .add_service(InterceptedService::new(spiffe, spiffe::require_header))
-        .serve_with_incoming_shutdown(incoming::accept(bound, clock), shutdown.cancelled_owned())
-        .await
-}
-
 /// The service is healthy once it could serve, and as long as what it serves is fresh.
-async fn report(context: &Context, cache: &Cache, bundles: &watch::Receiver<Option<Arc<Bundles>>>) {
+async fn report(
+    context: &Context,
+    cache: &Cache,
+    bundles: &watch::Receiver<Option<Arc<Bundles>>>,
+    health: &HealthReporter,
+) {
     let mut bundles = bundles.clone();
     if bundles.wait_for(Option::is_some).await.is_err() {
         return std::future::pending().await;
@@ -276,6 +269,7 @@ async fn report(context: &Context, cache: &Cache, bundles: &watch::Receiver<Opti
                     .unhealthy(format!("a caller has no SVID: {why}")),
                 None => context.health.healthy(),
             }
+            tell(health, trouble.is_none()).await;
             told = Some(trouble);
         }
         context.clock.sleep(LOOK).await;

@@ -1,4 +1,8 @@
 use super::*;
+
+mod sds;
+mod services;
+
 use crate::clock::Clock;
 use crate::cluster::Client;
 use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
@@ -52,6 +56,7 @@ struct World {
     revoked: watch::Sender<Crl>,
     issuer: Arc<Fake>,
     cache: Cache,
+    health: HealthReporter,
     shutdown: CancellationToken,
 }
 
@@ -81,14 +86,18 @@ impl Issuer for Fake {
         attributes: &WorkloadAttrs,
     ) -> Result<Vec<Svid>, IssueError> {
         let pid = attributes.unix.as_ref().map_or(0, |unix| unix.pid);
-        self.pids.lock().unwrap().push(pid);
+        let issued = {
+            let mut pids = self.pids.lock().unwrap();
+            pids.push(pid);
+            pids.len()
+        };
         if self.refuses.load(std::sync::atomic::Ordering::Relaxed) {
             return Err(IssueError::Refused("no rule".into()));
         }
         Ok(vec![Svid {
             id: "spiffe://example.org/svc/foo".parse().unwrap(),
             chain: bytes::Bytes::from_static(b"chain"),
-            key: bytes::Bytes::from_static(b"key"),
+            key: format!("key {issued}").into(),
             hint: "hint".into(),
             issued_at: start(),
             not_after: start() + HOUR,
@@ -115,6 +124,7 @@ impl World {
             revoked: watch::Sender::new(Crl::None),
             issuer,
             cache: Cache::new(shared, Clock::simulated(start()), HOUR),
+            health: HealthReporter::new(),
             shutdown: CancellationToken::new(),
         }
     }
@@ -143,13 +153,17 @@ impl World {
             calls: Source::limit(),
         };
         tokio::select! {
-            served = serve(Arc::new(source), &bound) => served.unwrap(),
+            served = serve(Arc::new(source), &bound, self.health.clone()) => served.unwrap(),
             () = self.cache.run() => {}
             () = test => {}
         }
     }
 
     async fn client(&self) -> SpiffeWorkloadApiClient<tonic::transport::Channel> {
+        SpiffeWorkloadApiClient::new(self.channel().await)
+    }
+
+    async fn channel(&self) -> tonic::transport::Channel {
         let path = self.path.clone();
         let connector = tower::service_fn(move |_: http::Uri| {
             let path = path.clone();
@@ -159,7 +173,7 @@ impl World {
             }
         });
         let endpoint = tonic::transport::Endpoint::from_static("http://localhost");
-        SpiffeWorkloadApiClient::new(endpoint.connect_with_connector(connector).await.unwrap())
+        endpoint.connect_with_connector(connector).await.unwrap()
     }
 }
 

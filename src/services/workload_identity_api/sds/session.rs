@@ -1,0 +1,184 @@
+//! One stream: requests come in, SVIDs are renewed, bundles change, and the caller may go.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use futures_util::{Stream, StreamExt as _};
+use tokio::sync::watch;
+use tonic::Status;
+
+use super::exchange::{Exchange, Step};
+use super::secrets::{Secrets, need_svids, select};
+use crate::clock::rfc3339_nanos;
+use crate::crypto::random;
+use crate::services::workload_identity_api::feed::PATIENCE;
+use crate::services::workload_identity_api::incoming::Caller;
+use crate::services::workload_identity_api::limits::Permit;
+use crate::services::workload_identity_api::source::Source;
+use crate::workload::{Bundles, Selector, State, Subscription};
+
+/// A stream and what it has said so far.
+pub(super) struct Session<E: Exchange, R> {
+    source: Arc<Source>,
+    caller: Caller,
+    requests: R,
+    exchange: E,
+    bundles: watch::Receiver<Option<Arc<Bundles>>>,
+    /// Taken out when an SVID is first asked for.
+    svids: Option<Subscription>,
+    /// When patience with an answer that is due ends.
+    due: Option<SystemTime>,
+    _permit: Permit,
+}
+
+type Next<T> = Option<Result<T, Box<Status>>>;
+
+impl<E, R> Session<E, R>
+where
+    E: Exchange,
+    R: Stream<Item = Result<E::Request, Status>> + Unpin + Send,
+{
+    pub(super) fn new(source: Arc<Source>, caller: Caller, permit: Permit, requests: R) -> Self {
+        Self {
+            bundles: source.bundles.clone(),
+            source,
+            caller,
+            requests,
+            exchange: E::default(),
+            svids: None,
+            due: None,
+            _permit: permit,
+        }
+    }
+
+    /// The next response; `None` when the client hung up or ended.
+    pub(super) async fn next(&mut self) -> Next<E::Response> {
+        loop {
+            match self.response().await {
+                Ok(Some(response)) => return Some(Ok(response)),
+                Ok(None) => {}
+                Err(status) => return Some(Err(status)),
+            }
+            match self.change().await {
+                Ok(true) => {}
+                Ok(false) => return None,
+                Err(status) => return Some(Err(status)),
+            }
+        }
+    }
+
+    /// Waits for anything that may be a reason to respond; `false` if nobody is there any more.
+    async fn change(&mut self) -> Result<bool, Box<Status>> {
+        let clock = self.source.clock.clone();
+        let svids = async {
+            let changed = match &mut self.svids {
+                Some(svids) => svids.state().changed().await.is_ok(),
+                None => false,
+            };
+            if !changed {
+                std::future::pending::<()>().await;
+            }
+        };
+        let due = self.due;
+        let impatience = async {
+            match due {
+                Some(due) => clock.sleep_until(due).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            () = self.caller.gone() => Ok(false),
+            () = self.source.shutdown.cancelled() => Err(Box::new(stopping())),
+            request = self.requests.next() => match request {
+                Some(Ok(request)) => {
+                    let step = self.exchange.request(request);
+                    if step.map_err(|wrong| Box::new(Status::invalid_argument(wrong.to_string())))?
+                        == Step::Answer
+                        && self.due.is_none()
+                    {
+                        self.due = Some(clock.now() + PATIENCE);
+                    }
+                    Ok(true)
+                }
+                Some(Err(_)) | None => Ok(false),
+            },
+            changed = self.bundles.changed() => changed.map(|()| true).map_err(|_closed| Box::new(stopping())),
+            () = svids => Ok(true),
+            () = impatience => Err(Box::new(Status::unavailable(self.what_is_missing()))),
+        }
+    }
+
+    /// What there is to say now, if anything.
+    async fn response(&mut self) -> Result<Option<E::Response>, Box<Status>> {
+        let Some(secrets) = self.secrets().await? else {
+            return Ok(None);
+        };
+        if !self.caller.is_alive() {
+            return Err(Box::new(Status::aborted("the calling process has ended")));
+        }
+        let must = self.due.take().is_some();
+        let nonce = hex::encode(random::<4>());
+        let version = rfc3339_nanos(self.source.clock.now());
+        Ok(self.exchange.respond(&secrets, must, version, nonce))
+    }
+
+    /// Everything that is asked for; `None` while something of it is still to come.
+    async fn secrets(&mut self) -> Result<Option<Secrets>, Box<Status>> {
+        let (Some(names), Some(bundles)) = (
+            self.exchange.names(),
+            self.bundles.borrow_and_update().clone(),
+        ) else {
+            return Ok(None);
+        };
+        if !need_svids(names, &bundles) {
+            self.svids = None;
+            return found(select(names, &[], &bundles));
+        }
+        let svids = match &mut self.svids {
+            Some(svids) => svids,
+            None => {
+                let attributes = self.source.attributes(&self.caller).await?;
+                self.svids.insert(self.source.subscribe(&attributes))
+            }
+        };
+        let state = svids.state().borrow_and_update().clone();
+        match state {
+            state if !state.is_answer(self.source.clock.now()) => Ok(None),
+            State::Ready(svids) => found(select(names, &svids, &bundles)),
+            // Who asks for everything gets what there is. A selector by name promises an SVID.
+            State::Refused(_)
+                if names.is_empty() && matches!(self.source.selector, Selector::Labels(_)) =>
+            {
+                found(select(&BTreeSet::new(), &[], &bundles))
+            }
+            State::Refused(why) => Err(Box::new(Status::permission_denied(format!(
+                "no identity issued: {why}"
+            )))),
+            State::Unavailable(why) => Err(Box::new(Status::unavailable(&*why))),
+            State::Pending => Ok(None),
+        }
+    }
+
+    fn what_is_missing(&self) -> &'static str {
+        if self.bundles.borrow().is_none() {
+            "not ready yet: waiting for the trust bundle: the agent is still joining, or cannot reach \
+             its cluster"
+        } else {
+            "not ready yet: waiting for the cluster to issue the SVID"
+        }
+    }
+}
+
+fn found<E: std::fmt::Display>(
+    selected: Result<Secrets, E>,
+) -> Result<Option<Secrets>, Box<Status>> {
+    selected
+        .map(Some)
+        .map_err(|unknown| Box::new(Status::invalid_argument(unknown.to_string())))
+}
+
+fn stopping() -> Status {
+    Status::unavailable("the agent is stopping")
+}
