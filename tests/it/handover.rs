@@ -22,7 +22,7 @@ spec: {spiffe: {id: /svc/foo}}
 /// Connects all the time until `/root/stop` is there; each connection has to be greeted in the end. A
 /// connection that the old process took up at its last moment may be cut off: that is no refusal, and
 /// the client would try again.
-const CLIENT: &str = r#"
+const CLIENT: &str = r"
 import os, socket, sys, time
 refused = served = cut = 0
 while not os.path.exists('/root/stop'):
@@ -43,7 +43,11 @@ while not os.path.exists('/root/stop'):
         cut += not greeted
     time.sleep(0.002)
 print(f'served={served} refused={refused} cut={cut}')
-"#;
+";
+
+/// Where the API listens in the one test and in the other.
+const STORED: &str = "/run/tbot/workload.sock";
+const PASSED: &str = "/opt/machine-id/w.sock";
 
 struct Machine {
     systemd: Systemd,
@@ -135,11 +139,10 @@ fn the_descriptor_store_keeps_the_socket_over_a_restart_and_a_crash() {
     if let Some(why) = Systemd::unavailable() {
         return skip(&why);
     }
-    const LISTEN: &str = "/run/tbot/workload.sock";
     let sandbox = Sandbox::new();
     let cluster = Cluster::start(&sandbox, RESOURCES);
-    let unit = unit(&sandbox, LISTEN);
-    let machine = Machine::new(&sandbox, &cluster, LISTEN, &unit);
+    let unit = unit(&sandbox, STORED);
+    let machine = Machine::new(&sandbox, &cluster, STORED, &unit);
     machine.shell("systemctl daemon-reload; systemctl start tbot");
     machine.served();
     let file = machine.shell("stat -c %i /run/tbot/workload.sock");
@@ -168,12 +171,11 @@ fn a_socket_unit_s_socket_is_listened_on_and_left_alone() {
     if let Some(why) = Systemd::unavailable() {
         return skip(&why);
     }
-    const LISTEN: &str = "/opt/machine-id/w.sock";
     let sandbox = Sandbox::new();
     let cluster = Cluster::start(&sandbox, RESOURCES);
     let unit = "[Service]\nType=notify\nExecStart=/usr/local/bin/tbot start -c /root/tbot.yaml\n\
                 Restart=always\nRestartSec=1\n";
-    let machine = Machine::new(&sandbox, &cluster, LISTEN, unit);
+    let machine = Machine::new(&sandbox, &cluster, PASSED, unit);
     machine.systemd.write(
         "/etc/systemd/system/tbot.socket",
         "[Socket]\nListenStream=/opt/machine-id/w.sock\nSocketMode=0660\n",
