@@ -22,7 +22,7 @@ use super::resources::{self, Applied, CreateError, Mode};
 use super::store::{Put, Resource, Store, StoreError};
 use super::tls::{Tls, TlsError, WebCertificate};
 use super::web::{Ports, Web};
-use super::{ClusterState, SWEEP, files, transport, workload_identity};
+use super::{ClusterState, SWEEP, federation, files, transport, workload_identity};
 use crate::clock::Clock;
 use crate::crypto::Suite;
 use crate::spiffe::TrustDomain;
@@ -287,6 +287,7 @@ impl Cluster {
             admin.serve(shutdown.clone()),
             sweep(&state, &shutdown),
             rotate(&state, &shutdown),
+            federation::run(&state, Arc::new(federation::Network), &shutdown),
         );
         Ok(())
     }

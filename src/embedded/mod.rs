@@ -9,7 +9,8 @@
 //! - [`resources`]: resource files, checked and applied as `tctl create` does.
 //! - [`discovery`]: EKS clusters that become resources.
 //! - [`expression`]: the grammar of the predicate language.
-//! - [`outbound`]: requests to AWS.
+//! - `federation`: the trust bundles of other trust domains.
+//! - [`outbound`]: requests to AWS and to bundle endpoints.
 //! - [`workload_identity`]: who may have which SVID, and the making of it.
 //! - [`audit`]: one JSON line for each join, certificate, refusal and administrative change.
 //! - [`auth`]: joins, certificates, authorities and what else agents call.
@@ -28,6 +29,7 @@ pub mod caller;
 mod cluster;
 pub mod discovery;
 pub mod expression;
+mod federation;
 mod files;
 pub mod instant;
 mod listener;

@@ -1,4 +1,5 @@
-//! Requests to AWS: one connection each, no redirects, bounded in time and size.
+//! Requests to AWS and to bundle endpoints: one connection each, no redirects, bounded in time and
+//! size.
 
 use std::fmt;
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_util::task::AbortOnDropHandle;
 
-/// The longest that AWS may take, from connecting to the last byte.
+/// The longest that one answer may take, from connecting to the last byte.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why a request got no answer.
@@ -60,9 +61,14 @@ pub(super) struct Target {
 impl Target {
     /// The usual port of an HTTPS host.
     pub(super) fn https(host: &str) -> Self {
+        Self::https_at(host, 443)
+    }
+
+    /// A port of an HTTPS host.
+    pub(super) fn https_at(host: &str, port: u16) -> Self {
         Self {
             host: host.to_owned(),
-            port: 443,
+            port,
             secure: true,
         }
     }
@@ -106,6 +112,8 @@ impl Target {
 pub(super) struct Answer {
     /// Its status.
     pub(super) status: StatusCode,
+    /// Where it says to look instead.
+    pub(super) location: Option<String>,
     /// Its body, whole.
     pub(super) body: Bytes,
 }
@@ -134,11 +142,11 @@ impl Outbound {
         if roots.is_empty() {
             tracing::warn!(
                 unusable,
-                "no system roots were found: AWS cannot be asked over HTTPS"
+                "no system roots were found: nobody can be asked over HTTPS"
             );
         }
         let provider = Arc::new(aws_lc_rs::default_provider());
-        let mut config = ClientConfig::builder_with_provider(provider)
+        let config = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .map_err(|source| OutboundError::Answer {
                 address: "TLS".to_owned(),
@@ -146,10 +154,15 @@ impl Outbound {
             })?
             .with_root_certificates(roots)
             .with_no_client_auth();
+        Ok(Self::with(config))
+    }
+
+    /// Uses a TLS configuration of the caller's.
+    pub(super) fn with(mut config: ClientConfig) -> Self {
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Ok(Self {
+        Self {
             tls: Arc::new(config),
-        })
+        }
     }
 
     /// Sends `request`, whose path is relative, and reads an answer of at most `most` bytes.
@@ -208,12 +221,18 @@ where
     let _driver = AbortOnDropHandle::new(tokio::spawn(connection));
     let response = sender.send_request(request).await.map_err(hyper)?;
     let status = response.status();
+    let location = response.headers().get(http::header::LOCATION);
+    let location = location.and_then(|value| value.to_str().ok().map(str::to_owned));
     let body = Limited::new(response.into_body(), most)
         .collect()
         .await
         .map_err(|source| unusable(source.to_string()))?
         .to_bytes();
-    Ok(Answer { status, body })
+    Ok(Answer {
+        status,
+        location,
+        body,
+    })
 }
 
 #[cfg(test)]

@@ -22,6 +22,7 @@ mod services;
 mod sts;
 mod user_certs;
 mod version;
+mod watch;
 
 use std::sync::Arc;
 

@@ -1,20 +1,18 @@
 //! The small services: ping, authorities, roles, preferences, watches.
 
-use std::collections::BTreeSet;
-
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use super::watch::Watched;
 use super::{Auth, Refusal, WhileAllowed, authorize, blocking, caller, served, user_agent};
 use crate::crypto::pem;
-use crate::embedded::SERVER_VERSION;
 use crate::embedded::ca::AuthorityType;
 use crate::embedded::caller::{Caller, TlsIdentity};
 use crate::embedded::store::Tx;
+use crate::embedded::{SERVER_VERSION, federation};
 use crate::pb::proto::auth_service_server::AuthService;
 use crate::pb::proto::{
     Certs, Event, GetClusterCaCertResponse, GetRoleRequest, ListResourcesRequest,
-    ListResourcesResponse, Operation, PingRequest, PingResponse, UserCertsRequest, Watch, event,
+    ListResourcesResponse, PingRequest, PingResponse, UserCertsRequest, Watch,
 };
 use crate::pb::teleport::clusterconfig::v1::GetAuthPreferenceRequest;
 use crate::pb::teleport::clusterconfig::v1::cluster_config_service_server::ClusterConfigService;
@@ -35,8 +33,6 @@ const ABSENT: &[&str] = &[
     "awsra",
     "bound_keypair",
 ];
-/// Events that wait for a slow watcher before it is cut off.
-const WATCH_BUFFER: usize = 16;
 
 impl Auth {
     pub(super) async fn authorized(&self, caller: Caller) -> Result<TlsIdentity, Refusal> {
@@ -69,7 +65,7 @@ fn authorities_of(name: &str) -> Result<&'static [AuthorityType], Refusal> {
     })
 }
 
-fn no_secrets(include_key: bool) -> Result<(), Refusal> {
+pub(super) fn no_secrets(include_key: bool) -> Result<(), Refusal> {
     if include_key {
         let text = "access denied to perform action \"read\" on \"cert_authority\"";
         return Err(Refusal::denied(text));
@@ -178,84 +174,14 @@ impl AuthService for Auth {
     ) -> Result<Response<Self::WatchEventsStream>, Status> {
         let caller = caller(&request)?;
         self.authorized(caller.clone()).await?;
-        let kinds = watched(&request.into_inner(), &self.state.name)?;
-        let authorities = self.state.authorities.clone();
-        let mut changes = authorities.subscribe();
-        let mut known: Vec<_> = kinds
-            .iter()
-            .map(|kind| authorities.message(*kind))
-            .collect();
-        let (events, stream) = tokio::sync::mpsc::channel(WATCH_BUFFER);
-        tokio::spawn(async move {
-            let init = Event {
-                r#type: Operation::Init.into(),
-                resource: None,
-            };
-            if events.send(Ok(init)).await.is_err() {
-                return;
-            }
-            loop {
-                tokio::select! {
-                    () = events.closed() => return,
-                    told = changes.changed() => if told.is_err() { return },
-                }
-                let current: Vec<_> = kinds
-                    .iter()
-                    .map(|kind| authorities.message(*kind))
-                    .collect();
-                for authority in current
-                    .iter()
-                    .filter(|authority| !known.contains(authority))
-                {
-                    let put = Event {
-                        r#type: Operation::Put.into(),
-                        resource: Some(event::Resource::CertAuthority(authority.clone())),
-                    };
-                    // Somebody who does not read is cut off and watches again.
-                    if events.try_send(Ok(put)).is_err() {
-                        return;
-                    }
-                }
-                known = current;
-            }
-        });
-        let events = ReceiverStream::new(stream);
+        let watched = Watched::new(&request.into_inner(), &self.state.name)?;
+        let events = watched.follow(&self.state);
         Ok(Response::new(WhileAllowed::new(
             &self.state,
             caller,
             events,
         )))
     }
-}
-
-/// The authorities that a watch asks for.
-fn watched(watch: &Watch, cluster: &str) -> Result<BTreeSet<AuthorityType>, Refusal> {
-    let mut watched = BTreeSet::new();
-    if watch.kinds.is_empty() {
-        return Err(Refusal::bad_parameter("can't setup global watch"));
-    }
-    for kind in &watch.kinds {
-        match kind.kind.as_str() {
-            "cert_authority" => {
-                no_secrets(kind.load_secrets)?;
-                watched.extend(AuthorityType::ALL.into_iter().filter(|authority| {
-                    kind.filter.is_empty()
-                        || kind
-                            .filter
-                            .get(authority.name())
-                            .is_some_and(|name| name == cluster)
-                }));
-            }
-            // There are none here, so there is nothing to tell of them.
-            "spiffe_federation" => {}
-            _ if watch.allow_partial_success => {}
-            other => {
-                let text = format!("watcher object {other:?} is not supported by this cluster");
-                return Err(Refusal::bad_parameter(text));
-            }
-        }
-    }
-    Ok(watched)
 }
 
 #[tonic::async_trait]
@@ -350,14 +276,31 @@ impl PresenceService for Auth {
 
 #[tonic::async_trait]
 impl SpiffeFederationService for Auth {
+    async fn get_spiffe_federation(
+        &self,
+        request: Request<machineid::GetSpiffeFederationRequest>,
+    ) -> Result<Response<machineid::SpiffeFederation>, Status> {
+        self.authorized(caller(&request)?).await?;
+        let (store, name) = (self.state.store.clone(), request.into_inner().name);
+        let found = blocking(move || {
+            let found = store.get(federation::KIND, &name)?;
+            found.ok_or_else(|| {
+                Refusal::not_found(format!("{} {name:?} is not found", federation::KIND))
+            })
+        });
+        Ok(Response::new(federation::to_message(&found.await?)))
+    }
+
     async fn list_spiffe_federations(
         &self,
         request: Request<machineid::ListSpiffeFederationsRequest>,
     ) -> Result<Response<machineid::ListSpiffeFederationsResponse>, Status> {
         self.authorized(caller(&request)?).await?;
-        Ok(Response::new(
-            machineid::ListSpiffeFederationsResponse::default(),
-        ))
+        let (store, request) = (self.state.store.clone(), request.into_inner());
+        let page = blocking(move || {
+            store.transaction(|tx| Ok::<_, Refusal>(federation::page(tx, &request)?))
+        });
+        Ok(Response::new(page.await?))
     }
 }
 

@@ -738,6 +738,102 @@ async fn watches_begin_with_init_and_ask_for_something() {
 }
 
 #[tokio::test]
+async fn watchers_hear_of_federations_and_others_list_them() {
+    use crate::pb::proto::event::Resource as Told;
+    use crate::pb::teleport::machineid::v1 as machineid;
+    use machineid::spiffe_federation_service_server::SpiffeFederationService as _;
+    use tokio_stream::StreamExt as _;
+    let lab = lab(None);
+    let own = lab.join("once-and-never-again").await.unwrap();
+    let create = |name: &str| {
+        let text = format!(
+            "kind: spiffe_federation\nversion: v1\nmetadata: {{name: {name}}}\n\
+             spec: {{bundle_source: {{static: {{bundle: '{{\"keys\": []}}'}}}}}}\n"
+        );
+        let files = [("f".to_owned(), text)];
+        lab.auth
+            .state
+            .create(&files, Mode::Create, "test")
+            .unwrap()
+            .remove(0)
+            .message
+    };
+    let kind = WatchKind {
+        kind: "spiffe_federation".to_owned(),
+        ..WatchKind::default()
+    };
+    let watch = Watch {
+        kinds: vec![kind],
+        allow_partial_success: false,
+    };
+    let events = lab.auth.watch_events(lab.from(Some(&own), watch)).await;
+    let mut events = events.unwrap().into_inner();
+    assert_eq!(events.next().await.unwrap().unwrap().r#type, 0);
+    for name in ["a.example", "b.example", "c.example"] {
+        let told = create(name);
+        assert_eq!(
+            told,
+            format!("SPIFFE Federation \"{name}\" has been created")
+        );
+        let event = events.next().await.unwrap().unwrap();
+        let Some(Told::SpiffeFederation(federation)) = event.resource else {
+            panic!("{event:?}");
+        };
+        assert_eq!(
+            (event.r#type, &*federation.metadata.unwrap().name),
+            (1, name)
+        );
+    }
+    let store = &lab.auth.state.store;
+    store.delete("spiffe_federation", "b.example").unwrap();
+    let event = events.next().await.unwrap().unwrap();
+    let Some(Told::ResourceHeader(header)) = event.resource else {
+        panic!("{event:?}");
+    };
+    assert_eq!(
+        (event.r#type, &*header.metadata.unwrap().name),
+        (2, "b.example")
+    );
+
+    let list = async |page_size, page_token: &str| {
+        let request = machineid::ListSpiffeFederationsRequest {
+            page_size,
+            page_token: page_token.to_owned(),
+        };
+        let answer = lab
+            .auth
+            .list_spiffe_federations(lab.from(Some(&own), request))
+            .await;
+        let page = answer.unwrap().into_inner();
+        let names = page.spiffe_federations.into_iter();
+        let names = names.map(|one| one.metadata.unwrap().name);
+        (names.collect::<Vec<_>>(), page.next_page_token)
+    };
+    let (a, c) = ("a.example".to_owned(), "c.example".to_owned());
+    assert_eq!(
+        list(0, "").await,
+        (vec![a.clone(), c.clone()], String::new())
+    );
+    assert_eq!(list(1, "").await, (vec![a], c.clone()));
+    assert_eq!(list(1, &c).await, (vec![c], String::new()));
+    let get = async |by, name: &str| {
+        let name = name.to_owned();
+        let request = lab.from(by, machineid::GetSpiffeFederationRequest { name });
+        let answer = lab.auth.get_spiffe_federation(request).await;
+        answer.map_err(|status| status.code())
+    };
+    assert!(get(Some(&own), "a.example").await.is_ok());
+    assert_eq!(
+        get(Some(&own), "b.example").await.unwrap_err(),
+        Code::NotFound
+    );
+    assert_eq!(
+        get(None, "a.example").await.unwrap_err(),
+        Code::PermissionDenied
+    );
+}
+
+#[tokio::test]
 async fn the_first_and_the_last_heartbeats_are_kept() {
     let lab = lab(None);
     let own = lab.join("once-and-never-again").await.unwrap();

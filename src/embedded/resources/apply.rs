@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::{METHODS, bot, role, set, token, view};
 use crate::embedded::audit::Audit;
+use crate::embedded::federation;
 use crate::embedded::instant::rfc3339;
 use crate::embedded::store::{Put, Resource, Store, StoreError, Tx};
 
@@ -197,6 +198,16 @@ impl Run<'_> {
         if resource.kind == "lock" {
             self.sign(&mut resource, existing.as_ref());
         }
+        if let Some(existing) = existing
+            .as_ref()
+            .filter(|known| known.kind == federation::KIND)
+        {
+            // The last good bundle stays until another has come, and that is looked for at once.
+            resource.status = existing.status.clone();
+            if let Some(status) = resource.status.as_object_mut() {
+                status.remove("next_sync_at");
+            }
+        }
         // Messages of the files loaded at start go into the log; the name of a secret does not.
         let mut shown = resource.clone();
         if self.mode == Mode::Ensure && resource.kind == "token" {
@@ -328,6 +339,7 @@ fn title(kind: &str) -> &str {
         "app" => "application",
         "db" => "database",
         "kube_cluster" => "kubernetes cluster",
+        "spiffe_federation" => "SPIFFE Federation",
         "workload_identity" => "Workload identity",
         kind => kind,
     }
@@ -353,6 +365,16 @@ fn notes(tx: &Tx<'_>, resource: &Resource) -> Result<Vec<String>, StoreError> {
                 ));
             }
         }
+    }
+    if resource.kind == federation::KIND
+        && tx
+            .get("cluster_name", "cluster_name")?
+            .is_some_and(|own| own.spec_text("/cluster_name") == resource.name)
+    {
+        notes.push(format!(
+            "{:?} is this cluster's own trust domain: agents pass the federation over",
+            resource.name
+        ));
     }
     if resource.kind == "user" {
         notes.push(format!(
@@ -424,6 +446,12 @@ pub(super) fn event(resource: &Resource, verb: Verb, by: &str) -> Option<Value> 
             ("kube.create", "T3010I"),
             ("kube.update", "T3011I"),
             ("kube.delete", "T3012I"),
+        ],
+        // A Teleport cluster cannot replace a federation; the third name is this cluster's own.
+        "spiffe_federation" => [
+            ("spiffe.federation.create", "TSPIFFE001I"),
+            ("spiffe.federation.update", "TSPIFFE003I"),
+            ("spiffe.federation.delete", "TSPIFFE002I"),
         ],
         "workload_identity" => [
             ("workload_identity.create", "WID001I"),

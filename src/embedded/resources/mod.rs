@@ -13,6 +13,7 @@ mod reconcile;
 mod revocation;
 mod role;
 mod served;
+mod spiffe_federation;
 mod token;
 mod user;
 mod workload_identity;
@@ -100,6 +101,11 @@ const KINDS: &[Kind] = &[
         check: role::check,
     },
     Kind {
+        name: "spiffe_federation",
+        versions: &["v1"],
+        check: spiffe_federation::check,
+    },
+    Kind {
         name: "token",
         versions: &["v2"],
         check: token::check,
@@ -135,6 +141,7 @@ const ALIASES: &[(&str, &str)] = &[
     ("locks", "lock"),
     ("nodes", "node"),
     ("roles", "role"),
+    ("spiffe_federations", "spiffe_federation"),
     ("tokens", "token"),
     ("users", "user"),
     ("workload_identities", "workload_identity"),
@@ -419,7 +426,7 @@ fn bad_name(name: &str) -> Option<String> {
 }
 
 /// Puts `value` under `key` of the JSON object `object`, which is made if it is none.
-fn set(object: &mut Value, key: &str, value: impl Into<Value>) {
+pub(super) fn set(object: &mut Value, key: &str, value: impl Into<Value>) {
     if !object.is_object() {
         *object = Value::Object(Map::new());
     }

@@ -419,7 +419,65 @@ fn bad_input_is_told_with_its_place() {
     let role = |allow: &str| {
         format!("kind: role\nversion: v7\nmetadata: {{name: r}}\nspec:\n  allow: {allow}\n")
     };
+    let federation = |name: &str, source: &str| {
+        format!(
+            "kind: spiffe_federation\nversion: v1\nmetadata: {{name: '{name}'}}\n\
+             spec: {{bundle_source: {source}}}\n"
+        )
+    };
+    let web = |url: &str| {
+        let source = format!("{{https_web: {{bundle_endpoint_url: '{url}'}}}}");
+        federation("a.example", &source)
+    };
+    let spiffe = |more: &str| {
+        let source = format!("{{https_spiffe: {{bundle_endpoint_url: 'https://a/'{more}}}}}");
+        federation("a.example", &source)
+    };
     let cases = [
+        (web(""), "`bundle_endpoint_url` is required"),
+        (web("http://a/"), "is no URL of a bundle endpoint"),
+        (web("https://user@a/"), "is no URL of a bundle endpoint"),
+        (
+            federation(
+                "spiffe://a.example",
+                "{https_web: {bundle_endpoint_url: 'https://a/'}}",
+            ),
+            "is no trust domain",
+        ),
+        (federation("a.example", "{}"), "0 sources are given"),
+        (federation("a.example", "{dns: {}}"), "unknown key"),
+        (
+            federation(
+                "a.example",
+                "{static: {bundle: xyzzy}, https_web: {bundle_endpoint_url: 'https://a/'}}",
+            ),
+            "2 sources are given",
+        ),
+        (
+            federation("a.example", "{static: {}}"),
+            "`bundle` is required",
+        ),
+        (
+            federation("a.example", "{static: {bundle: xyzzy}}"),
+            "is no SPIFFE bundle",
+        ),
+        (spiffe(""), "`endpoint_spiffe_id` is required"),
+        (
+            spiffe(", endpoint_spiffe_id: 'spiffe://b'"),
+            "is no SPIFFE ID of a workload",
+        ),
+        (
+            spiffe(", endpoint_spiffe_id: 'spiffe://a.example/e'"),
+            "`initial_bundle` is required",
+        ),
+        (
+            spiffe(", endpoint_spiffe_id: 'spiffe://b/e', initial_bundle: x"),
+            "is no SPIFFE bundle",
+        ),
+        (
+            "kind: spiffe_federation\nversion: v1\nmetadata: {name: a}\nspec: {}".to_owned(),
+            "`bundle_source` is required",
+        ),
         (String::new(), "f: error: there is no resource"),
         ("kind: [".to_owned(), "f:"),
         (
@@ -429,8 +487,8 @@ fn bad_input_is_told_with_its_place() {
         ("metadata: {name: x}".to_owned(), "`kind` is required"),
         ("kind: bt".to_owned(), "did you mean `bot`?"),
         (
-            "kind: spiffe_federation".to_owned(),
-            "\"spiffe_federation\" is not supported",
+            "kind: sigstore_policy".to_owned(),
+            "\"sigstore_policy\" is not supported",
         ),
         (
             "kind: bot_instance".to_owned(),

@@ -21,6 +21,9 @@ pub mod rules;
 mod service;
 pub mod template;
 
+#[cfg(test)]
+pub(in crate::embedded) use service::tests::state as a_cluster;
+
 use std::sync::Arc;
 
 use tonic::service::Routes;

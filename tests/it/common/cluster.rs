@@ -89,6 +89,23 @@ impl<'a> Cluster<'a> {
         cluster
     }
 
+    /// Starts one of another name, with more environment variables.
+    pub(crate) fn start_named_in(
+        sandbox: &'a Sandbox,
+        name: &str,
+        resources: &str,
+        environment: &[(&str, &str)],
+    ) -> Self {
+        let mut cluster = Self::stopped(sandbox, resources, free_port(), &[]);
+        name.clone_into(&mut cluster.name);
+        let variables = environment.iter();
+        cluster.environment = variables
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect();
+        cluster.resume();
+        cluster
+    }
+
     /// Starts one whose auth port is `auth_port`, with more arguments of `serve`.
     pub(crate) fn start_with(
         sandbox: &'a Sandbox,

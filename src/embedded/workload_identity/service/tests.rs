@@ -72,7 +72,7 @@ spec:
   spiffe: {id: /root}
 "#;
 
-pub(in crate::embedded::workload_identity) fn state() -> Arc<ClusterState> {
+pub(in crate::embedded) fn state() -> Arc<ClusterState> {
     let now = UNIX_EPOCH + Duration::from_secs(1_795_000_000);
     let clock = Clock::simulated(now);
     let store = Store::in_memory(clock.clone()).unwrap();
