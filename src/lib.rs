@@ -15,6 +15,7 @@ pub mod destination;
 pub mod diag;
 pub mod embedded;
 pub mod env;
+mod exchange;
 pub mod fsx;
 pub mod health;
 pub mod identity;

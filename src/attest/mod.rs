@@ -3,8 +3,12 @@
 //! [`Peer`] is the pinned process, [`Plan`] the configured attestors, [`Attestors`] runs them:
 //! `unix` first and in any case, the others each for itself.
 
+mod container;
+pub mod docker;
+pub mod kubernetes;
 mod peer;
 mod plan;
+pub mod podman;
 mod runner;
 pub mod systemd;
 pub mod unix;
@@ -22,7 +26,8 @@ use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
 use crate::yaml::{Fields, Tree};
 
 /// The attestors, in the order in which they run. `unix` always runs first.
-pub const ATTESTORS: &[&dyn AttestorKind] = &[&unix::Kind, &systemd::Kind];
+pub const ATTESTORS: &[&dyn AttestorKind] =
+    &[&unix::Kind, &podman::Kind, &docker::Kind, &systemd::Kind];
 
 /// One kind of attestor: a key below `attestors` in a service's configuration.
 pub trait AttestorKind: Sync + fmt::Debug {

@@ -7,7 +7,7 @@ use crate::yaml::{Fields, Tree};
 
 /// Attestors of other agents that this one does not have yet. Their sections are accepted as long
 /// as they are not enabled.
-const ABSENT: &[&str] = &["kubernetes", "podman", "docker", "sigstore"];
+const ABSENT: &[&str] = &["sigstore"];
 
 /// The order in which a configuration file lists the sections (upstream writes it so).
 const WRITTEN: &[&str] = &[
@@ -127,12 +127,17 @@ mod tests {
     #[test]
     fn what_is_configured_reads_back() {
         let source = "attestors:\n  systemd:\n    enabled: true\n  unix:\n    \
-            binary_hash_max_size_bytes: -1\n  docker:\n    enabled: false\n    addr: x\n";
+            binary_hash_max_size_bytes: -1\n  docker:\n    enabled: true\n  \
+            podman:\n    enabled: false\n    addr: x\n";
         let (plan, problems) = read(source);
         assert_eq!(problems, "");
         let text = emit::emit(&plan.unwrap().emit());
         let enabled = DEFAULTS
             .replace("systemd:\n  enabled: false", "systemd:\n  enabled: true")
+            .replace(
+                "docker:\n  enabled: false",
+                "docker:\n  enabled: true\n  addr: unix:///var/run/docker.sock",
+            )
             .replace("1073741824", "-1");
         assert_eq!(text, enabled);
     }
@@ -141,12 +146,24 @@ mod tests {
     fn problems_are_told_by_name() {
         for (source, expected) in [
             (
-                "attestors: {docker: {enabled: true}}",
-                "attestors.docker.enabled: the docker attestor is not available in this version \
-                 (remove it; available: unix, systemd)",
+                "attestors: {sigstore: {enabled: true}}",
+                "attestors.sigstore.enabled: the sigstore attestor is not available in this version \
+                 (remove it; available: unix, kubernetes, podman, docker, systemd)",
             ),
             ("attestors: {unix: {binary_hash_max_size_bytes: -2}}", "-1"),
             ("attestors: {systemd: {enabled: 1}}", "true"),
+            (
+                "attestors: {podman: {enabled: true}}",
+                "attestors.podman.addr: ",
+            ),
+            (
+                "attestors: {podman: {enabled: true, addr: 'unix://run/x'}}",
+                "a slash missing",
+            ),
+            (
+                "attestors: {docker: {enabled: true, addr: 'tcp://x:1'}}",
+                "attestors.docker.addr: ",
+            ),
             ("attestors: [unix]", "must be a mapping"),
             ("attestors: {unix: 3}", "must be a mapping"),
         ] {

@@ -13,6 +13,7 @@ const RINGS: &[&[&str]] = &[
         "clock",
         "crypto",
         "env",
+        "exchange",
         "fsx",
         "health",
         "pb",

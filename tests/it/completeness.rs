@@ -38,6 +38,10 @@ fn every_kind_has_a_folder_and_a_page() {
         tbot::services::KINDS.iter().map(|kind| kind.name()),
     );
     check(
+        "attest",
+        tbot::attest::ATTESTORS.iter().map(|kind| kind.name()),
+    );
+    check(
         "destination",
         tbot::destination::KINDS.iter().map(|kind| kind.name()),
     );

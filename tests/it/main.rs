@@ -14,6 +14,9 @@
 
 mod architecture;
 mod argo_cd;
+mod attest_docker;
+mod attest_kubernetes;
+mod attest_podman;
 mod bad_input;
 mod clients;
 mod common;

@@ -37,9 +37,9 @@ fn the_section_is_written_as_upstream_writes_it() {
 
 #[test]
 fn every_problem_is_told_in_one_run() {
-    let (plan, problems) = read("listen: http://x\nattestors: {docker: {enabled: true}}\n");
+    let (plan, problems) = read("listen: http://x\nattestors: {podman: {enabled: true}}\n");
     assert!(plan.is_none());
-    for key in ["listen: ", "attestors.docker.enabled: ", "selector: "] {
+    for key in ["listen: ", "attestors.podman.addr: ", "selector: "] {
         assert!(
             problems.contains(&format!("error: {key}")),
             "{key}: {problems}"

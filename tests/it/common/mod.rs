@@ -1,7 +1,11 @@
 //! What tests share: a place of their own, patience, and real parts to run against.
 
+mod bridge;
+mod cgroup;
 mod cluster;
+mod engine;
 mod kube_api;
+mod kubelet;
 mod moto;
 mod sandbox;
 mod systemd;
@@ -10,8 +14,12 @@ mod workload;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+pub(crate) use bridge::{bridge, identity};
+pub(crate) use cgroup::Cgroup;
 pub(crate) use cluster::{Cluster, RECORDED, wait_until};
+pub(crate) use engine::{Docker, Podman, no_containers};
 pub(crate) use kube_api::{Fault, KubeApi};
+pub(crate) use kubelet::Kubelet;
 pub(crate) use moto::Moto;
 pub(crate) use sandbox::{OutputText, Process, Sandbox, free_port};
 pub(crate) use systemd::Systemd;

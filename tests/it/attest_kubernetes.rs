@@ -1,0 +1,95 @@
+//! The `kubernetes` attestor: real cgroups, and a kubelet that is late and wrong.
+
+use crate::attest_docker::{agent, bridged, resources};
+use crate::common::{Cgroup, Cluster, Kubelet, Sandbox, identity, skip};
+
+/// The list of a kubelet with one pod, whose second container has this ID.
+fn list(uid: &str, container: &str) -> String {
+    format!(
+        r#"{{"kind": "PodList", "apiVersion": "v1", "metadata": {{}}, "items": [
+        {{"metadata": {{"name": "web-0", "namespace": "shop", "uid": "{uid}", "labels": {{"app": "web"}}}},
+          "spec": {{"serviceAccountName": "web", "containers": []}},
+          "status": {{"containerStatuses": [
+            {{"name": "waits", "image": "w", "imageID": "", "containerID": ""}},
+            {{"name": "main", "image": "registry.example.org/web:1", "containerID": "containerd://{container}",
+              "imageID": "registry.example.org/web@sha256:41b03e3ae01980e8fcc9dc82e0682994d23bd9ac4d1766ffa298b937ff6a1572"}}
+          ]}}}}]}}"#
+    )
+}
+
+const OK: &str = "200 OK";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pods_are_told_by_the_kubelet_and_by_where_they_are() {
+    let uid = uuid::Uuid::new_v4().to_string();
+    let id = "41b03e3ae01980e8fcc9dc82e0682994d23bd9ac4d1766ffa298b937ff6a1572";
+    let Some(pod) = Cgroup::make(&format!("kubepods/burstable/pod{uid}/{id}")) else {
+        return skip("making cgroups needs root and cgroups of version 2");
+    };
+    let sandbox = Sandbox::new();
+    let kubelet = Kubelet::start(&sandbox).await;
+    let template = "/k8s/{{workload.kubernetes.namespace}}/{{workload.kubernetes.service_account}}/\
+                    {{workload.kubernetes.pod_name}}/{{workload.kubernetes.container.name}}";
+    let cluster = Cluster::start(&sandbox, &resources(template));
+    let token = sandbox.write("token", "first\n");
+    let attestor = format!(
+        "kubernetes: {{enabled: true, kubelet: {{secure_port: {}, ca_path: '{}', token_path: '{}'}}}}",
+        kubelet.port(),
+        kubelet.authority().display(),
+        token.display()
+    );
+    let node = [("TELEPORT_NODE_NAME", "localhost")];
+    let mut agent = agent(&sandbox, &cluster, &attestor, &node);
+    let (_web, web) = bridged(&sandbox, "web", Some(&pod));
+
+    // The container is in the third list only.
+    let other = list("another", id);
+    let early = list(&uid, "another");
+    let listed = list(&uid, id);
+    kubelet.answer(&[(OK, &other), (OK, &early), (OK, &listed)]);
+    let expected = format!("spiffe://{}/k8s/shop/web/web-0/main", Cluster::NAME);
+    assert_eq!(identity(&web).await.unwrap(), expected);
+    assert_eq!(kubelet.tokens(), vec![Some("Bearer first".to_owned()); 3]);
+
+    // A process in no pod is not asked about, and one that imitates a pod below a service neither.
+    let forged = format!("tbot-test-{uid}/evil.service/kubepods/pod{uid}/{id}");
+    let forged = Cgroup::make(&forged).unwrap();
+    for (name, cgroup) in [("host", None), ("forger", Some(&forged))] {
+        let (_process, socket) = bridged(&sandbox, name, cgroup);
+        assert!(identity(&socket).await.is_err(), "{name}");
+    }
+    assert_eq!(kubelet.tokens(), Vec::<Option<String>>::new());
+    assert!(
+        !agent.log().contains("Attestation failed"),
+        "{}",
+        agent.log()
+    );
+
+    // Wrong answers leave the attributes unset; the next good one has them again, with a new token.
+    for (answer, said) in [
+        (("403 Forbidden", "Forbidden"), "nodes/proxy"),
+        ((OK, "<html>login</html>"), "sent no list of pods"),
+    ] {
+        kubelet.answer(&[answer]);
+        refused(&web, said, &mut agent).await;
+    }
+    sandbox.write("token", "second");
+    kubelet.answer(&[(OK, &listed)]);
+    let mut again = identity(&web).await;
+    while again.is_err() {
+        // What was answered is believed for a second.
+        again = identity(&web).await;
+    }
+    assert_eq!(again.unwrap(), expected);
+    assert_eq!(kubelet.tokens().pop().unwrap().unwrap(), "Bearer second");
+    agent.wait_for_log("Attestation works again");
+}
+
+/// Asks until the agent says why it issues nothing.
+async fn refused(socket: &std::path::Path, said: &str, agent: &mut crate::common::Process) {
+    while !agent.log().contains(said) {
+        drop(identity(socket).await);
+        agent.check_running();
+    }
+    assert!(identity(socket).await.is_err());
+}
