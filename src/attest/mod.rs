@@ -10,6 +10,7 @@ mod peer;
 mod plan;
 pub mod podman;
 mod runner;
+pub mod sigstore;
 pub mod systemd;
 pub mod unix;
 
@@ -26,8 +27,14 @@ use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
 use crate::yaml::{Fields, Tree};
 
 /// The attestors, in the order in which they run. `unix` always runs first.
-pub const ATTESTORS: &[&dyn AttestorKind] =
-    &[&unix::Kind, &podman::Kind, &docker::Kind, &systemd::Kind];
+pub const ATTESTORS: &[&dyn AttestorKind] = &[
+    &unix::Kind,
+    &kubernetes::Kind,
+    &podman::Kind,
+    &docker::Kind,
+    &systemd::Kind,
+    &sigstore::Kind,
+];
 
 /// One kind of attestor: a key below `attestors` in a service's configuration.
 pub trait AttestorKind: Sync + fmt::Debug {
@@ -61,6 +68,11 @@ pub trait Attestor: Send + Sync + fmt::Debug {
     /// Adds what it finds to `attributes`. The caller makes sure afterwards that the peer still
     /// lives, so that what was found by its process ID was about it.
     async fn attest(&self, peer: &Peer, attributes: &mut WorkloadAttrs) -> Result<(), AttestError>;
+    /// Hears that nothing was issued to a process with these attributes: what was remembered of them
+    /// may be out of date.
+    fn nothing_issued(&self, attributes: &WorkloadAttrs) {
+        let _ = attributes;
+    }
     /// The kind's section with the configured values.
     fn emit(&self) -> Tree;
 }

@@ -5,10 +5,6 @@ use std::sync::Arc;
 use super::{ATTESTORS, Attestor, Attestors, unix};
 use crate::yaml::{Fields, Tree};
 
-/// Attestors of other agents that this one does not have yet. Their sections are accepted as long
-/// as they are not enabled.
-const ABSENT: &[&str] = &["sigstore"];
-
 /// The order in which a configuration file lists the sections (upstream writes it so).
 const WRITTEN: &[&str] = &[
     "kubernetes",
@@ -42,9 +38,6 @@ impl Plan {
             return Some(Self::default());
         }
         let mut section = fields.section("attestors")?;
-        for name in ABSENT {
-            absent(&mut section, name);
-        }
         let mut attestors = Vec::new();
         for kind in ATTESTORS {
             attestors.extend(kind.parse(section.section(kind.name())));
@@ -57,15 +50,11 @@ impl Plan {
     /// The `attestors` section as written in a configuration file, defaults included.
     pub fn emit(&self) -> Tree {
         let section = |name: &&'static str| {
-            let kind = ATTESTORS.iter().find(|kind| kind.name() == *name);
+            let kind = ATTESTORS.iter().find(|kind| kind.name() == *name)?;
             let configured = self.attestors.iter().find(|a| a.name() == *name);
-            let tree = match kind {
-                Some(kind) => kind.emit(configured.map(AsRef::as_ref)),
-                None => disabled(),
-            };
-            ((*name).to_owned(), tree)
+            Some(((*name).to_owned(), kind.emit(configured.map(AsRef::as_ref))))
         };
-        Tree::Map(WRITTEN.iter().map(section).collect())
+        Tree::Map(WRITTEN.iter().filter_map(section).collect())
     }
 
     /// The attestors, ready to run.
@@ -77,22 +66,6 @@ impl Plan {
 /// `enabled: false`, how a configuration file shows an attestor that is off.
 pub(super) fn disabled() -> Tree {
     Tree::map([("enabled", Some(Tree::Bool(false)))])
-}
-
-/// Reads the section of an attestor that does not exist here: it must not be enabled.
-fn absent(fields: &mut Fields<'_>, name: &str) {
-    // Its other keys are not read, and thus neither wrong nor unknown.
-    let Some(mut section) = fields.section(name) else {
-        return;
-    };
-    if section.bool("enabled").unwrap_or(false) {
-        let here: Vec<&str> = ATTESTORS.iter().map(|kind| kind.name()).collect();
-        section.error(
-            "enabled",
-            format!("the {name} attestor is not available in this version"),
-            Some(&format!("remove it; available: {}", here.join(", "))),
-        );
-    }
 }
 
 #[cfg(test)]
@@ -145,11 +118,6 @@ mod tests {
     #[test]
     fn problems_are_told_by_name() {
         for (source, expected) in [
-            (
-                "attestors: {sigstore: {enabled: true}}",
-                "attestors.sigstore.enabled: the sigstore attestor is not available in this version \
-                 (remove it; available: unix, kubernetes, podman, docker, systemd)",
-            ),
             ("attestors: {unix: {binary_hash_max_size_bytes: -2}}", "-1"),
             ("attestors: {systemd: {enabled: 1}}", "true"),
             (
@@ -163,6 +131,14 @@ mod tests {
             (
                 "attestors: {docker: {enabled: true, addr: 'tcp://x:1'}}",
                 "attestors.docker.addr: ",
+            ),
+            (
+                "attestors: {kubernetes: {enabled: true, kubelet: {secure_port: 70000}}}",
+                "attestors.kubernetes.kubelet.secure_port: ",
+            ),
+            (
+                "attestors: {sigstore: {enabled: true, credentials_path: /nonexistent}}",
+                "attestors.sigstore.credentials_path: ",
             ),
             ("attestors: [unix]", "must be a mapping"),
             ("attestors: {unix: 3}", "must be a mapping"),

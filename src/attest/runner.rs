@@ -69,6 +69,13 @@ impl Attestors {
         }
     }
 
+    /// Tells that nothing was issued to a process with these attributes.
+    pub fn nothing_issued(&self, attributes: &WorkloadAttrs) {
+        for step in &self.steps {
+            step.attestor.nothing_issued(attributes);
+        }
+    }
+
     /// Runs the attestors; says whether all of them succeeded.
     ///
     /// If the first attestor fails, nothing is known and the attributes are empty: rules that need

@@ -110,6 +110,32 @@ pub mod google {
 /// Descriptors of the services on the Workload API's socket, for clients that ask the server what it has.
 pub const SERVED: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/served.bin"));
 
+pub mod dev {
+    pub mod sigstore {
+        pub mod bundle {
+            pub mod v1 {
+                include!(concat!(env!("OUT_DIR"), "/dev.sigstore.bundle.v1.rs"));
+            }
+        }
+        pub mod common {
+            pub mod v1 {
+                include!(concat!(env!("OUT_DIR"), "/dev.sigstore.common.v1.rs"));
+            }
+        }
+        pub mod rekor {
+            pub mod v1 {
+                include!(concat!(env!("OUT_DIR"), "/dev.sigstore.rekor.v1.rs"));
+            }
+        }
+    }
+}
+
+pub mod io {
+    pub mod intoto {
+        include!(concat!(env!("OUT_DIR"), "/io.intoto.rs"));
+    }
+}
+
 /// The SPIFFE Workload API, which lives in no package.
 pub mod workload_api {
     include!(concat!(env!("OUT_DIR"), "/_.rs"));

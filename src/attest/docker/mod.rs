@@ -34,18 +34,14 @@ impl AttestorKind for Kind {
 
     fn parse(&self, section: Option<Fields<'_>>) -> Option<Arc<dyn Attestor>> {
         let mut fields = section?;
-        let enabled = fields.bool("enabled").unwrap_or(false);
-        let address = fields
-            .string("addr")
-            .unwrap_or_else(|| DEFAULT_ADDRESS.to_owned());
-        // What is off may be unfinished.
-        let engine = enabled
-            .then(|| Address::parse(&address))
-            .transpose()
-            .unwrap_or_else(|problem| {
-                fields.error("addr", problem, None);
-                None
-            });
+        if !fields.bool("enabled").unwrap_or(false) {
+            // What is off may be unfinished.
+            return None;
+        }
+        let address = fields.string("addr");
+        let engine = Address::parse(address.as_deref().unwrap_or(DEFAULT_ADDRESS))
+            .map_err(|problem| fields.error("addr", problem, None))
+            .ok();
         fields.finish();
         engine.map(|engine| Arc::new(Docker { engine }) as Arc<dyn Attestor>)
     }

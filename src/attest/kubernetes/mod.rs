@@ -45,11 +45,13 @@ impl AttestorKind for Kind {
 
     fn parse(&self, section: Option<Fields<'_>>) -> Option<Arc<dyn Attestor>> {
         let mut fields = section?;
-        let enabled = fields.bool("enabled").unwrap_or(false);
+        if !fields.bool("enabled").unwrap_or(false) {
+            // What is off may be unfinished.
+            return None;
+        }
         let settings = Settings::parse(fields.section("kubelet"));
         fields.finish();
-        let settings = settings.filter(|_| enabled)?;
-        let attestor = Kubernetes::new(settings, &Env::of_process(), Clock::system());
+        let attestor = Kubernetes::new(settings?, &Env::of_process(), Clock::system());
         Some(Arc::new(attestor))
     }
 

@@ -67,11 +67,13 @@ struct InitContainer {
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase")]
 struct Status {
-    container_statuses: Option<Vec<Container>>,
-    init_container_statuses: Option<Vec<Container>>,
-    ephemeral_container_statuses: Option<Vec<Container>>,
+    #[serde(rename = "containerStatuses")]
+    regular: Option<Vec<Container>>,
+    #[serde(rename = "initContainerStatuses")]
+    init: Option<Vec<Container>>,
+    #[serde(rename = "ephemeralContainerStatuses")]
+    ephemeral: Option<Vec<Container>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -83,7 +85,7 @@ struct Container {
     image_id: String,
     /// `containerd://<id>`; absent before the container starts.
     #[serde(default, rename = "containerID")]
-    container_id: String,
+    id: String,
 }
 
 /// What a list tells of a container.
@@ -105,36 +107,25 @@ impl Pods {
         let Some(pod) = self.0.get(uid) else {
             return Sight::Nothing;
         };
-        let status = &pod.status;
-        let among = |statuses: &'_ Option<Vec<Container>>| -> Option<usize> {
-            let statuses = statuses.as_ref()?;
-            statuses.iter().position(|status| status.is(container))
+        let among = |statuses: &Option<Vec<Container>>| {
+            let mut statuses = statuses.iter().flatten();
+            let found = statuses.find(|status| status.is(container));
+            found.map(Container::attributes)
         };
-        let get = |statuses: &'_ Option<Vec<Container>>, at: usize| {
-            statuses
-                .as_ref()
-                .and_then(|all| all.get(at))
-                .map(Container::attributes)
-        };
-        if let Some(at) = among(&status.container_statuses) {
-            return Sight::Known(pod.attributes(get(&status.container_statuses, at)));
+        if let Some(found) = among(&pod.status.regular) {
+            return Sight::Known(pod.attributes(Some(found)));
         }
-        if let Some(at) = among(&status.init_container_statuses) {
-            let found = get(&status.init_container_statuses, at);
-            let name = found
-                .as_ref()
-                .map(|found| found.name.clone())
-                .unwrap_or_default();
-            if pod.has_sidecar(&name) {
-                return Sight::Known(pod.attributes(found));
+        if let Some(found) = among(&pod.status.init) {
+            if pod.has_sidecar(&found.name) {
+                return Sight::Known(pod.attributes(Some(found)));
             }
             return Sight::Init {
                 pod: pod.metadata.name.clone(),
-                container: name,
+                container: found.name,
             };
         }
         // Somebody debugs the pod: upstream tells of the pod only.
-        if among(&status.ephemeral_container_statuses).is_some() {
+        if among(&pod.status.ephemeral).is_some() {
             return Sight::Known(pod.attributes(None));
         }
         Sight::Pod(pod.attributes(None))
@@ -166,7 +157,7 @@ impl Pod {
 
 impl Container {
     fn is(&self, id: &str) -> bool {
-        self.container_id
+        self.id
             .split_once("://")
             .is_some_and(|(_, known)| known == id)
     }

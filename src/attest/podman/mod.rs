@@ -31,21 +31,24 @@ impl AttestorKind for Kind {
 
     fn parse(&self, section: Option<Fields<'_>>) -> Option<Arc<dyn Attestor>> {
         let mut fields = section?;
-        let enabled = fields.bool("enabled").unwrap_or(false);
-        let address = fields.string("addr");
-        let engine = match (enabled, address.as_deref().map(Address::parse)) {
+        if !fields.bool("enabled").unwrap_or(false) {
             // What is off may be unfinished.
-            (false, _) => None,
-            (true, Some(Ok(engine))) => Some(engine),
-            (true, Some(Err(problem))) => {
+            return None;
+        }
+        let engine = match fields.string("addr").as_deref().map(Address::parse) {
+            Some(Ok(engine)) => Some(engine),
+            Some(Err(problem)) => {
                 fields.error("addr", problem, None);
                 None
             }
-            (true, None) => {
+            None => {
                 fields.error(
                     "addr",
                     "the podman attestor has to know where Podman listens",
-                    Some("unix:///run/podman/podman.sock for root's (podman.socket), unix:///run/user/1000/podman/podman.sock for a user's"),
+                    Some(
+                        "unix:///run/podman/podman.sock for root's (podman.socket), \
+                         unix:///run/user/1000/podman/podman.sock for a user's",
+                    ),
                 );
                 None
             }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use tonic::{Request, Status};
+use tonic::{Code, Request, Status};
 
 use super::feed::{Content, Feed};
 use super::incoming::Caller;
@@ -64,6 +64,20 @@ impl Source {
                 .map_err(|gone| Status::aborted(gone.to_string())),
             Caller::Unknown => Ok(Arc::default()),
         }
+    }
+
+    /// Passes on an answer to a workload with these attributes. Attestors hear of a refusal: what they
+    /// remember may be out of date.
+    pub(super) fn answered<T>(
+        &self,
+        answer: Result<T, Status>,
+        attributes: &WorkloadAttrs,
+    ) -> Result<T, Status> {
+        answer.inspect_err(|status| {
+            if status.code() == Code::PermissionDenied {
+                self.attestors.nothing_issued(attributes);
+            }
+        })
     }
 
     /// The SVIDs for a workload with these attributes.

@@ -151,10 +151,8 @@ impl SpiffeWorkloadApi for SpiffeApi {
         let (caller, permit) = self.0.admit(&request).map_err(|status| *status)?;
         let attributes = self.0.attributes(&caller).await?;
         let subscription = self.0.subscribe(&attributes);
-        self.0
-            .feed(Svids(subscription), caller, permit)
-            .start()
-            .await
+        let stream = self.0.feed(Svids(subscription), caller, permit);
+        self.0.answered(stream.start().await, &attributes)
     }
 
     async fn fetch_x509_bundles(
@@ -186,7 +184,7 @@ impl SpiffeWorkloadApi for SpiffeApi {
             .jwt
             .issue(&source.selector, source.ttl, &attributes, &audience);
         let issued = tokio::select! {
-            issued = issuing => issued.map_err(not_issued)?,
+            issued = issuing => source.answered(issued.map_err(not_issued), &attributes)?,
             () = self.0.clock.sleep(PATIENCE) => {
                 return Err(Status::unavailable("not ready yet: waiting for the cluster to issue the JWT-SVID"));
             }

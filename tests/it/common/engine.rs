@@ -41,6 +41,19 @@ fn image(sandbox: &Sandbox) -> PathBuf {
     archive
 }
 
+/// Undoes mounts that an engine leaves, so that the sandbox can be removed.
+fn unmount_below(dir: &Path) {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let below = |line: &str| {
+        let place = line.split(' ').nth(1)?;
+        Path::new(place).starts_with(dir).then(|| place.to_owned())
+    };
+    let places: Vec<_> = mounts.lines().filter_map(below).collect();
+    for place in places.iter().rev() {
+        drop(Command::new("umount").arg(place).status());
+    }
+}
+
 /// A `dockerd` whose containers outlive it.
 pub(crate) struct Docker<'a> {
     sandbox: &'a Sandbox,
@@ -170,6 +183,7 @@ impl Drop for Docker<'_> {
             drop(self.curl("DELETE", &path).output());
         }
         self.stop();
+        unmount_below(&self.sandbox.path("docker"));
     }
 }
 
@@ -275,6 +289,7 @@ impl Drop for Podman<'_> {
                 Err(error) => drop(write!(left, "{error}")),
             }
         }
+        unmount_below(&self.sandbox.path("podman"));
         if !left.is_empty() {
             eprintln!("containers may be left: {left}");
         }
