@@ -34,6 +34,7 @@ use crate::identity::store::Store;
 use crate::services::{Context, Sockets, Trust};
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::one_line;
+use crate::workload::Shelf;
 
 use pid_file::PidFile;
 use supervisor::Supervisor;
@@ -110,6 +111,11 @@ impl Agent {
         if !storage.is_persistent() {
             tracing::warn!("The bot's storage does not survive a restart: it joins anew each time");
         }
+        let shelf = if plan.oneshot {
+            Shelf::default()
+        } else {
+            Shelf::open(Arc::clone(&storage), clock.clone()).await
+        };
         let network = Network::new(network, plan.onboarding.trust.clone(), clock.clone());
         let bot = Bot::new(
             Settings {
@@ -134,6 +140,7 @@ impl Agent {
             identity: bot.handle(),
             sockets: sockets.clone(),
             trust: trust.clone(),
+            shelf: shelf.clone(),
             lifetime,
             health: registry.reporter(&*name),
             name,

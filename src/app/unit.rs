@@ -289,6 +289,7 @@ mod tests {
             identity,
             sockets: crate::services::Sockets::default(),
             trust: crate::services::Trust::default(),
+            shelf: crate::workload::Shelf::default(),
             lifetime: Lifetime::default(),
             name: "fake".into(),
             health: registry.reporter("fake"),

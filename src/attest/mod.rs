@@ -1,8 +1,9 @@
 //! Who is asking: the peer pinned at accept, and the attestors that describe it.
 //!
 //! [`Peer`] is the pinned process, [`Plan`] the configured attestors, [`Attestors`] runs them:
-//! `unix` first and in any case, the others each for itself.
+//! `unix` first and in any case, the others each for itself. [`Attested`] is what they found.
 
+mod attested;
 mod container;
 pub mod docker;
 pub mod kubernetes;
@@ -19,6 +20,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
+pub use attested::{Attested, Process};
 pub use peer::{Peer, PeerError};
 pub use plan::Plan;
 pub use runner::{Attestors, Gone};

@@ -4,10 +4,10 @@
 //! good: as long as it reports that the process lives, `/proc/<pid>` and every answer about that
 //! ID are about the process that connected.
 
+use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::getsockopt;
@@ -20,7 +20,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 
-use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
+use super::attested::{Attested, Process};
 
 /// Why a peer could not be pinned. The connection is of no use then.
 #[derive(Debug, thiserror::Error)]
@@ -50,15 +50,22 @@ pub struct Peer {
     uid: u32,
     gid: u32,
     pidfd: AsyncFd<OwnedFd>,
+    /// The path by which the kernel shows what it runs.
+    exe: CString,
+    /// What it ran when it was pinned.
+    connected: Option<Program>,
     memo: Mutex<Option<Memo>>,
+    looking: tokio::sync::Mutex<()>,
 }
 
 /// What was found out about a peer, and of which program.
 #[derive(Debug)]
 struct Memo {
     program: Program,
-    until: Instant,
-    attributes: Arc<WorkloadAttrs>,
+    at: Instant,
+    /// Whether every attestor had its say.
+    complete: bool,
+    attested: Arc<Attested>,
 }
 
 /// The file that a process runs. Another one after `execve(2)`.
@@ -67,10 +74,6 @@ pub(super) struct Program {
     device: (u32, u32),
     inode: u64,
 }
-
-/// How long what was found out about a peer is believed without another look, as long as it runs
-/// the same program: long enough for the calls that a client makes together.
-const BELIEVED: Duration = Duration::from_secs(1);
 
 impl Peer {
     /// Pins the process that connected `stream`. `None` means that the kernel cannot name it: it
@@ -128,13 +131,18 @@ impl Peer {
                 source,
             }
         })?;
-        Ok(Self {
+        let mut peer = Self {
             pid,
             uid,
             gid,
             pidfd,
+            exe: CString::new(format!("/proc/{pid}/exe")).unwrap_or_default(),
+            connected: None,
             memo: Mutex::new(None),
-        })
+            looking: tokio::sync::Mutex::new(()),
+        };
+        peer.connected = peer.program();
+        Ok(peer)
     }
 
     /// The process ID.
@@ -160,34 +168,61 @@ impl Peer {
     /// What the process runs now; `None` where that may not be looked at. Does not wait for the
     /// file system that holds it.
     pub(super) fn program(&self) -> Option<Program> {
-        let link = format!("/proc/{}/exe", self.pid);
-        let found = statx(CWD, link, AtFlags::STATX_DONT_SYNC, StatxFlags::INO).ok()?;
+        let exe = self.exe.as_c_str();
+        let found = statx(CWD, exe, AtFlags::STATX_DONT_SYNC, StatxFlags::INO).ok()?;
         Some(Program {
             device: (found.stx_dev_major, found.stx_dev_minor),
             inode: found.stx_ino,
         })
     }
 
-    /// What was found out a moment ago about a peer that runs `program`.
-    pub(super) fn recall(&self, program: Option<Program>) -> Option<Arc<WorkloadAttrs>> {
+    /// Which process it is, for good; `None` where that may not be looked at.
+    pub(super) fn process(&self) -> Option<Process> {
+        Process::of(self.pid)
+    }
+
+    /// What was found out since `since` about a peer that runs `program`; with `complete`, only if
+    /// every attestor had its say.
+    pub(super) fn recall(
+        &self,
+        program: Option<Program>,
+        complete: bool,
+        since: impl FnOnce(Instant) -> bool,
+    ) -> Option<(Arc<Attested>, bool)> {
         let program = program?;
         let memo = self.memo.lock().unwrap_or_else(PoisonError::into_inner);
-        memo.as_ref()
-            .filter(|memo| memo.program == program && Instant::now() < memo.until)
-            .map(|memo| Arc::clone(&memo.attributes))
+        let memo = memo.as_ref()?;
+        let known = memo.program == program && (memo.complete || !complete) && since(memo.at);
+        known.then(|| (Arc::clone(&memo.attested), memo.complete))
     }
 
     /// Keeps what was found out while it ran `program`.
-    pub(super) fn remember(&self, program: Option<Program>, attributes: &Arc<WorkloadAttrs>) {
+    pub(super) fn remember(
+        &self,
+        program: Option<Program>,
+        complete: bool,
+        attested: &Arc<Attested>,
+    ) {
         let Some(program) = program else {
             return;
         };
         let mut memo = self.memo.lock().unwrap_or_else(PoisonError::into_inner);
         *memo = Some(Memo {
             program,
-            until: Instant::now() + BELIEVED,
-            attributes: Arc::clone(attributes),
+            at: Instant::now(),
+            complete,
+            attested: Arc::clone(attested),
         });
+    }
+
+    /// Waits until nobody else is finding out about it.
+    pub(super) async fn looking(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.looking.lock().await
+    }
+
+    /// Whether the process still runs, and still runs the program that it was pinned with.
+    pub fn is_unchanged(&self) -> bool {
+        self.program() == self.connected && self.is_alive()
     }
 
     /// Whether the process still runs. What was read about its ID before a `true` was about it.
@@ -320,7 +355,7 @@ fn open_checked(pid: i32) -> Result<OwnedFd, PeerError> {
 }
 
 /// Field 22 of `/proc/<pid>/stat`: clock ticks from boot to the start of the process.
-fn start_time(pid: i32) -> Option<u64> {
+pub(super) fn start_time(pid: i32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     parse_start_time(&stat)
 }

@@ -5,13 +5,18 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
 
-use super::{Attestor, Peer};
+use super::peer::Program;
+use super::{Attested, Attestor, Peer};
 use crate::backoff::{Loudness, Repeated};
 use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
 
 /// The longest one attestation takes in all. A slow attestor's attributes stay unset then. Above
 /// the longest limit of a single attestor (30 s), and below the patience of callers.
 const DEADLINE: Duration = Duration::from_secs(40);
+
+/// How long what was found out about a peer is believed without another look, as long as it runs
+/// the same program: long enough for the calls that a client makes together.
+const BELIEVED: Duration = Duration::from_secs(1);
 
 /// The peer ended while it was attested: whatever was found may be about another process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -47,23 +52,32 @@ impl Attestors {
 
     /// Everything that could be found out about `peer`, now or up to a second ago: see
     /// [`Attestors::look`].
-    pub async fn attest(&self, peer: &Peer) -> Result<Arc<WorkloadAttrs>, Gone> {
+    pub async fn attest(&self, peer: &Peer) -> Result<Arc<Attested>, Gone> {
+        let (attested, _) = self.found(peer, BELIEVED).await?;
+        Ok(attested)
+    }
+
+    /// The same for a peer that was attested before, now or up to `believed` ago. `None` if an
+    /// attestor failed: what it had found before may still be so.
+    pub async fn attest_again(
+        &self,
+        peer: &Peer,
+        believed: Duration,
+    ) -> Result<Option<Arc<Attested>>, Gone> {
+        let (attested, complete) = self.found(peer, believed).await?;
+        Ok(complete.then_some(attested))
+    }
+
+    /// What is known, and whether that is everything.
+    async fn found(&self, peer: &Peer, believed: Duration) -> Result<(Arc<Attested>, bool), Gone> {
         let program = peer.program();
-        let attributes = match peer.recall(program) {
+        let young = |at: Instant| at.elapsed() < believed;
+        let found = match peer.recall(program, true, young) {
             Some(known) => known,
-            None => {
-                let (found, complete) = self.look(peer).await;
-                let found = Arc::new(found);
-                // What was found in part is looked for again, and what was found of two programs
-                // is true of neither.
-                if complete && peer.program() == program {
-                    peer.remember(program, &found);
-                }
-                found
-            }
+            None => self.look_alone(peer, program, believed).await,
         };
         if peer.is_alive() {
-            Ok(attributes)
+            Ok(found)
         } else {
             Err(Gone { pid: peer.pid() })
         }
@@ -74,6 +88,30 @@ impl Attestors {
         for step in &self.steps {
             step.attestor.nothing_issued(attributes);
         }
+    }
+
+    /// Looks, unless somebody else just did: calls that come together cause one look.
+    async fn look_alone(
+        &self,
+        peer: &Peer,
+        program: Option<Program>,
+        believed: Duration,
+    ) -> (Arc<Attested>, bool) {
+        let came = Instant::now();
+        let _alone = peer.looking().await;
+        let known = peer
+            .recall(program, true, |at| at.elapsed() < believed)
+            .or_else(|| peer.recall(program, false, |at| at > came));
+        if let Some(known) = known {
+            return known;
+        }
+        let (found, complete) = self.look(peer).await;
+        let found = Arc::new(Attested::new(found, peer.process()));
+        // What was found of two programs is true of neither.
+        if peer.program() == program {
+            peer.remember(program, complete, &found);
+        }
+        (found, complete)
     }
 
     /// Runs the attestors; says whether all of them succeeded.
@@ -213,7 +251,7 @@ mod tests {
     #[tokio::test]
     async fn a_failing_base_means_no_attributes() {
         let found = attestors([Fake::Fails, Fake::Service]).attest(&own()).await;
-        assert_eq!(*found.unwrap(), WorkloadAttrs::default());
+        assert_eq!(*found.unwrap().attributes(), WorkloadAttrs::default());
     }
 
     #[tokio::test]
@@ -222,13 +260,13 @@ mod tests {
             .attest(&own())
             .await
             .unwrap();
-        assert!(found.unix.is_some());
-        assert!(found.systemd.is_none());
+        assert!(found.attributes().unix.is_some());
+        assert!(found.attributes().systemd.is_none());
         let found = attestors([Fake::Unix, Fake::Service])
             .attest(&own())
             .await
             .unwrap();
-        assert!(found.systemd.is_some());
+        assert!(found.attributes().systemd.is_some());
     }
 
     /// Counts how often it is asked.
@@ -296,7 +334,7 @@ mod tests {
             .attest(&own())
             .await
             .unwrap();
-        assert!(found.unix.is_some());
+        assert!(found.attributes().unix.is_some());
     }
 
     #[tokio::test]

@@ -45,6 +45,7 @@ use crate::destination::{Destination, DestinationPlan, FileSet};
 use crate::health::Reporter;
 use crate::identity::Handle;
 use crate::telemetry::metrics::Metrics;
+use crate::workload::Shelf;
 use crate::yaml::{Fields, Tree};
 
 /// The kinds of service, by their YAML `type`.
@@ -246,6 +247,8 @@ pub struct Context {
     pub sockets: Sockets,
     /// Trust bundles and revocations, followed once for all services.
     pub trust: Trust,
+    /// What was issued to workloads, across a restart.
+    pub shelf: Shelf,
     /// The service's lifetime.
     pub lifetime: Lifetime,
     /// The service's name in logs, metrics and health.

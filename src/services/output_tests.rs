@@ -331,6 +331,7 @@ fn context(registry: &Registry, clock: &Clock) -> Context {
         identity,
         sockets: crate::services::Sockets::default(),
         trust: crate::services::Trust::default(),
+        shelf: crate::workload::Shelf::default(),
         lifetime: crate::services::Lifetime::default(),
         name: "out".into(),
         health: registry.reporter("out"),

@@ -5,13 +5,14 @@ use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::FutureExt as _;
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::clock::Clock;
 use crate::identity::Handle;
-use crate::workload::{Bundles, Crl, bundle, crl};
+use crate::workload::{Beside, Bundles, Crl, Shelf, bundle, crl};
 
 /// How long after a fault of its own the follower begins again.
 const AGAIN: Duration = Duration::from_secs(10);
@@ -34,6 +35,72 @@ pub(super) struct Feeds {
     pub(super) bundles: watch::Receiver<Option<Arc<Bundles>>>,
     /// Pending until then, and a moment longer.
     pub(super) revoked: watch::Receiver<Crl>,
+}
+
+/// What stands beside SVIDs in an answer: what the cluster says, and until it was heard for the first
+/// time, what it said before the agent was started anew. Clones each remember what they looked at.
+#[derive(Debug, Clone)]
+pub(super) struct View {
+    heard: Feeds,
+    before: Option<Beside>,
+}
+
+impl View {
+    pub(super) fn new(heard: Feeds, before: Option<Beside>) -> Self {
+        Self { heard, before }
+    }
+
+    /// The current state, which counts as looked at.
+    pub(super) fn look(&mut self) -> (Option<Arc<Bundles>>, Crl) {
+        let bundles = self.heard.bundles.borrow_and_update().clone();
+        let crl = self.heard.revoked.borrow_and_update().clone();
+        match &self.before {
+            Some(before) if bundles.is_none() => {
+                (Some(Arc::clone(&before.bundles)), list(before.crl.as_ref()))
+            }
+            // The list is on its way.
+            Some(before) if crl == Crl::Pending => (bundles, list(before.crl.as_ref())),
+            _ => (bundles, crl),
+        }
+    }
+
+    /// The bundles, without looking.
+    pub(super) fn bundles(&self) -> Option<Arc<Bundles>> {
+        let heard = self.heard.bundles.borrow().clone();
+        heard.or_else(|| Some(Arc::clone(&self.before.as_ref()?.bundles)))
+    }
+
+    /// Waits for something else than was looked at; of the list, only with `revocations`. An error
+    /// means that the agent is stopping.
+    pub(super) async fn changed(
+        &mut self,
+        revocations: bool,
+    ) -> Result<(), watch::error::RecvError> {
+        tokio::select! {
+            changed = self.heard.bundles.changed() => changed,
+            changed = self.heard.revoked.changed(), if revocations => changed,
+        }
+    }
+
+    /// Tells `shelf` what the cluster says, for as long as it says anything.
+    pub(super) async fn keep_on(mut self, shelf: &Shelf) {
+        loop {
+            let bundles = self.heard.bundles.borrow_and_update().clone();
+            let crl = self.heard.revoked.borrow_and_update().clone();
+            if let Some(bundles) = bundles
+                && crl != Crl::Pending
+            {
+                shelf.tell(&bundles, &crl);
+            }
+            if self.changed(true).await.is_err() {
+                return std::future::pending().await;
+            }
+        }
+    }
+}
+
+fn list(der: Option<&Bytes>) -> Crl {
+    der.cloned().map_or(Crl::None, Crl::Signed)
 }
 
 impl Trust {
@@ -87,6 +154,7 @@ mod tests {
     use std::time::SystemTime;
 
     use super::*;
+    use crate::workload::tests::{Authority, DOMAIN, message};
 
     #[tokio::test(start_paused = true)]
     async fn a_panic_does_not_end_what_readers_wait_for() {
@@ -101,5 +169,43 @@ mod tests {
         .await;
         assert_eq!(*receiver.borrow(), 3);
         assert_eq!(clock.now(), SystemTime::UNIX_EPOCH + 2 * AGAIN);
+    }
+
+    #[test]
+    fn what_was_said_before_stands_in_until_the_cluster_is_heard() {
+        let bundles = |names: &[&Authority]| {
+            Arc::new(Bundles::from_authority(&message(DOMAIN, names)).unwrap())
+        };
+        let (old, new) = (Authority::new("old"), Authority::new("new"));
+        let (old, new) = (bundles(&[&old]), bundles(&[&new]));
+        let [old_list, new_list] = ["old", "new"].map(|text| Bytes::from_static(text.as_bytes()));
+        let (told, heard) = watch::channel(None);
+        let (listed, revoked) = watch::channel(Crl::Pending);
+        let before = Beside {
+            bundles: Arc::clone(&old),
+            crl: Some(old_list.clone()),
+        };
+        let heard = Feeds {
+            bundles: heard,
+            revoked,
+        };
+        let mut view = View::new(heard.clone(), Some(before));
+        let mut without = View::new(heard, None);
+        assert_eq!(without.look(), (None, Crl::Pending));
+        assert_eq!(
+            view.look(),
+            (Some(Arc::clone(&old)), Crl::Signed(old_list.clone()))
+        );
+        // A list that was given up on is no news while the cluster is away.
+        listed.send_replace(Crl::None);
+        assert_eq!(view.look().1, Crl::Signed(old_list.clone()));
+        listed.send_replace(Crl::Pending);
+        told.send_replace(Some(Arc::clone(&new)));
+        assert_eq!(view.look(), (Some(Arc::clone(&new)), Crl::Signed(old_list)));
+        assert_eq!(view.bundles(), Some(new));
+        listed.send_replace(Crl::Signed(new_list.clone()));
+        assert_eq!(view.look().1, Crl::Signed(new_list));
+        listed.send_replace(Crl::None);
+        assert_eq!(view.look().1, Crl::None, "the cluster took it away");
     }
 }

@@ -235,6 +235,18 @@ pub struct JwtSvid {
     pub expires: SystemTime,
 }
 
+impl JwtSvid {
+    /// Whether `audience` is among those that it is meant for.
+    #[must_use]
+    pub fn is_for(&self, audience: &str) -> bool {
+        match self.claims.get("aud") {
+            Some(Value::String(one)) => one == audience,
+            Some(Value::Array(several)) => several.iter().any(|one| one == audience),
+            _ => false,
+        }
+    }
+}
+
 /// Verifies a token for `audience` with the keys that `bundle` has for its trust domain.
 pub fn validate<'a>(
     token: &str,
@@ -281,19 +293,15 @@ pub fn validate<'a>(
     {
         return Err(JwtError::NotYet);
     }
-    let for_us = match claims.get("aud") {
-        Some(Value::String(one)) => one == audience,
-        Some(Value::Array(several)) => several.iter().any(|one| one == audience),
-        _ => false,
-    };
-    if !for_us {
-        return Err(JwtError::Audience);
-    }
-    Ok(JwtSvid {
+    let svid = JwtSvid {
         id,
         claims,
         expires,
-    })
+    };
+    if !svid.is_for(audience) {
+        return Err(JwtError::Audience);
+    }
+    Ok(svid)
 }
 
 /// A `NumericDate` (RFC 7519 2).

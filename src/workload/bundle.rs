@@ -14,7 +14,7 @@ use crate::clock::Clock;
 use crate::cluster::events::{self, Events, EventsError};
 use crate::cluster::{Client, ClusterError, Disposition};
 use crate::crypto::pem;
-use crate::crypto::x509::Certificate;
+use crate::crypto::x509::{self, Certificate};
 use crate::pb::proto::event::Resource;
 use crate::pb::proto::{Event, Operation, Watch};
 use crate::pb::teleport::machineid::v1::SpiffeFederation;
@@ -118,6 +118,27 @@ impl Bundles {
             authorities,
             jwt,
             federated: BTreeMap::new(),
+        })
+    }
+
+    /// What was stored of an earlier moment; `None` if `local` is no row of certificates.
+    pub(super) fn restored(
+        trust_domain: TrustDomain,
+        local: &Bytes,
+        jwt: JwtBundle,
+        federated: BTreeMap<TrustDomain, Federated>,
+    ) -> Option<Self> {
+        let authorities = x509::split(local)?
+            .into_iter()
+            .map(|der| Certificate::from_der(der).ok())
+            .collect::<Option<Vec<_>>>()
+            .filter(|authorities| !authorities.is_empty())?;
+        Some(Self {
+            trust_domain,
+            local: local.clone(),
+            authorities,
+            jwt,
+            federated,
         })
     }
 

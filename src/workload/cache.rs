@@ -2,23 +2,28 @@
 //!
 //! [`Cache::run`] is the only task: it starts what is due, keeps the number of requests in flight
 //! small, and publishes each outcome to the entry's subscribers. Everything else only looks at
-//! entries. What to do next is decided by `after`, a pure function.
+//! entries. What to do next is decided by `after`, a pure function. What an entry held stays on the
+//! [`Shelf`] when the entry ends, for the same process to come back to.
 
 use std::collections::{BTreeSet, HashMap};
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use prost::Message as _;
+use bytes::Bytes;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
+use super::Bundles;
 use super::issue::{IssueError, Issuer, Svid};
+use super::memo::Memo;
 use super::outcome::Failures;
 use super::selector::Selector;
+use super::shelf::{Mark, Shelf};
+use crate::attest::Attested;
 use crate::backoff::Backoff;
 use crate::clock::Clock;
 use crate::crypto::{jitter, sha256};
-use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
 use crate::renewal;
 
 /// Requests in flight at a time. A cluster answers one in some milliseconds; more would only queue
@@ -40,11 +45,44 @@ pub enum State {
     #[default]
     Pending,
     /// At least one SVID, in the cluster's order.
-    Ready(Arc<[Svid]>),
+    Ready(Arc<Answer>),
     /// The cluster decided that there is none.
     Refused(Arc<str>),
     /// None is held and none can be had now.
     Unavailable(Arc<str>),
+}
+
+/// The SVIDs of one answer of the cluster.
+#[derive(Debug)]
+pub struct Answer {
+    svids: Arc<[Svid]>,
+    memo: Memo,
+}
+
+impl Answer {
+    fn new(svids: Arc<[Svid]>) -> Arc<Self> {
+        let memo = Memo::default();
+        Arc::new(Self { svids, memo })
+    }
+
+    /// The message that everybody gets who waits for these SVIDs, made once for each state of the
+    /// bundles and the revocation list.
+    pub fn message(
+        &self,
+        bundles: &Arc<Bundles>,
+        crl: Option<&Bytes>,
+        make: impl FnOnce() -> Bytes,
+    ) -> Bytes {
+        self.memo.message(bundles, crl, make)
+    }
+}
+
+impl Deref for Answer {
+    type Target = [Svid];
+
+    fn deref(&self) -> &[Svid] {
+        &self.svids
+    }
 }
 
 impl State {
@@ -87,7 +125,16 @@ impl Freshness {
 struct Key {
     selector: Selector,
     ttl: Duration,
-    attributes: [u8; 32],
+    attested: [u8; 32],
+}
+
+impl Key {
+    /// The same, for what is kept across restarts.
+    fn mark(&self) -> Mark {
+        // Formatted for debugging, texts are quoted: no two selectors look the same.
+        let what = format!("{:?} {:?} {:?}", self.selector, self.ttl, self.attested);
+        sha256(what.as_bytes())
+    }
 }
 
 /// Issued SVIDs, shared by all who ask for the same. Cloning shares the cache.
@@ -99,6 +146,7 @@ struct Inner {
     issuer: Arc<dyn Issuer>,
     clock: Clock,
     interval: Duration,
+    shelf: Shelf,
     wake: Notify,
     table: Mutex<Table>,
 }
@@ -111,6 +159,8 @@ struct Table {
     queue: BTreeSet<(SystemTime, u64)>,
     next_id: u64,
     failures: Failures,
+    /// When all were last asked to renew.
+    renewed: Option<SystemTime>,
     /// When [`Cache::run`] looks at the queue by itself, unless it is woken before.
     planned: Option<SystemTime>,
 }
@@ -118,7 +168,7 @@ struct Table {
 #[derive(Debug)]
 struct Entry {
     key: Key,
-    attributes: Arc<WorkloadAttrs>,
+    attested: Arc<Attested>,
     state: watch::Sender<State>,
     subscribers: usize,
     abandoned: Option<SystemTime>,
@@ -247,28 +297,40 @@ impl Cache {
     /// A cache that renews what `issuer` issues after `interval` at the latest. Nothing happens
     /// before [`Cache::run`].
     pub fn new(issuer: Arc<dyn Issuer>, clock: Clock, interval: Duration) -> Self {
+        Self::beside(issuer, clock, interval, Shelf::default())
+    }
+
+    /// The same, and what is on `shelf` serves whom it was issued to.
+    pub fn beside(issuer: Arc<dyn Issuer>, clock: Clock, interval: Duration, shelf: Shelf) -> Self {
         Self(Arc::new(Inner {
             issuer,
             clock,
             interval,
+            shelf,
             wake: Notify::new(),
             table: Mutex::new(Table::default()),
         }))
     }
 
-    /// Takes part in the entry for these attributes, and makes it if there is none.
+    /// Takes part in the entry for this workload, and makes it if there is none.
     pub fn subscribe(
         &self,
         selector: &Selector,
         ttl: Duration,
-        attributes: &WorkloadAttrs,
+        attested: &Arc<Attested>,
     ) -> Subscription {
         let key = Key {
             selector: selector.clone(),
             ttl,
-            attributes: digest(attributes),
+            attested: attested.digest(),
         };
         let now = self.0.clock.now();
+        let known = self.0.table().ids.contains_key(&key);
+        // Checking what is on the shelf takes a while; others are not held up for it.
+        let kept = match attested.process() {
+            Some(_) if !known => self.0.shelf.get(&key.mark(), now),
+            _ => None,
+        };
         let mut table = self.0.table();
         let id = if let Some(id) = table.ids.get(&key) {
             *id
@@ -276,7 +338,11 @@ impl Cache {
             let id = table.next_id;
             table.next_id += 1;
             table.ids.insert(key.clone(), id);
-            table.entries.insert(id, Entry::new(key, attributes, now));
+            let mut entry = Entry::new(key, Arc::clone(attested), now);
+            if let Some(svids) = kept {
+                entry.begin_with(svids, self.0.interval, table.renewed);
+            }
+            table.entries.insert(id, entry);
             id
         };
         let mut state = None;
@@ -300,6 +366,7 @@ impl Cache {
     pub fn renew_all(&self) {
         let now = self.0.clock.now();
         let mut table = self.0.table();
+        table.renewed = Some(now);
         let ids: Vec<u64> = table.entries.keys().copied().collect();
         for id in ids {
             table.update(id, |entry| {
@@ -325,12 +392,14 @@ impl Cache {
         loop {
             let now = self.0.clock.now();
             while flights.len() < IN_FLIGHT {
-                let Some((id, key, attributes)) = self.take_due(now) else {
+                let Some((id, key, attested)) = self.take_due(now) else {
                     break;
                 };
                 let issuer = Arc::clone(&self.0.issuer);
                 flights.spawn(async move {
-                    let outcome = issuer.issue(&key.selector, key.ttl, &attributes).await;
+                    let outcome = issuer
+                        .issue(&key.selector, key.ttl, attested.attributes())
+                        .await;
                     (id, outcome)
                 });
             }
@@ -354,7 +423,7 @@ impl Cache {
     }
 
     /// Removes what nobody wants any more, and takes the next entry that is to be issued.
-    fn take_due(&self, now: SystemTime) -> Option<(u64, Key, Arc<WorkloadAttrs>)> {
+    fn take_due(&self, now: SystemTime) -> Option<(u64, Key, Arc<Attested>)> {
         let mut table = self.0.table();
         loop {
             let (at, id) = *table.queue.first()?;
@@ -371,17 +440,17 @@ impl Cache {
             }
             entry.in_flight = true;
             entry.attempted = Some(now);
-            return Some((id, entry.key.clone(), Arc::clone(&entry.attributes)));
+            return Some((id, entry.key.clone(), Arc::clone(&entry.attested)));
         }
     }
 
     fn finish(&self, id: u64, outcome: Outcome) {
         let now = self.0.clock.now();
-        let interval = self.0.interval;
+        let (interval, shelf) = (self.0.interval, &self.0.shelf);
         let mut table = self.0.table();
         if let Some(entry) = table.entries.get(&id) {
-            let attributes = Arc::clone(&entry.attributes);
-            table.failures.tell(&attributes, &outcome);
+            let attested = Arc::clone(&entry.attested);
+            table.failures.tell(attested.attributes(), &outcome);
         }
         table.update(id, |entry| {
             entry.in_flight = false;
@@ -389,6 +458,13 @@ impl Cache {
             let next = after(now, &held, outcome, interval, &mut entry.backoff, jitter());
             entry.due = next.due;
             if let Some(state) = next.publish {
+                if let Some(process) = entry.attested.process() {
+                    match &state {
+                        State::Ready(answer) => shelf.put(entry.key.mark(), process, &answer.svids),
+                        State::Refused(_) => shelf.withdraw(&entry.key.mark()),
+                        State::Unavailable(_) | State::Pending => {}
+                    }
+                }
                 entry.trouble = match &state {
                     State::Unavailable(why) => Some(Arc::clone(why)),
                     State::Ready(_) | State::Refused(_) | State::Pending => None,
@@ -418,10 +494,10 @@ impl Cache {
 }
 
 impl Entry {
-    fn new(key: Key, attributes: &WorkloadAttrs, now: SystemTime) -> Self {
+    fn new(key: Key, attested: Arc<Attested>, now: SystemTime) -> Self {
         Self {
             key,
-            attributes: Arc::new(attributes.clone()),
+            attested,
             state: watch::Sender::new(State::Pending),
             subscribers: 0,
             abandoned: None,
@@ -431,6 +507,16 @@ impl Entry {
             trouble: None,
             backoff: Backoff::new(BACKOFF.0, BACKOFF.1),
         }
+    }
+
+    /// Serves what was issued earlier, renewed when it was to be renewed then, or at once if all
+    /// were to renew since.
+    fn begin_with(&mut self, svids: Arc<[Svid]>, interval: Duration, renewed: Option<SystemTime>) {
+        let issued = issued_at(&svids);
+        if renewed.is_none_or(|renewed| renewed <= issued) {
+            self.due = renewal::due(issued, not_after(&svids), interval, jitter());
+        }
+        self.state.send_replace(State::Ready(Answer::new(svids)));
     }
 
     /// A new subscriber is not turned away with an old refusal or an old outage.
@@ -474,7 +560,7 @@ fn after(
             let due = renewal::due(issued_at(&svids), not_after(&svids), interval, random)
                 .max(now + BACKOFF.0);
             Next {
-                publish: Some(State::Ready(svids)),
+                publish: Some(State::Ready(Answer::new(svids))),
                 due,
             }
         }
@@ -516,37 +602,4 @@ fn issued_at(svids: &[Svid]) -> SystemTime {
 fn not_after(svids: &[Svid]) -> SystemTime {
     let ends = svids.iter().map(|svid| svid.not_after);
     ends.min().unwrap_or(SystemTime::UNIX_EPOCH)
-}
-
-/// A digest of all attributes. Protobuf maps have no order, so they are sorted out of the way.
-fn digest(attributes: &WorkloadAttrs) -> [u8; 32] {
-    let mut plain = attributes.clone();
-    let mut labels: Vec<(u8, String, String)> = Vec::new();
-    let mut take = |tag: u8, map: &mut HashMap<String, String>| {
-        labels.extend(map.drain().map(|(key, value)| (tag, key, value)));
-    };
-    if let Some(kubernetes) = &mut plain.kubernetes {
-        take(0, &mut kubernetes.labels);
-    }
-    if let Some(podman) = &mut plain.podman {
-        if let Some(container) = &mut podman.container {
-            take(1, &mut container.labels);
-        }
-        if let Some(pod) = &mut podman.pod {
-            take(2, &mut pod.labels);
-        }
-    }
-    if let Some(container) = plain.docker.as_mut().and_then(|d| d.container.as_mut()) {
-        take(3, &mut container.labels);
-    }
-    labels.sort_unstable();
-    let mut bytes = plain.encode_length_delimited_to_vec();
-    for (tag, key, value) in labels {
-        bytes.push(tag);
-        for text in [key, value] {
-            bytes.extend((text.len() as u64).to_be_bytes());
-            bytes.extend(text.as_bytes());
-        }
-    }
-    sha256(&bytes)
 }

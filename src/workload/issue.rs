@@ -10,17 +10,19 @@ use tokio::sync::watch;
 use tonic::Code;
 
 use super::Bundles;
+use super::hints::Hints;
+use super::keys::{self, Keys};
 use super::selector::Selector;
 use crate::clock::Clock;
 use crate::cluster::{Client, ClusterError, Disposition};
-use crate::crypto::x509::Certificate;
+use crate::crypto::x509::{self, Certificate};
 use crate::crypto::{PrivateKey, Purpose, Suite};
 use crate::pb::teleport::workloadidentity::v1::credential::Credential as Kind;
 use crate::pb::teleport::workloadidentity::v1::issue_workload_identities_request::Credential as ManyParams;
 use crate::pb::teleport::workloadidentity::v1::issue_workload_identity_request::Credential as OneParams;
 use crate::pb::teleport::workloadidentity::v1::{
     Credential, IssueWorkloadIdentitiesRequest, IssueWorkloadIdentityRequest, JwtsvidParams,
-    WorkloadAttrs, X509svidParams,
+    WorkloadAttrs, X509svidCredential, X509svidParams,
 };
 use crate::spiffe::{SpiffeId, TrustDomain};
 
@@ -34,8 +36,6 @@ const SUITE_KEPT: Duration = Duration::from_mins(10);
 const MAX_SVIDS: usize = 64;
 /// The longest intermediate chain that is passed on.
 const MAX_CHAIN: usize = 8;
-/// The longest hint, in bytes (`SPIFFE_Workload_API.md` 5.2.1).
-pub const MAX_HINT: usize = 1024;
 
 /// An X.509-SVID with its key, checked. Immutable; cloning shares the bytes.
 #[derive(Clone)]
@@ -129,6 +129,7 @@ pub struct ClusterIssuer {
     bundles: watch::Receiver<Option<Arc<Bundles>>>,
     clock: Clock,
     suite: Mutex<Option<(Suite, SystemTime)>>,
+    ahead: Option<Keys>,
 }
 
 impl ClusterIssuer {
@@ -143,7 +144,15 @@ impl ClusterIssuer {
             bundles,
             clock,
             suite: Mutex::new(None),
+            ahead: None,
         }
+    }
+
+    /// The same, with one key made ahead: for those that issue again and again.
+    #[must_use]
+    pub fn with_keys_ahead(mut self) -> Self {
+        self.ahead = Some(Keys::default());
+        self
     }
 
     async fn suite(&self, client: &Client) -> Result<Suite, IssueError> {
@@ -159,15 +168,6 @@ impl ClusterIssuer {
             Some((suite, now + SUITE_KEPT));
         Ok(suite)
     }
-}
-
-/// Makes an SVID's key off the async threads: RSA takes its time.
-pub(super) async fn new_key(suite: Suite) -> Result<PrivateKey, IssueError> {
-    let algorithm = suite.algorithm(Purpose::BotSvid);
-    tokio::task::spawn_blocking(move || PrivateKey::generate(algorithm))
-        .await
-        .map_err(|source| IssueError::Unavailable(source.to_string()))?
-        .map_err(|source| IssueError::Unavailable(source.to_string()))
 }
 
 /// The bundles, once there are some.
@@ -243,7 +243,12 @@ impl Issuer for ClusterIssuer {
         attributes: &WorkloadAttrs,
     ) -> Result<Vec<Svid>, IssueError> {
         let client = self.access.client().await?;
-        let key = new_key(self.suite(&client).await?).await?;
+        let suite = self.suite(&client).await?;
+        let algorithm = suite.algorithm(Purpose::BotSvid);
+        let key = match &self.ahead {
+            Some(keys) => keys.take(algorithm).await?,
+            None => keys::made(algorithm).await?,
+        };
         let params = X509svidParams {
             public_key: key.public_spki(),
             // Only a cluster that has an override for its issuer takes notice.
@@ -279,20 +284,13 @@ pub(super) fn accept(
     }
     let secret = Bytes::copy_from_slice(key.pkcs8_der().expose());
     let mut svids: Vec<Svid> = Vec::with_capacity(credentials.len());
+    let mut hints = Hints::default();
     for credential in credentials {
         let name = credential.workload_identity_name.clone();
         let mut svid = checked(credential, key, &secret, bundles, now).map_err(|problem| {
             IssueError::Answer(format!("workload identity {name:?}: {problem}"))
         })?;
-        // Hints are unique within a response (`SPIFFE_Workload_API.md` 5.2.1); the first keeps it.
-        let taken = svids.iter().any(|other| other.hint == svid.hint);
-        if !svid.hint.is_empty() && (taken || svid.hint.len() > MAX_HINT) {
-            tracing::warn!(
-                workload_identity = name,
-                "Leaving out the hint: it is longer than 1024 bytes, or another identity has it"
-            );
-            svid.hint.clear();
-        }
+        svid.hint = hints.admit(svid.hint, &name);
         svids.push(svid);
     }
     Ok(svids)
@@ -353,6 +351,23 @@ fn checked(
         name: credential.workload_identity_name,
         revision: credential.workload_identity_revision,
     })
+}
+
+/// Checks what was issued earlier as if it came now.
+pub(super) fn still_good(svid: &Svid, bundles: &Bundles, now: SystemTime) -> Result<(), String> {
+    let key = PrivateKey::from_pkcs8(&svid.key).map_err(|source| source.to_string())?;
+    let ders = x509::split(&svid.chain).unwrap_or_default();
+    let (leaf, chain) = ders.split_first().ok_or("it holds no certificate")?;
+    let credential = Credential {
+        spiffe_id: svid.id.to_string(),
+        credential: Some(Kind::X509Svid(X509svidCredential {
+            cert: leaf.to_vec(),
+            chain: chain.iter().map(|der| der.to_vec()).collect(),
+            ..X509svidCredential::default()
+        })),
+        ..Credential::default()
+    };
+    checked(credential, &key, &svid.key, bundles, now).map(drop)
 }
 
 fn in_domain(id: &SpiffeId, domain: &TrustDomain) -> Result<(), String> {

@@ -1,10 +1,14 @@
-//! Asks the cluster for JWT-SVIDs. Each is for one audience set and short-lived; none is kept here.
+//! Asks the cluster for JWT-SVIDs. Each is for one audience set and short-lived; none is kept here
+//! ([`super::tokens`] does that).
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use async_trait::async_trait;
 use tokio::sync::watch;
 
+use super::hints::Hints;
 use super::issue::{Access, IssueError, Params, Wanted, current};
 use super::{Bundles, Selector};
 use crate::clock::Clock;
@@ -25,10 +29,24 @@ pub struct JwtSvid {
     pub not_after: SystemTime,
 }
 
-impl std::fmt::Debug for JwtSvid {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for JwtSvid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "JwtSvid({})", self.id)
     }
+}
+
+/// Issues JWT-SVIDs.
+#[async_trait]
+pub trait TokenIssuer: Send + Sync + fmt::Debug {
+    /// One token for each identity that `selector` grants to a workload with these attributes, in
+    /// the cluster's order; each names every one of `audiences`.
+    async fn issue(
+        &self,
+        selector: &Selector,
+        ttl: Duration,
+        attributes: &WorkloadAttrs,
+        audiences: &[String],
+    ) -> Result<Vec<JwtSvid>, IssueError>;
 }
 
 /// Issues JWT-SVIDs through a cluster.
@@ -53,32 +71,6 @@ impl JwtIssuer {
         }
     }
 
-    /// One token for each identity that `selector` grants to a workload with these attributes.
-    pub async fn issue(
-        &self,
-        selector: &Selector,
-        ttl: Duration,
-        attributes: &WorkloadAttrs,
-        audiences: &[String],
-    ) -> Result<Vec<JwtSvid>, IssueError> {
-        let client = self.access.client().await?;
-        let params = JwtsvidParams {
-            audiences: audiences.to_vec(),
-        };
-        let wanted = Wanted {
-            selector,
-            ttl,
-            attributes,
-        };
-        let credentials = wanted.ask(&client, Params::Jwt(params)).await?;
-        let bundles = current(&self.bundles).await?;
-        credentials
-            .into_iter()
-            .map(|credential| self.checked(credential, &bundles, audiences))
-            .collect::<Result<_, _>>()
-            .map_err(IssueError::Answer)
-    }
-
     fn checked(
         &self,
         credential: Credential,
@@ -89,10 +81,14 @@ impl JwtIssuer {
             return Err("it holds no JWT-SVID".into());
         };
         let audience = audiences.first().map(String::as_str).unwrap_or_default();
+        // A cluster issues for its own trust domain, whatever others it federates with.
         let verified = jwt::validate(&issued.jwt, audience, self.clock.now(), |domain| {
             (domain == bundles.trust_domain()).then(|| bundles.jwt())
         })
         .map_err(|source| source.to_string())?;
+        if let Some(missing) = audiences.iter().find(|name| !verified.is_for(name)) {
+            return Err(format!("a token came without the audience {missing:?}"));
+        }
         if verified.id.to_string() != credential.spiffe_id {
             return Err(format!(
                 "a token of {} came for {}",
@@ -112,5 +108,39 @@ impl JwtIssuer {
             hint: credential.hint,
             not_after: verified.expires,
         })
+    }
+}
+
+#[async_trait]
+impl TokenIssuer for JwtIssuer {
+    async fn issue(
+        &self,
+        selector: &Selector,
+        ttl: Duration,
+        attributes: &WorkloadAttrs,
+        audiences: &[String],
+    ) -> Result<Vec<JwtSvid>, IssueError> {
+        let client = self.access.client().await?;
+        let params = JwtsvidParams {
+            audiences: audiences.to_vec(),
+        };
+        let wanted = Wanted {
+            selector,
+            ttl,
+            attributes,
+        };
+        let credentials = wanted.ask(&client, Params::Jwt(params)).await?;
+        let bundles = current(&self.bundles).await?;
+        let mut hints = Hints::default();
+        let mut issued = Vec::with_capacity(credentials.len());
+        for credential in credentials {
+            let name = credential.workload_identity_name.clone();
+            let mut svid = self
+                .checked(credential, &bundles, audiences)
+                .map_err(IssueError::Answer)?;
+            svid.hint = hints.admit(svid.hint, &name);
+            issued.push(svid);
+        }
+        Ok(issued)
     }
 }

@@ -6,11 +6,12 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 
 use super::Bundles;
-use super::issue::{Access, IssueError, Svid, accept, current, new_key};
+use super::issue::{Access, IssueError, Svid, accept, current};
 use super::jwt::JwtSvid;
+use super::keys;
 use crate::clock::Clock;
 use crate::cluster::{Client, ClusterError, Disposition};
-use crate::crypto::PrivateKey;
+use crate::crypto::{PrivateKey, Purpose};
 use crate::pb::teleport::machineid::v1::{
     JwtsvidRequest, JwtsvidResponse, SvidRequest, SvidResponse,
 };
@@ -74,7 +75,7 @@ impl LegacyIssuer {
         wanted: &PathRequest,
         ttl: Duration,
     ) -> Result<Svid, IssueError> {
-        let key = new_key(client.suite().await?).await?;
+        let key = keys::made(client.suite().await?.algorithm(Purpose::BotSvid)).await?;
         let request = SvidRequest {
             public_key: key.public_spki(),
             spiffe_id_path: wanted.path.clone(),

@@ -47,3 +47,4 @@ mod rotation;
 mod ssh;
 mod svid_outputs;
 mod wire;
+mod workload_api;

@@ -372,6 +372,7 @@ async fn a_cluster_that_lists_no_authorities_has_identity_outputs_all_the_same()
             metrics: Metrics::new(),
             sockets: tbot::services::Sockets::default(),
             trust: tbot::services::Trust::default(),
+            shelf: tbot::workload::Shelf::default(),
             shutdown: setup.shutdown.clone(),
         };
         output::run_once(output, None, context).await.unwrap();

@@ -29,7 +29,6 @@ use crate::identity::bot::{Bot, Settings};
 use crate::identity::store::Store;
 use crate::identity::{Handle, Request};
 use crate::join::{self, TokenSource};
-use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
 use crate::services::{self, Context, Lifetime, Output, Service, output};
 use crate::telemetry::metrics::Metrics;
 use crate::workload::{
@@ -267,6 +266,7 @@ async fn thirty_days_with_a_rotation_each_leave_no_gap() {
         metrics: Metrics::new(),
         sockets: services::Sockets::default(),
         trust: services::Trust::default(),
+        shelf: crate::workload::Shelf::default(),
         shutdown: shutdown.clone(),
     };
     tasks.spawn(output::run(identity, None, context));
@@ -293,7 +293,7 @@ async fn thirty_days_with_a_rotation_each_leave_no_gap() {
         }
     });
     let selector = Selector::Name("foo".to_owned());
-    let mut svids = cache.subscribe(&selector, LIFETIME.ttl, &WorkloadAttrs::default());
+    let mut svids = cache.subscribe(&selector, LIFETIME.ttl, &Arc::default());
     let ready = |state: &State| matches!(state, State::Ready(_));
     drop(svids.state().wait_for(ready).await.unwrap());
     clock.sleep(LOOK).await;

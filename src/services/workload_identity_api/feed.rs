@@ -6,13 +6,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use futures_util::stream::{self, BoxStream};
-use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
-use tonic::{Response, Status};
+use tonic::Status;
 
 use super::incoming::Caller;
 use super::limits::Permit;
-use crate::clock::Clock;
+use super::source::Source;
+use crate::services::trust::View;
 use crate::workload::{Bundles, Crl};
 
 /// The longest a call waits for its first message, attestation aside.
@@ -20,58 +19,71 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What one kind of stream adds to bundles and revocations.
 pub(super) trait Content: Send + 'static {
-    type Message: Send;
     /// Whether the message holds the revocation list: it is sent anew with the list, and the first
     /// waits for the list a moment.
     const REVOCATIONS: bool = true;
-    /// Resolves when the content changed.
+    /// Resolves when the content changed. May be dropped and called again at any time.
     fn changed(&mut self) -> impl Future<Output = ()> + Send;
-    /// The message for the current state; `None` while there is none to send.
-    fn message(
+    /// The message for the current state, encoded; `None` while there is none to send.
+    fn packet(
         &mut self,
-        bundles: &Bundles,
-        crl: Vec<Bytes>,
-        clock: &Clock,
-    ) -> Result<Option<Self::Message>, Box<Status>>;
-    /// What is missing while [`Content::message`] gives none.
+        source: &Source,
+        bundles: &Arc<Bundles>,
+        crl: Option<&Bytes>,
+    ) -> Result<Option<Bytes>, Box<Status>>;
+    /// What is missing while [`Content::packet`] gives none.
     fn missing(&self) -> &'static str;
 }
 
-/// A stream of messages, each the whole state.
+/// A stream to one caller.
 pub(super) struct Feed<C> {
-    pub(super) content: C,
-    pub(super) bundles: watch::Receiver<Option<Arc<Bundles>>>,
-    pub(super) crl: watch::Receiver<Crl>,
-    pub(super) caller: Caller,
-    pub(super) clock: Clock,
-    pub(super) shutdown: CancellationToken,
-    pub(super) _permit: Permit,
+    source: Arc<Source>,
+    view: View,
+    content: C,
+    caller: Caller,
+    /// What was sent last: nothing is said twice.
+    sent: Bytes,
+    _permit: Permit,
 }
 
-pub(super) type Messages<M> = BoxStream<'static, Result<M, Status>>;
+/// Encoded messages, then perhaps a status.
+pub(super) type Packets = BoxStream<'static, Result<Bytes, Status>>;
 
 impl<C: Content> Feed<C> {
+    pub(super) fn new(source: Arc<Source>, content: C, caller: Caller, permit: Permit) -> Self {
+        Self {
+            view: source.view.clone(),
+            source,
+            content,
+            caller,
+            sent: Bytes::new(),
+            _permit: permit,
+        }
+    }
+
     /// Waits a while for the first message, and gives the stream that begins with it.
-    pub(super) async fn start(mut self) -> Result<Response<Messages<C::Message>>, Status> {
-        let clock = self.clock.clone();
+    pub(super) async fn start(mut self) -> Result<Packets, Status> {
+        let clock = self.source.clock.clone();
+        // An answer that is there needs no timer.
         let first = tokio::select! {
-            first = self.first() => first?,
+            biased;
+            first = self.first() => first.map_err(|status| *status)?,
             () = clock.sleep(PATIENCE) => return Err(Status::unavailable(self.what_is_missing())),
         };
         let rest = stream::unfold(Some(self), |feed| async move {
             let mut feed = feed?;
             match feed.next().await {
-                Some(Ok(message)) => Some((Ok(message), Some(feed))),
+                Some(Ok(packet)) => Some((Ok(packet), Some(feed))),
                 Some(Err(status)) => Some((Err(*status), None)),
                 None => None,
             }
         });
-        let first = stream::once(async move { Ok(first) });
-        Ok(Response::new(first.chain(rest).boxed()))
+        let first = stream::once(std::future::ready(Ok(first)));
+        Ok(first.chain(rest).boxed())
     }
 
     fn what_is_missing(&self) -> String {
-        let missing = if self.bundles.borrow().is_none() {
+        let missing = if self.view.bundles().is_none() {
             "the trust bundle: the agent is still joining, or cannot reach its cluster"
         } else {
             self.content.missing()
@@ -79,20 +91,17 @@ impl<C: Content> Feed<C> {
         format!("not ready yet: waiting for {missing}")
     }
 
-    async fn first(&mut self) -> Result<C::Message, Status> {
+    async fn first(&mut self) -> Result<Bytes, Box<Status>> {
         loop {
-            if let Some(message) = self.message().map_err(|status| *status)? {
-                if !self.caller.is_alive() {
-                    return Err(Status::aborted("the calling process has ended"));
-                }
-                return Ok(message);
+            if let Some(packet) = self.packet()? {
+                return Ok(packet);
             }
-            self.change().await.map_err(|status| *status)?;
+            self.change().await?;
         }
     }
 
     /// The next message; `None` when the caller is gone.
-    async fn next(&mut self) -> Option<Result<C::Message, Box<Status>>> {
+    async fn next(&mut self) -> Option<Result<Bytes, Box<Status>>> {
         loop {
             let caller = self.caller.clone();
             tokio::select! {
@@ -102,31 +111,35 @@ impl<C: Content> Feed<C> {
                     return Some(Err(status));
                 },
             }
-            if let Some(message) = self.message().transpose() {
-                return Some(message);
+            if let Some(packet) = self.packet().transpose() {
+                return Some(packet);
             }
         }
     }
 
-    fn message(&mut self) -> Result<Option<C::Message>, Box<Status>> {
-        let Some(bundles) = self.bundles.borrow_and_update().clone() else {
+    /// The message for the current state; `None` if there is none, or it was sent.
+    fn packet(&mut self) -> Result<Option<Bytes>, Box<Status>> {
+        let (Some(bundles), crl) = self.view.look() else {
             return Ok(None);
         };
-        let crl = match &*self.crl.borrow_and_update() {
-            Crl::Pending if C::REVOCATIONS => return Ok(None),
-            crl => crl.der().cloned().into_iter().collect(),
+        if C::REVOCATIONS && crl == Crl::Pending {
+            return Ok(None);
+        }
+        let packet = self.content.packet(&self.source, &bundles, crl.der())?;
+        let Some(packet) = packet.filter(|packet| *packet != self.sent) else {
+            return Ok(None);
         };
-        self.content.message(&bundles, crl, &self.clock)
+        self.sent = packet.clone();
+        Ok(Some(packet))
     }
 
     /// Waits for any change.
     async fn change(&mut self) -> Result<(), Box<Status>> {
         let stopping = || Box::new(Status::unavailable("the agent is stopping"));
         tokio::select! {
-            changed = self.bundles.changed() => changed.map_err(|_closed| stopping()),
-            changed = self.crl.changed(), if C::REVOCATIONS => changed.map_err(|_closed| stopping()),
+            changed = self.view.changed(C::REVOCATIONS) => changed.map_err(|_closed| stopping()),
             () = self.content.changed() => Ok(()),
-            () = self.shutdown.cancelled() => Err(stopping()),
+            () = self.source.shutdown.cancelled() => Err(stopping()),
         }
     }
 }

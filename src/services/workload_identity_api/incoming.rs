@@ -49,10 +49,18 @@ impl Caller {
         }
     }
 
-    /// Whether there is still somebody to serve.
-    pub(super) fn is_alive(&self) -> bool {
+    /// The process ID, if known.
+    pub(super) fn pid(&self) -> Option<i32> {
         match self {
-            Self::Process(peer) => peer.is_alive(),
+            Self::Process(peer) => Some(peer.pid()),
+            Self::Unknown => None,
+        }
+    }
+
+    /// Whether a known process still runs, and still the program that it connected with.
+    pub(super) fn is_unchanged(&self) -> bool {
+        match self {
+            Self::Process(peer) => peer.is_unchanged(),
             Self::Unknown => true,
         }
     }
@@ -126,6 +134,20 @@ async fn next(bound: &Bound, limit: &Limit) -> io::Result<Option<Connection>> {
     }))
 }
 
+impl Connection {
+    /// Whatever waited here to be sent was for the program that connected, and for no other.
+    fn same_caller(&self) -> io::Result<()> {
+        if self.caller.is_unchanged() {
+            return Ok(());
+        }
+        tracing::debug!(
+            pid = self.caller.pid(),
+            "Closing a connection: its process has ended, or runs another program"
+        );
+        Err(io::ErrorKind::ConnectionAborted.into())
+    }
+}
+
 impl Connected for Connection {
     type ConnectInfo = Caller;
 
@@ -155,6 +177,7 @@ impl AsyncWrite for Connection {
         cx: &mut task::Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
+        self.same_caller()?;
         Pin::new(&mut self.io).poll_write(cx, buf)
     }
 
@@ -171,6 +194,7 @@ impl AsyncWrite for Connection {
         cx: &mut task::Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.same_caller()?;
         Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
     }
 

@@ -3,7 +3,8 @@
 use bytes::Bytes;
 use tonic::Status;
 
-use crate::pb::workload_api::X509svid;
+use crate::pb::workload_api::{Jwtsvid, X509svid};
+use crate::workload::jwt::JwtSvid;
 use crate::workload::{Bundles, IssueError, Svid};
 
 /// One identity of `FetchX509SVID`.
@@ -22,6 +23,15 @@ pub(super) fn federated(bundles: &Bundles) -> impl Iterator<Item = (String, Byte
     bundles
         .federated_x509()
         .map(|(domain, bundle)| (domain.id(), bundle.clone()))
+}
+
+/// One identity of `FetchJWTSVID`.
+pub(super) fn token(svid: &JwtSvid) -> Jwtsvid {
+    Jwtsvid {
+        spiffe_id: svid.id.to_string(),
+        svid: svid.token.clone(),
+        hint: svid.hint.clone(),
+    }
 }
 
 /// A refusal or a failure to issue, as the standard wants it answered.

@@ -2,14 +2,17 @@
 //!
 //! `listener.rs` opens the socket, `permissions.rs` says for whom, `incoming.rs` pins who connects,
 //! `authority.rs` lets clients in that name the socket's path as authority, `limits.rs` keeps one user
-//! from starving the others. `source.rs` is what every call draws on, `feed.rs` the streams, `spiffe.rs`
-//! the calls of the standard and `message.rs` what their messages hold;
-//! `sds/` says the same to Envoy, `server.rs` puts all of it on the socket. Issuing, caching and following
-//! bundles are
+//! from starving the others. `source.rs` is what every call draws on, `grpc.rs` the form of messages,
+//! `feed.rs` the streams, `followed.rs`
+//! what one caller may have, `spiffe.rs` the calls of the standard, `wanted.rs` what is asked of them and
+//! `message.rs` what their messages hold; `sds/` says the same to Envoy, `server.rs` puts all of it on
+//! the socket. Issuing, caching and following bundles are
 //! [`crate::workload`]'s.
 
 mod authority;
 mod feed;
+mod followed;
+mod grpc;
 mod incoming;
 mod limits;
 mod listener;
@@ -19,13 +22,13 @@ mod sds;
 mod server;
 mod source;
 mod spiffe;
+mod wanted;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use async_trait::async_trait;
-use tokio::sync::watch;
 use tonic_health::server::HealthReporter;
 
 use self::listener::{Bound, Listen, ListenError};
@@ -34,11 +37,13 @@ use self::server::{serve, tell};
 use self::source::Source;
 use super::flags::NAME_SELECTOR;
 use super::svid::Derived;
-use super::trust::Feeds;
+use super::trust::View;
 use super::{Context, Flag, FlagValue, Server, Service, ServiceKind, ServicePlan};
 use crate::attest;
 use crate::destination::DestinationPlan;
-use crate::workload::{Access, Bundles, Cache, ClusterIssuer, Freshness, JwtIssuer, Selector};
+use crate::workload::{
+    Access, Bundles, Cache, ClusterIssuer, Freshness, JwtIssuer, Memo, Selector, Tokens,
+};
 use crate::yaml::{Fields, Tree};
 
 /// The YAML `type`.
@@ -190,27 +195,41 @@ impl Server for WorkloadApi {
             Some(bound) => bound,
             None => self.plan.bind(&context).await?,
         };
-        let Feeds { bundles, revoked } = context.trust.follow(&context.identity, &context.clock);
+        let heard = context.trust.follow(&context.identity, &context.clock);
+        // What is issued anew is held against what the cluster says now.
+        let bundles = heard.bundles.clone();
+        let view = View::new(heard, context.shelf.beside(context.clock.now()));
         let access: Arc<dyn Access> =
             Arc::new(Derived::new(context.identity.clone(), context.lifetime));
         let jwt = JwtIssuer::new(Arc::clone(&access), bundles.clone(), context.clock.clone());
-        let issuer = ClusterIssuer::new(access, bundles.clone(), context.clock.clone());
-        let cache = Cache::new(
+        let tokens = Tokens::new(
+            Arc::new(jwt),
+            self.plan.selector.clone(),
+            context.lifetime.ttl,
+            context.clock.clone(),
+        );
+        let issuer =
+            ClusterIssuer::new(access, bundles.clone(), context.clock.clone()).with_keys_ahead();
+        let cache = Cache::beside(
             Arc::new(issuer),
             context.clock.clone(),
             context.lifetime.interval,
+            context.shelf.clone(),
         );
         let source = Arc::new(Source {
             cache: cache.clone(),
-            jwt,
-            bundles: bundles.clone(),
-            crl: revoked,
+            tokens: tokens.clone(),
+            view: view.clone(),
+            x509_bundles: Memo::default(),
+            jwt_bundles: Memo::default(),
             attestors: self.plan.attestors.build(),
             selector: self.plan.selector.clone(),
             ttl: context.lifetime.ttl,
+            interval: context.lifetime.interval,
             clock: context.clock.clone(),
             shutdown: context.shutdown.clone(),
             calls: Source::limit(),
+            nobody: Arc::default(),
         });
         tracing::info!(listen = %self.plan.listen, "Workload API is listening");
         let health = HealthReporter::new();
@@ -219,8 +238,10 @@ impl Server for WorkloadApi {
         let work = async {
             tokio::join!(
                 cache.run(),
-                report(&context, &cache, &bundles, &health),
-                renew_on_change(&context, &cache, bundles.clone()),
+                tokens.run(),
+                report(&context, &cache, view.clone(), &health),
+                renew_on_change(&context, &cache, &tokens, view.clone()),
+                view.keep_on(&context.shelf),
             )
         };
         let late = async {
@@ -238,15 +259,11 @@ impl Server for WorkloadApi {
 }
 
 /// The service is healthy once it could serve, and as long as what it serves is fresh.
-async fn report(
-    context: &Context,
-    cache: &Cache,
-    bundles: &watch::Receiver<Option<Arc<Bundles>>>,
-    health: &HealthReporter,
-) {
-    let mut bundles = bundles.clone();
-    if bundles.wait_for(Option::is_some).await.is_err() {
-        return std::future::pending().await;
+async fn report(context: &Context, cache: &Cache, mut view: View, health: &HealthReporter) {
+    while view.look().0.is_none() {
+        if view.changed(false).await.is_err() {
+            return std::future::pending().await;
+        }
     }
     let mut told = None;
     loop {
@@ -277,29 +294,28 @@ async fn report(
 }
 
 /// A new authority, and the operator's wish, renew every SVID ahead of time.
-async fn renew_on_change(
-    context: &Context,
-    cache: &Cache,
-    mut bundles: watch::Receiver<Option<Arc<Bundles>>>,
-) {
+async fn renew_on_change(context: &Context, cache: &Cache, tokens: &Tokens, mut view: View) {
     let mut reloads = context.identity.reloads();
-    let mut local = None;
+    let mut known: Option<Arc<Bundles>> = None;
     loop {
-        let current = bundles
-            .borrow_and_update()
-            .as_ref()
-            .map(|b| b.local().clone());
-        if current != local {
-            if local.is_some() {
+        let current = view.look().0;
+        if let (Some(known), Some(current)) = (&known, &current) {
+            if known.local() != current.local() {
                 tracing::info!("The cluster's SPIFFE authority changed: renewing every SVID");
                 cache.renew_all();
             }
-            local = current;
+            if known.jwt() != current.jwt() {
+                tokens.renew_all();
+            }
         }
+        known = current;
         tokio::select! {
-            changed = bundles.changed() => if changed.is_err() { return },
+            changed = view.changed(false) => if changed.is_err() { return },
             reload = reloads.changed() => match reload {
-                Ok(()) => cache.renew_all(),
+                Ok(()) => {
+                    cache.renew_all();
+                    tokens.renew_all();
+                }
                 Err(_) => return,
             },
         }

@@ -10,7 +10,6 @@ use hyper::body::{Frame, SizeHint};
 use tonic::Status;
 use tonic::body::Body;
 use tonic::server::NamedService;
-use tonic::service::interceptor::InterceptedService;
 use tonic_health::ServingStatus;
 use tonic_health::server::{HealthReporter, HealthService};
 use tower::Service;
@@ -20,14 +19,12 @@ use super::limits::{Limit, Permit};
 use super::listener::Bound;
 use super::sds::{self, SdsApi};
 use super::source::Source;
-use super::spiffe::{SpiffeApi, require_header};
+use super::spiffe::SpiffeApi;
 use crate::pb;
 use crate::pb::envoy::service::secret::v3::secret_discovery_service_server::{
     SERVICE_NAME as SDS, SecretDiscoveryServiceServer,
 };
-use crate::pb::workload_api::spiffe_workload_api_server::{
-    SERVICE_NAME as SPIFFE, SpiffeWorkloadApiServer,
-};
+use crate::pb::workload_api::spiffe_workload_api_server::SERVICE_NAME as SPIFFE;
 
 /// Calls and streams that one connection may have open. Each costs memory that a caller decides on.
 const STREAMS_PER_CONNECTION: u32 = 1000;
@@ -55,8 +52,7 @@ pub(super) async fn serve(
 ) -> Result<(), tonic::transport::Error> {
     let (clock, shutdown) = (source.clock.clone(), source.shutdown.clone());
     let limit = Limit::new(SIDE_CALLS);
-    let spiffe = SpiffeWorkloadApiServer::new(SpiffeApi(Arc::clone(&source)))
-        .max_decoding_message_size(MAX_REQUEST);
+    let spiffe = SpiffeApi(Arc::clone(&source));
     let sds = SecretDiscoveryServiceServer::new(SdsApi(source))
         .max_decoding_message_size(sds::MAX_REQUEST);
     let health = tonic_health::pb::health_server::HealthServer::new(
@@ -72,7 +68,7 @@ pub(super) async fn serve(
         .http2_keepalive_timeout(Some(SILENCE.1))
         // The rule is the standard's, for its own service: each of its methods, also one that is not
         // served, asks for the header first. No other service knows of it.
-        .add_service(InterceptedService::new(spiffe, require_header))
+        .add_service(spiffe)
         .add_service(sds)
         .add_service(Counted::new(health, &limit));
     let reflection = || {

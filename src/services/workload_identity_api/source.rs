@@ -3,17 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use http::Extensions;
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Request, Status};
+use tonic::{Code, Status};
 
-use super::feed::{Content, Feed};
 use super::incoming::Caller;
 use super::limits::{Limit, Permit};
-use crate::attest::Attestors;
+use crate::attest::{Attested, Attestors};
 use crate::clock::Clock;
-use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
-use crate::workload::{Bundles, Cache, Crl, JwtIssuer, Selector, Subscription};
+use crate::services::trust::View;
+use crate::workload::{Cache, Memo, Selector, Subscription, Tokens};
 
 /// Calls that one user may have open.
 const CALLS_PER_USER: usize = 16_384;
@@ -22,15 +21,22 @@ const CALLS_PER_USER: usize = 16_384;
 #[derive(Debug)]
 pub(super) struct Source {
     pub(super) cache: Cache,
-    pub(super) jwt: JwtIssuer,
-    pub(super) bundles: watch::Receiver<Option<Arc<Bundles>>>,
-    pub(super) crl: watch::Receiver<Crl>,
+    pub(super) tokens: Tokens,
+    /// Bundles and revocations.
+    pub(super) view: View,
+    /// The messages that hold nothing but these, for all who ask for them.
+    pub(super) x509_bundles: Memo,
+    pub(super) jwt_bundles: Memo,
     pub(super) attestors: Attestors,
     pub(super) selector: Selector,
     pub(super) ttl: Duration,
+    /// About how often callers are looked at again.
+    pub(super) interval: Duration,
     pub(super) clock: Clock,
     pub(super) shutdown: CancellationToken,
     pub(super) calls: Limit,
+    /// What is known about a caller whom the kernel cannot name.
+    pub(super) nobody: Arc<Attested>,
 }
 
 impl Source {
@@ -40,12 +46,9 @@ impl Source {
     }
 
     /// Who calls, counted.
-    pub(super) fn admit<T>(&self, request: &Request<T>) -> Result<(Caller, Permit), Box<Status>> {
-        let caller = request
-            .extensions()
-            .get::<Caller>()
-            .cloned()
-            .unwrap_or(Caller::Unknown);
+    pub(super) fn admit(&self, extensions: &Extensions) -> Result<(Caller, Permit), Box<Status>> {
+        let caller = extensions.get::<Caller>().cloned();
+        let caller = caller.unwrap_or(Caller::Unknown);
         let permit = self.calls.take(caller.user()).ok_or_else(|| {
             Status::unavailable(format!(
                 "this user has {CALLS_PER_USER} calls open: close some"
@@ -55,46 +58,50 @@ impl Source {
     }
 
     /// What is known about the caller; nothing about one whom the kernel cannot name.
-    pub(super) async fn attributes(&self, caller: &Caller) -> Result<Arc<WorkloadAttrs>, Status> {
+    pub(super) async fn attest(&self, caller: &Caller) -> Result<Arc<Attested>, Status> {
         match caller {
             Caller::Process(peer) => self
                 .attestors
                 .attest(peer)
                 .await
                 .map_err(|gone| Status::aborted(gone.to_string())),
-            Caller::Unknown => Ok(Arc::default()),
+            Caller::Unknown => Ok(Arc::clone(&self.nobody)),
         }
     }
 
-    /// Passes on an answer to a workload with these attributes. Attestors hear of a refusal: what they
+    /// Passes on an answer to this workload. Attestors hear of a refusal: what they
     /// remember may be out of date.
     pub(super) fn answered<T>(
         &self,
         answer: Result<T, Status>,
-        attributes: &WorkloadAttrs,
+        attested: &Attested,
     ) -> Result<T, Status> {
         answer.inspect_err(|status| {
             if status.code() == Code::PermissionDenied {
-                self.attestors.nothing_issued(attributes);
+                self.attestors.nothing_issued(attested.attributes());
             }
         })
     }
 
-    /// The SVIDs for a workload with these attributes.
-    pub(super) fn subscribe(&self, attributes: &WorkloadAttrs) -> Subscription {
-        self.cache.subscribe(&self.selector, self.ttl, attributes)
+    /// What is known about a caller who was attested before. `None` if an attestor failed: what it had
+    /// found before may still be so.
+    pub(super) async fn attest_again(
+        &self,
+        caller: &Caller,
+    ) -> Result<Option<Arc<Attested>>, Status> {
+        match caller {
+            // One of the streams of a connection looks, the others see what it saw.
+            Caller::Process(peer) => self
+                .attestors
+                .attest_again(peer, self.interval / 2)
+                .await
+                .map_err(|gone| Status::aborted(gone.to_string())),
+            Caller::Unknown => Ok(Some(Arc::clone(&self.nobody))),
+        }
     }
 
-    /// A stream of `content` to `caller`.
-    pub(super) fn feed<C: Content>(&self, content: C, caller: Caller, permit: Permit) -> Feed<C> {
-        Feed {
-            content,
-            bundles: self.bundles.clone(),
-            crl: self.crl.clone(),
-            caller,
-            clock: self.clock.clone(),
-            shutdown: self.shutdown.clone(),
-            _permit: permit,
-        }
+    /// The X.509-SVIDs of this workload.
+    pub(super) fn subscribe(&self, attested: &Arc<Attested>) -> Subscription {
+        self.cache.subscribe(&self.selector, self.ttl, attested)
     }
 }

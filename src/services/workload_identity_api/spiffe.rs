@@ -1,257 +1,204 @@
 //! The calls of the SPIFFE Workload API (`SPIFFE_Workload_API.md`).
 
-use std::collections::{HashMap, HashSet};
+mod streams;
+
+use std::convert::Infallible;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use tonic::{Request, Response, Status};
+use futures_util::FutureExt as _;
+use futures_util::future::BoxFuture;
+use http::{HeaderMap, Request, Response};
+use tonic::Status;
+use tonic::body::Body;
+use tonic::server::NamedService;
 
-use super::feed::{Content, Messages, PATIENCE};
-use super::message::{claims, entry, federated, not_issued};
+use self::streams::{JwtBundles, Svids, X509Bundles};
+use super::feed::{Content, Feed, PATIENCE};
+use super::followed::Followed;
+use super::grpc;
+use super::incoming::Caller;
+use super::limits::Permit;
+use super::message::{claims, not_issued, token};
 use super::source::Source;
-use crate::clock::Clock;
-use crate::pb::workload_api::spiffe_workload_api_server::SpiffeWorkloadApi;
+use super::wanted::WantedTokens;
+use crate::pb::workload_api::spiffe_workload_api_server::SERVICE_NAME;
 use crate::pb::workload_api::{
-    JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse,
-    ValidateJwtsvidRequest, ValidateJwtsvidResponse, X509BundlesRequest, X509BundlesResponse,
-    X509svidRequest, X509svidResponse,
+    JwtBundlesRequest, JwtsvidRequest, JwtsvidResponse, ValidateJwtsvidRequest,
+    ValidateJwtsvidResponse, X509BundlesRequest, X509svidRequest,
 };
-use crate::spiffe::{SpiffeId, jwt};
-use crate::workload::{Bundles, MAX_HINT, State, Subscription};
+use crate::spiffe::jwt;
 
 /// The metadata that every call carries (`SPIFFE_Workload_Endpoint.md` 6), so that a browser or a
 /// proxied request cannot reach the API by accident.
 const HEADER: &str = "workload.spiffe.io";
 
+/// The server. Cloning shares it.
+#[derive(Debug, Clone)]
+pub(super) struct SpiffeApi(pub(super) Arc<Source>);
+
+impl NamedService for SpiffeApi {
+    const NAME: &'static str = SERVICE_NAME;
+}
+
+impl tower::Service<Request<Body>> for SpiffeApi {
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Response<Body>, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let call = Call {
+            source: Arc::clone(&self.0),
+        };
+        async move {
+            let answer = call.answer(request).await;
+            Ok(answer.unwrap_or_else(Status::into_http))
+        }
+        .boxed()
+    }
+}
+
 /// Refuses calls without the security header, or with it more than once.
-pub(super) fn require_header(request: Request<()>) -> Result<Request<()>, Status> {
-    let mut values = request.metadata().get_all(HEADER).iter();
+fn require_header(headers: &HeaderMap) -> Result<(), Status> {
+    let mut values = headers.get_all(HEADER).iter();
     match (values.next(), values.next()) {
-        (Some(value), None) if value.as_bytes() == b"true" => Ok(request),
+        (Some(value), None) if value.as_bytes() == b"true" => Ok(()),
         _ => Err(Status::invalid_argument(
             "security header missing from request",
         )),
     }
 }
 
-/// The server.
-#[derive(Debug)]
-pub(super) struct SpiffeApi(pub(super) Arc<Source>);
+/// One call.
+struct Call {
+    source: Arc<Source>,
+}
 
-/// `FetchX509SVID`.
-struct Svids(Subscription);
-
-impl Content for Svids {
-    type Message = X509svidResponse;
-
-    async fn changed(&mut self) {
-        if self.0.state().changed().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    }
-
-    fn message(
-        &mut self,
-        bundles: &Bundles,
-        crl: Vec<Bytes>,
-        clock: &Clock,
-    ) -> Result<Option<X509svidResponse>, Box<Status>> {
-        let state = self.0.state().borrow_and_update().clone();
-        match state {
-            state if !state.is_answer(clock.now()) => Ok(None),
-            State::Ready(svids) => Ok(Some(X509svidResponse {
-                svids: svids.iter().map(|svid| entry(svid, bundles)).collect(),
-                crl,
-                federated_bundles: federated(bundles).collect(),
-            })),
-            State::Refused(why) => {
-                let text = format!("no identity issued: {why}");
-                Err(Box::new(Status::permission_denied(text)))
+impl Call {
+    async fn answer(self, request: Request<Body>) -> Result<Response<Body>, Status> {
+        require_header(request.headers())?;
+        let (head, body) = request.into_parts();
+        let (caller, permit) = self
+            .source
+            .admit(&head.extensions)
+            .map_err(|status| *status)?;
+        match head.uri.path() {
+            "/SpiffeWorkloadAPI/FetchX509SVID" => {
+                let X509svidRequest {} = self.read(body).await?;
+                let attested = self.source.attest(&caller).await?;
+                let source = Arc::clone(&self.source);
+                let svids =
+                    Followed::new(Arc::clone(&source), caller.clone(), Arc::clone(&attested));
+                let stream = self.stream(Svids(svids), caller, permit).await;
+                source.answered(stream, &attested)
             }
-            State::Unavailable(why) => Err(Box::new(Status::unavailable(&*why))),
-            State::Pending => Ok(None),
+            "/SpiffeWorkloadAPI/FetchX509Bundles" => {
+                let X509BundlesRequest {} = self.read(body).await?;
+                self.stream(X509Bundles, caller, permit).await
+            }
+            "/SpiffeWorkloadAPI/FetchJWTBundles" => {
+                let JwtBundlesRequest {} = self.read(body).await?;
+                self.stream(JwtBundles, caller, permit).await
+            }
+            "/SpiffeWorkloadAPI/FetchJWTSVID" => {
+                let request = self.read(body).await?;
+                let packet = self.tokens(request, &caller).await?;
+                Ok(grpc::one(packet))
+            }
+            "/SpiffeWorkloadAPI/ValidateJWTSVID" => {
+                let request = self.read(body).await?;
+                let answer = self.validate(&request)?;
+                Ok(grpc::one(grpc::packet(&answer)))
+            }
+            _ => Err(Status::unimplemented("the Workload API has no such call")),
         }
     }
 
-    fn missing(&self) -> &'static str {
-        "the cluster to issue the SVID"
-    }
-}
-
-/// `FetchX509Bundles`.
-struct X509Bundles;
-
-impl Content for X509Bundles {
-    type Message = X509BundlesResponse;
-
-    async fn changed(&mut self) {
-        std::future::pending::<()>().await;
-    }
-
-    fn message(
-        &mut self,
-        bundles: &Bundles,
-        crl: Vec<Bytes>,
-        _clock: &Clock,
-    ) -> Result<Option<X509BundlesResponse>, Box<Status>> {
-        let local = (bundles.trust_domain().id(), bundles.local().clone());
-        Ok(Some(X509BundlesResponse {
-            crl,
-            bundles: federated(bundles).chain([local]).collect::<HashMap<_, _>>(),
-        }))
-    }
-
-    fn missing(&self) -> &'static str {
-        "the revocation list"
-    }
-}
-
-/// `FetchJWTBundles`.
-struct JwtBundles;
-
-impl Content for JwtBundles {
-    type Message = JwtBundlesResponse;
-    const REVOCATIONS: bool = false;
-
-    async fn changed(&mut self) {
-        std::future::pending::<()>().await;
-    }
-
-    fn message(
-        &mut self,
-        bundles: &Bundles,
-        _crl: Vec<Bytes>,
-        _clock: &Clock,
-    ) -> Result<Option<JwtBundlesResponse>, Box<Status>> {
-        let local = (bundles.trust_domain(), bundles.jwt());
-        Ok(Some(JwtBundlesResponse {
-            bundles: bundles
-                .federated_jwt()
-                .chain([local])
-                .map(|(domain, keys)| (domain.id(), keys.jwks()))
-                .collect(),
-        }))
-    }
-
-    fn missing(&self) -> &'static str {
-        "the trust bundle"
-    }
-}
-
-#[tonic::async_trait]
-impl SpiffeWorkloadApi for SpiffeApi {
-    type FetchX509SVIDStream = Messages<X509svidResponse>;
-    type FetchX509BundlesStream = Messages<X509BundlesResponse>;
-    type FetchJWTBundlesStream = Messages<JwtBundlesResponse>;
-
-    async fn fetch_x509svid(
-        &self,
-        request: Request<X509svidRequest>,
-    ) -> Result<Response<Self::FetchX509SVIDStream>, Status> {
-        let (caller, permit) = self.0.admit(&request).map_err(|status| *status)?;
-        let attributes = self.0.attributes(&caller).await?;
-        let subscription = self.0.subscribe(&attributes);
-        let stream = self.0.feed(Svids(subscription), caller, permit);
-        self.0.answered(stream.start().await, &attributes)
-    }
-
-    async fn fetch_x509_bundles(
-        &self,
-        request: Request<X509BundlesRequest>,
-    ) -> Result<Response<Self::FetchX509BundlesStream>, Status> {
-        let (caller, permit) = self.0.admit(&request).map_err(|status| *status)?;
-        self.0.feed(X509Bundles, caller, permit).start().await
-    }
-
-    async fn fetch_jwtsvid(
-        &self,
-        request: Request<JwtsvidRequest>,
-    ) -> Result<Response<JwtsvidResponse>, Status> {
-        let (caller, _permit) = self.0.admit(&request).map_err(|status| *status)?;
-        let JwtsvidRequest {
-            audience,
-            spiffe_id,
-        } = request.into_inner();
-        if audience.is_empty() || audience.iter().any(String::is_empty) {
-            return Err(Status::invalid_argument("audience must be specified"));
+    /// The request, which does not take for ever to arrive.
+    async fn read<M: prost::Message + Default>(&self, body: Body) -> Result<M, Status> {
+        tokio::select! {
+            biased;
+            request = grpc::request(body) => request,
+            () = self.source.clock.sleep(PATIENCE) => {
+                Err(Status::deadline_exceeded("the request did not arrive"))
+            }
         }
-        if !spiffe_id.is_empty() && spiffe_id.parse::<SpiffeId>().is_err() {
-            return Err(Status::invalid_argument("spiffe_id is no SPIFFE ID"));
-        }
-        let attributes = self.0.attributes(&caller).await?;
-        let source = &self.0;
-        let issuing = source
-            .jwt
-            .issue(&source.selector, source.ttl, &attributes, &audience);
+    }
+
+    async fn stream<C: Content>(
+        self,
+        content: C,
+        caller: Caller,
+        permit: Permit,
+    ) -> Result<Response<Body>, Status> {
+        let feed = Feed::new(self.source, content, caller, permit);
+        feed.start().await.map(grpc::many)
+    }
+
+    /// `FetchJWTSVID`.
+    async fn tokens(&self, request: JwtsvidRequest, caller: &Caller) -> Result<Bytes, Status> {
+        let wanted = WantedTokens::new(request).map_err(|status| *status)?;
+        let attested = self.source.attest(caller).await?;
+        let source = &self.source;
         let issued = tokio::select! {
-            issued = issuing => source.answered(issued.map_err(not_issued), &attributes)?,
-            () = self.0.clock.sleep(PATIENCE) => {
-                return Err(Status::unavailable("not ready yet: waiting for the cluster to issue the JWT-SVID"));
+            biased;
+            issued = source.tokens.get(&attested, wanted.audiences) => {
+                source.answered(issued.map_err(not_issued), &attested)?
+            }
+            () = source.clock.sleep(PATIENCE) => {
+                return Err(Status::unavailable(
+                    "not ready yet: waiting for the cluster to issue the JWT-SVID",
+                ));
             }
         };
-        if !caller.is_alive() {
-            return Err(Status::aborted("the calling process has ended"));
-        }
-        let mut hints = HashSet::new();
-        let svids: Vec<Jwtsvid> = issued
-            .into_iter()
-            .filter(|svid| spiffe_id.is_empty() || svid.id.to_string() == spiffe_id)
-            .map(|svid| Jwtsvid {
-                spiffe_id: svid.id.to_string(),
-                // Hints are short, and unique within a response; the first keeps it.
-                hint: if svid.hint.len() <= MAX_HINT && hints.insert(svid.hint.clone()) {
-                    svid.hint
-                } else {
-                    String::new()
-                },
-                svid: svid.token,
-            })
-            .collect();
-        if svids.is_empty() {
-            return Err(Status::permission_denied(
+        let Some(id) = wanted.id else {
+            return Ok(issued.message(|svids| {
+                let svids = svids.iter().map(token).collect();
+                grpc::packet(&JwtsvidResponse { svids })
+            }));
+        };
+        // Two resources may give the same identity; it was asked for one.
+        match issued.svids.iter().find(|svid| svid.id == id) {
+            Some(svid) => Ok(grpc::packet(&JwtsvidResponse {
+                svids: vec![token(svid)],
+            })),
+            None => Err(Status::permission_denied(
                 "no identity issued: the workload is not entitled to the requested identity",
-            ));
+            )),
         }
-        Ok(Response::new(JwtsvidResponse { svids }))
     }
 
-    async fn fetch_jwt_bundles(
+    /// `ValidateJWTSVID`.
+    fn validate(
         &self,
-        request: Request<JwtBundlesRequest>,
-    ) -> Result<Response<Self::FetchJWTBundlesStream>, Status> {
-        let (caller, permit) = self.0.admit(&request).map_err(|status| *status)?;
-        self.0.feed(JwtBundles, caller, permit).start().await
-    }
-
-    async fn validate_jwtsvid(
-        &self,
-        request: Request<ValidateJwtsvidRequest>,
-    ) -> Result<Response<ValidateJwtsvidResponse>, Status> {
-        let (_caller, _permit) = self.0.admit(&request).map_err(|status| *status)?;
-        let ValidateJwtsvidRequest { audience, svid } = request.into_inner();
+        request: &ValidateJwtsvidRequest,
+    ) -> Result<ValidateJwtsvidResponse, Status> {
+        let ValidateJwtsvidRequest { audience, svid } = request;
         if audience.is_empty() || svid.is_empty() {
             return Err(Status::invalid_argument(
                 "audience and svid must be specified",
             ));
         }
-        let Some(bundles) = self.0.bundles.borrow().clone() else {
+        let Some(bundles) = self.source.view.bundles() else {
             return Err(Status::unavailable(
                 "not ready yet: waiting for the trust bundle",
             ));
         };
-        let valid = jwt::validate(&svid, &audience, self.0.clock.now(), |domain| {
+        let valid = jwt::validate(svid, audience, self.source.clock.now(), |domain| {
             bundles.jwt_of(domain)
         })
         .map_err(|error| Status::invalid_argument(error.to_string()))?;
-        Ok(Response::new(ValidateJwtsvidResponse {
+        let fields = valid.claims.into_iter();
+        Ok(ValidateJwtsvidResponse {
             spiffe_id: valid.id.to_string(),
             claims: Some(prost_types::Struct {
-                fields: valid
-                    .claims
-                    .into_iter()
-                    .map(|(name, value)| (name, claims(value)))
-                    .collect(),
+                fields: fields.map(|(name, value)| (name, claims(value))).collect(),
             }),
-        }))
+        })
     }
 }

@@ -2,16 +2,22 @@ use super::*;
 
 mod sds;
 mod services;
+mod streams;
 
+use crate::attest::Attestors;
 use crate::clock::Clock;
-use crate::cluster::Client;
 use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
 use crate::pb::workload_api::spiffe_workload_api_client::SpiffeWorkloadApiClient;
-use crate::pb::workload_api::{JwtBundlesRequest, X509BundlesRequest, X509svidRequest};
+use crate::pb::workload_api::{
+    JwtBundlesRequest, JwtsvidRequest, ValidateJwtsvidRequest, X509BundlesRequest, X509svidRequest,
+};
+use crate::services::trust::Feeds;
 use crate::services::{Sockets, testing};
+use crate::workload::jwt::JwtSvid;
 use crate::workload::tests::{Authority, DOMAIN, HOUR, message, start};
-use crate::workload::{Crl, IssueError, Issuer, Svid};
+use crate::workload::{Crl, IssueError, Issuer, Svid, TokenIssuer};
 use crate::yaml::emit;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
@@ -60,14 +66,26 @@ struct World {
     shutdown: CancellationToken,
 }
 
-/// The calls tested here ask the cluster for no token.
+/// Grants two identities; one of them twice.
 #[derive(Debug)]
-struct NoAccess;
+struct FakeTokens;
 
 #[async_trait]
-impl Access for NoAccess {
-    async fn client(&self) -> Result<Client, IssueError> {
-        Err(IssueError::Unavailable("no cluster".into()))
+impl TokenIssuer for FakeTokens {
+    async fn issue(
+        &self,
+        _selector: &Selector,
+        _ttl: Duration,
+        _attributes: &WorkloadAttrs,
+        audiences: &[String],
+    ) -> Result<Vec<JwtSvid>, IssueError> {
+        let token = |path: &str, number: u32| JwtSvid {
+            id: format!("spiffe://{DOMAIN}{path}").parse().unwrap(),
+            token: format!("{number} for {}", audiences.join(" and ")),
+            hint: format!("hint {number}"),
+            not_after: start() + HOUR,
+        };
+        Ok(vec![token("/a", 1), token("/b", 2), token("/b", 3)])
     }
 }
 
@@ -136,21 +154,46 @@ impl World {
 
     /// Runs `test` beside the service.
     async fn run(&self, test: impl Future<Output = ()>) {
+        let attestors = attest::Plan::default().build();
+        Box::pin(self.run_with(attestors, HOUR, test)).await;
+    }
+
+    /// The same, where callers are looked at by `attestors`, and again after about `interval`.
+    async fn run_with(
+        &self,
+        attestors: Attestors,
+        interval: Duration,
+        test: impl Future<Output = ()>,
+    ) {
         let listen = Listen::Unix(self.path.clone());
         let (open, sockets) = (Permissions::default(), Sockets::default());
         let bound = listen.bind(&open, &sockets, "api").await.unwrap();
         let clock = Clock::simulated(start());
         let source = Source {
             cache: self.cache.clone(),
-            jwt: JwtIssuer::new(Arc::new(NoAccess), self.bundles.subscribe(), clock.clone()),
-            bundles: self.bundles.subscribe(),
-            crl: self.revoked.subscribe(),
-            attestors: attest::Plan::default().build(),
+            tokens: Tokens::new(
+                Arc::new(FakeTokens),
+                Selector::Name("foo".into()),
+                HOUR,
+                clock.clone(),
+            ),
+            view: View::new(
+                Feeds {
+                    bundles: self.bundles.subscribe(),
+                    revoked: self.revoked.subscribe(),
+                },
+                None,
+            ),
+            x509_bundles: Memo::default(),
+            jwt_bundles: Memo::default(),
+            attestors,
             selector: Selector::Name("foo".into()),
             ttl: HOUR,
+            interval,
             clock,
             shutdown: self.shutdown.clone(),
             calls: Source::limit(),
+            nobody: Arc::default(),
         };
         tokio::select! {
             served = serve(Arc::new(source), &bound, self.health.clone()) => served.unwrap(),
@@ -339,4 +382,76 @@ async fn a_stop_ends_open_streams() {
         .await;
     assert!(open.is_some());
     assert!(!world.path.exists());
+}
+
+#[tokio::test]
+async fn tokens_are_for_all_identities_or_for_the_one_that_is_asked_for() {
+    let world = World::new();
+    let ask = async {
+        let mut client = world.client().await;
+        for (id, expected) in [
+            ("", Ok(vec!["1 for x", "2 for x", "3 for x"])),
+            ("spiffe://example.org/a", Ok(vec!["1 for x"])),
+            ("spiffe://example.org/b", Ok(vec!["2 for x"])),
+            ("SPIFFE://EXAMPLE.ORG/b", Err(Code::InvalidArgument)),
+            ("spiffe://example.org/A", Err(Code::PermissionDenied)),
+            ("spiffe://example.com/a", Err(Code::PermissionDenied)),
+            ("example.org/a", Err(Code::InvalidArgument)),
+        ] {
+            let request = JwtsvidRequest {
+                audience: vec!["x".into()],
+                spiffe_id: id.into(),
+            };
+            let answer = client.fetch_jwtsvid(with_header(request, &["true"])).await;
+            let tokens = answer.map(|answer| {
+                let svids = answer.into_inner().svids;
+                svids.into_iter().map(|svid| svid.svid).collect::<Vec<_>>()
+            });
+            match expected {
+                Ok(expected) => assert_eq!(tokens.unwrap(), expected, "{id}"),
+                Err(code) => assert_eq!(tokens.unwrap_err().code(), code, "{id}"),
+            }
+        }
+    };
+    world.run(ask).await;
+}
+
+#[tokio::test]
+async fn what_is_missing_in_a_request_is_the_callers_fault_and_what_is_missing_here_is_not() {
+    let world = World::new();
+    let ask = async {
+        let mut client = world.client().await;
+        let fetch = |audience: &[&str]| {
+            let audience = audience.iter().map(|&text| text.into()).collect();
+            with_header(
+                JwtsvidRequest {
+                    audience,
+                    ..JwtsvidRequest::default()
+                },
+                &["true"],
+            )
+        };
+        let validate = |audience: &str, svid: &str| {
+            let (audience, svid) = (audience.into(), svid.into());
+            with_header(ValidateJwtsvidRequest { audience, svid }, &["true"])
+        };
+        for audience in [&[][..], &[""], &["x"; 100]] {
+            let refused = client.fetch_jwtsvid(fetch(audience)).await.unwrap_err();
+            assert_eq!(refused.code(), Code::InvalidArgument, "{audience:?}");
+        }
+        for (audience, svid) in [("", "x"), ("x", "")] {
+            let refused = client.validate_jwtsvid(validate(audience, svid)).await;
+            assert_eq!(refused.unwrap_err().code(), Code::InvalidArgument);
+        }
+        let early = client.validate_jwtsvid(validate("x", "y")).await;
+        assert_eq!(
+            early.unwrap_err().code(),
+            Code::Unavailable,
+            "no bundle yet"
+        );
+        world.publish(&[&world.authority]);
+        let bad = client.validate_jwtsvid(validate("x", "y")).await;
+        assert_eq!(bad.unwrap_err().code(), Code::InvalidArgument);
+    };
+    world.run(ask).await;
 }

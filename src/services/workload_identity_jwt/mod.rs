@@ -10,7 +10,7 @@ use super::{Context, Flag, FlagValue, Made, Output, Service, ServiceKind, Servic
 use crate::destination::{self, Destination, DestinationPlan, FileSet};
 use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
 use crate::secret::Secret;
-use crate::workload::{Bundles, JwtIssuer, Selector};
+use crate::workload::{Bundles, JwtIssuer, Selector, TokenIssuer as _};
 use crate::yaml::{Fields, Tree};
 
 /// The YAML `type`.

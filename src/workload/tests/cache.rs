@@ -5,6 +5,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::*;
+use crate::attest::Attested;
 use crate::clock::Clock;
 use crate::pb::teleport::workloadidentity::v1::{WorkloadAttrs, WorkloadAttrsUnix};
 use crate::workload::{Cache, Freshness, IssueError, Issuer, Selector, State, Subscription, Svid};
@@ -95,7 +96,8 @@ impl World {
             ..WorkloadAttrs::default()
         };
         let selector = Selector::Name("a".into());
-        self.cache.subscribe(&selector, HOUR, &attributes)
+        let attested = Arc::new(Attested::new(attributes, None));
+        self.cache.subscribe(&selector, HOUR, &attested)
     }
 
     fn calls(&self) -> usize {

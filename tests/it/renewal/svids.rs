@@ -39,6 +39,7 @@ async fn a_day_of_svids_is_never_stale_and_they_are_issued_when_due_only() {
         metrics: Metrics::new(),
         sockets: tbot::services::Sockets::default(),
         trust: tbot::services::Trust::default(),
+        shelf: tbot::workload::Shelf::default(),
         shutdown: setup.shutdown.clone(),
     };
     let writing = tokio::spawn(output::run(output, None, context));

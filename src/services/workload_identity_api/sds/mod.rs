@@ -42,7 +42,10 @@ impl SdsApi {
         &self,
         request: Request<Streaming<E::Request>>,
     ) -> Result<Response<Messages<E::Response>>, Status> {
-        let (caller, permit) = self.0.admit(&request).map_err(|status| *status)?;
+        let (caller, permit) = self
+            .0
+            .admit(request.extensions())
+            .map_err(|status| *status)?;
         let requests = request.into_inner();
         let session = Session::<E, _>::new(Arc::clone(&self.0), caller, permit, requests);
         let responses = stream::unfold(Some(session), |session| async move {
@@ -80,7 +83,10 @@ impl SecretDiscoveryService for SdsApi {
         &self,
         request: Request<DiscoveryRequest>,
     ) -> Result<Response<DiscoveryResponse>, Status> {
-        let (caller, permit) = self.0.admit(&request).map_err(|status| *status)?;
+        let (caller, permit) = self
+            .0
+            .admit(request.extensions())
+            .map_err(|status| *status)?;
         let request = request.into_inner();
         if let Some((major, minor)) = request.node.as_ref().and_then(envoy_version)
             && (major, minor) < FIRST_ENVOY

@@ -5,18 +5,19 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use futures_util::{Stream, StreamExt as _};
-use tokio::sync::watch;
 use tonic::Status;
 
 use super::exchange::{Exchange, Step};
 use super::secrets::{Secrets, need_svids, select};
 use crate::clock::rfc3339_nanos;
 use crate::crypto::random;
+use crate::services::trust::View;
 use crate::services::workload_identity_api::feed::PATIENCE;
+use crate::services::workload_identity_api::followed::Followed;
 use crate::services::workload_identity_api::incoming::Caller;
 use crate::services::workload_identity_api::limits::Permit;
 use crate::services::workload_identity_api::source::Source;
-use crate::workload::{Bundles, Selector, State, Subscription};
+use crate::workload::{Selector, State};
 
 /// A stream and what it has said so far.
 pub(super) struct Session<E: Exchange, R> {
@@ -24,9 +25,9 @@ pub(super) struct Session<E: Exchange, R> {
     caller: Caller,
     requests: R,
     exchange: E,
-    bundles: watch::Receiver<Option<Arc<Bundles>>>,
+    view: View,
     /// Taken out when an SVID is first asked for.
-    svids: Option<Subscription>,
+    svids: Option<Followed>,
     /// When patience with an answer that is due ends.
     due: Option<SystemTime>,
     _permit: Permit,
@@ -41,7 +42,7 @@ where
 {
     pub(super) fn new(source: Arc<Source>, caller: Caller, permit: Permit, requests: R) -> Self {
         Self {
-            bundles: source.bundles.clone(),
+            view: source.view.clone(),
             source,
             caller,
             requests,
@@ -72,12 +73,9 @@ where
     async fn change(&mut self) -> Result<bool, Box<Status>> {
         let clock = self.source.clock.clone();
         let svids = async {
-            let changed = match &mut self.svids {
-                Some(svids) => svids.state().changed().await.is_ok(),
-                None => false,
-            };
-            if !changed {
-                std::future::pending::<()>().await;
+            match &mut self.svids {
+                Some(svids) => svids.changed().await,
+                None => std::future::pending().await,
             }
         };
         let due = self.due;
@@ -104,7 +102,7 @@ where
                 }
                 Some(Err(_)) | None => Ok(false),
             },
-            changed = self.bundles.changed() => changed.map(|()| true).map_err(|_closed| Box::new(stopping())),
+            changed = self.view.changed(false) => changed.map(|()| true).map_err(|_closed| Box::new(stopping())),
             () = svids => Ok(true),
             () = impatience => Err(Box::new(Status::unavailable(self.what_is_missing()))),
         }
@@ -115,9 +113,6 @@ where
         let Some(secrets) = self.secrets().await? else {
             return Ok(None);
         };
-        if !self.caller.is_alive() {
-            return Err(Box::new(Status::aborted("the calling process has ended")));
-        }
         let must = self.due.take().is_some();
         let nonce = hex::encode(random::<4>());
         let version = rfc3339_nanos(self.source.clock.now());
@@ -126,10 +121,7 @@ where
 
     /// Everything that is asked for; `None` while something of it is still to come.
     async fn secrets(&mut self) -> Result<Option<Secrets>, Box<Status>> {
-        let (Some(names), Some(bundles)) = (
-            self.exchange.names(),
-            self.bundles.borrow_and_update().clone(),
-        ) else {
+        let (Some(names), (Some(bundles), _)) = (self.exchange.names(), self.view.look()) else {
             return Ok(None);
         };
         if !need_svids(names, &bundles) {
@@ -139,12 +131,12 @@ where
         let svids = match &mut self.svids {
             Some(svids) => svids,
             None => {
-                let attributes = self.source.attributes(&self.caller).await?;
-                self.svids.insert(self.source.subscribe(&attributes))
+                let attested = self.source.attest(&self.caller).await?;
+                let (source, caller) = (Arc::clone(&self.source), self.caller.clone());
+                self.svids.insert(Followed::new(source, caller, attested))
             }
         };
-        let state = svids.state().borrow_and_update().clone();
-        match state {
+        match svids.state()? {
             state if !state.is_answer(self.source.clock.now()) => Ok(None),
             State::Ready(svids) => found(select(names, &svids, &bundles)),
             // Who asks for everything gets what there is. A selector by name promises an SVID.
@@ -162,7 +154,7 @@ where
     }
 
     fn what_is_missing(&self) -> &'static str {
-        if self.bundles.borrow().is_none() {
+        if self.view.bundles().is_none() {
             "not ready yet: waiting for the trust bundle: the agent is still joining, or cannot reach \
              its cluster"
         } else {

@@ -1,0 +1,99 @@
+//! The X.509-SVIDs of one caller, for as long as its stream is open.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tonic::Status;
+
+use super::incoming::Caller;
+use super::source::Source;
+use crate::attest::Attested;
+use crate::crypto::jitter;
+use crate::workload::{State, Subscription};
+
+/// What one caller may have. The caller is looked at again now and then; once it is something else,
+/// it gets what that may have.
+pub(super) struct Followed {
+    source: Arc<Source>,
+    caller: Caller,
+    attested: Arc<Attested>,
+    subscription: Subscription,
+    /// When the caller is looked at again.
+    look: Instant,
+    /// Why nothing may be sent any more.
+    ended: Option<Box<Status>>,
+}
+
+impl Followed {
+    pub(super) fn new(source: Arc<Source>, caller: Caller, attested: Arc<Attested>) -> Self {
+        Self {
+            subscription: source.subscribe(&attested),
+            look: soon(source.interval),
+            source,
+            caller,
+            attested,
+            ended: None,
+        }
+    }
+
+    /// What is held now, which counts as looked at. An error ends the caller's stream.
+    pub(super) fn state(&mut self) -> Result<State, Box<Status>> {
+        match self.ended.take() {
+            Some(ended) => Err(ended),
+            None => Ok(self.subscription.state().borrow_and_update().clone()),
+        }
+    }
+
+    /// Resolves when something else is to be sent. May be dropped and called again at any time.
+    pub(super) async fn changed(&mut self) {
+        loop {
+            let left = self.look.saturating_duration_since(Instant::now());
+            let clock = &self.source.clock;
+            tokio::select! {
+                changed = self.subscription.state().changed() => match changed {
+                    Ok(()) => return,
+                    Err(_closed) => std::future::pending().await,
+                },
+                () = clock.sleep(left) => {}
+            }
+            if self.look_again().await {
+                return;
+            }
+        }
+    }
+
+    /// Looks at the caller again. Says whether something else is to be sent from now on.
+    async fn look_again(&mut self) -> bool {
+        let interval = self.source.interval;
+        match self.source.attest_again(&self.caller).await {
+            Ok(Some(attested)) => {
+                self.look = soon(interval);
+                if attested.digest() == self.attested.digest() {
+                    return false;
+                }
+                tracing::info!(
+                    pid = self.caller.pid(),
+                    "The attributes of a caller have changed: it gets what it may have now"
+                );
+                self.subscription = self.source.subscribe(&attested);
+                self.attested = attested;
+                true
+            }
+            // Somebody who helps to attest is away. That says nothing about the caller.
+            Ok(None) => {
+                self.look = soon(interval / 4);
+                false
+            }
+            Err(status) => {
+                self.ended = Some(Box::new(status));
+                true
+            }
+        }
+    }
+}
+
+/// After about this time: callers that came together are not looked at together.
+fn soon(interval: Duration) -> Instant {
+    Instant::now() + interval.mul_f64(0.9 + 0.2 * jitter())
+}

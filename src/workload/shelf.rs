@@ -1,0 +1,270 @@
+//! What was issued, kept beside the cache and across a restart of the agent.
+//!
+//! While a cluster is away, a workload that asks gets what is still valid, even if the agent was
+//! stopped, killed or replaced meanwhile. So SVIDs stay here when their cache entry ends, and with
+//! them the bundles and the revocation list that stand beside them in every answer; where the bot's
+//! storage is a directory, all of it is written there, after the answer was given and at most every
+//! few seconds (`docs/adr/0012`).
+//!
+//! Nothing of it is believed unchecked: SVIDs are held against their key and the bundle each time
+//! they are taken, and given only to the process that they were issued to, told by its attributes,
+//! its ID, the moment in which it began and the boot of the machine.
+
+mod record;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::issue::{self, Svid};
+use super::{Bundles, Crl};
+use crate::attest::Process;
+use crate::backoff::{Loudness, Repeated};
+use crate::clock::Clock;
+use crate::destination::{Destination, FileSet};
+
+/// The file's name in the bot's storage.
+const FILE: &str = ".svids";
+/// Answers that are kept. Beyond that, the one that expires first makes room.
+const MAX: usize = 2048;
+/// How often what is over is thrown away.
+const SWEEP: Duration = Duration::from_mins(1);
+/// The shortest time between two writes.
+const PAUSE: Duration = Duration::from_secs(2);
+/// The pause after a write as a multiple of what the write took.
+const SHARE: u32 = 20;
+
+/// What an answer is found by: a digest of who asked for what.
+pub(super) type Mark = [u8; 32];
+
+/// One answer of the cluster.
+#[derive(Debug, Clone)]
+struct Kept {
+    process: Process,
+    svids: Arc<[Svid]>,
+}
+
+impl Kept {
+    fn not_after(&self) -> SystemTime {
+        let ends = self.svids.iter().map(|svid| svid.not_after);
+        ends.min().unwrap_or(SystemTime::UNIX_EPOCH)
+    }
+}
+
+/// What stands beside SVIDs in an answer.
+#[derive(Debug, Clone)]
+pub struct Beside {
+    /// The trust bundles.
+    pub bundles: Arc<Bundles>,
+    /// The revocation list, DER; `None` if the cluster had none.
+    pub crl: Option<Bytes>,
+}
+
+#[derive(Debug, Default, Clone)]
+struct Content {
+    kept: HashMap<Mark, Kept>,
+    beside: Option<Beside>,
+}
+
+/// The shelf. Clones share it. The default one is empty and forgets with the agent.
+#[derive(Debug, Clone, Default)]
+pub struct Shelf {
+    inner: Arc<Inner>,
+    _keeper: Option<Arc<AbortOnDropHandle<()>>>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    content: Mutex<Content>,
+    changed: Notify,
+}
+
+impl Shelf {
+    /// A shelf in `storage`, with what an earlier agent left there. It writes until the last clone
+    /// is dropped.
+    ///
+    /// Only a directory of this machine is used: keys of workloads do not leave it. With any other
+    /// storage, the shelf forgets with the agent.
+    pub async fn open(storage: Arc<dyn Destination>, clock: Clock) -> Self {
+        let lasts = storage.is_persistent() && storage.directory().is_some();
+        let storage = Some(storage).filter(|_| lasts);
+        let content = match &storage {
+            Some(storage) => load(storage.as_ref(), clock.now()).await,
+            None => Content::default(),
+        };
+        let inner = Arc::new(Inner {
+            content: Mutex::new(content),
+            changed: Notify::new(),
+        });
+        let keeper = tokio::spawn(keep(Arc::clone(&inner), storage, clock));
+        Self {
+            inner,
+            _keeper: Some(Arc::new(AbortOnDropHandle::new(keeper))),
+        }
+    }
+
+    /// The bundles and the revocation list of before the restart, or as last told by
+    /// [`Shelf::tell`]. Only as long as there is an SVID that they stand beside.
+    pub fn beside(&self, now: SystemTime) -> Option<Beside> {
+        let content = self.inner.content();
+        let used = content.kept.values().any(|kept| kept.not_after() > now);
+        content.beside.clone().filter(|_| used)
+    }
+
+    /// Tells what the cluster says of bundles and revocations.
+    pub fn tell(&self, bundles: &Arc<Bundles>, crl: &Crl) {
+        let crl = crl.der().cloned();
+        let mut content = self.inner.content();
+        let known = content.beside.as_ref();
+        if known.is_some_and(|known| *known.bundles == **bundles && known.crl == crl) {
+            return;
+        }
+        content.beside = Some(Beside {
+            bundles: Arc::clone(bundles),
+            crl,
+        });
+        drop(content);
+        self.inner.changed.notify_one();
+    }
+
+    /// Keeps an answer to `process`.
+    pub(super) fn put(&self, mark: Mark, process: Process, svids: &Arc<[Svid]>) {
+        let mut content = self.inner.content();
+        if content.kept.len() >= MAX && !content.kept.contains_key(&mark) {
+            let first = content.kept.iter().min_by_key(|(_, kept)| kept.not_after());
+            if let Some(mark) = first.map(|(mark, _)| *mark) {
+                content.kept.remove(&mark);
+            }
+        }
+        let svids = Arc::clone(svids);
+        content.kept.insert(mark, Kept { process, svids });
+        drop(content);
+        self.inner.changed.notify_one();
+    }
+
+    /// Throws an answer away.
+    pub(super) fn withdraw(&self, mark: &Mark) {
+        if self.inner.content().kept.remove(mark).is_some() {
+            self.inner.changed.notify_one();
+        }
+    }
+
+    /// What is kept under `mark`, if it is still good: not expired, for its key, and issued by an
+    /// authority of the current bundle.
+    pub(super) fn get(&self, mark: &Mark, now: SystemTime) -> Option<Arc<[Svid]>> {
+        let (kept, beside) = {
+            let content = self.inner.content();
+            (content.kept.get(mark)?.clone(), content.beside.clone()?)
+        };
+        let good = kept
+            .svids
+            .iter()
+            .try_for_each(|svid| issue::still_good(svid, &beside.bundles, now));
+        match good {
+            Ok(()) => Some(kept.svids),
+            Err(problem) => {
+                tracing::debug!(problem, "What was kept for a workload is not used");
+                self.withdraw(mark);
+                None
+            }
+        }
+    }
+}
+
+impl Inner {
+    fn content(&self) -> MutexGuard<'_, Content> {
+        self.content.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Throws away what is over, and what was for processes that have ended. Says whether that was
+    /// anything.
+    fn sweep(&self, now: SystemTime) -> bool {
+        let over: Vec<Mark> = {
+            let all = self.content().kept.clone();
+            let over = |kept: &Kept| kept.not_after() <= now || !kept.process.is_running();
+            all.iter()
+                .filter(|(_, kept)| over(kept))
+                .map(|(mark, _)| *mark)
+                .collect()
+        };
+        let mut content = self.content();
+        for mark in &over {
+            content.kept.remove(mark);
+        }
+        !over.is_empty()
+    }
+}
+
+/// What an earlier agent left; nothing if that is of no use.
+async fn load(storage: &dyn Destination, now: SystemTime) -> Content {
+    let content = match storage.read(FILE).await {
+        Ok(None) => Ok(Content::default()),
+        Ok(Some(bytes)) => record::decode(&bytes, now).map_err(str::to_owned),
+        Err(error) => Err(error.to_string()),
+    };
+    match content {
+        Ok(content) => {
+            if !content.kept.is_empty() {
+                tracing::info!(
+                    workloads = content.kept.len(),
+                    "Still valid SVIDs were kept from before the restart"
+                );
+            }
+            content
+        }
+        Err(problem) => {
+            tracing::warn!(
+                file = FILE,
+                problem,
+                "SVIDs of before the restart are not used; workloads get new ones"
+            );
+            Content::default()
+        }
+    }
+}
+
+/// Throws away what is over, and writes what changed: at once after a quiet time, and never back to
+/// back.
+async fn keep(inner: Arc<Inner>, storage: Option<Arc<dyn Destination>>, clock: Clock) {
+    let mut failures = Repeated::default();
+    let lasting = storage.is_some();
+    loop {
+        let told = tokio::select! {
+            () = inner.changed.notified(), if lasting => true,
+            () = clock.sleep(SWEEP) => false,
+        };
+        let (sweeping, now) = (Arc::clone(&inner), clock.now());
+        // Looking at thousands of processes, and encoding, take a while.
+        let changed = tokio::task::spawn_blocking(move || {
+            let changed = sweeping.sweep(now) || told;
+            let content = (changed && lasting).then(|| sweeping.content().clone());
+            content.map(|content| record::encode(&content))
+        });
+        let (Ok(Some(bytes)), Some(storage)) = (changed.await, &storage) else {
+            continue;
+        };
+        let begun = Instant::now();
+        let files = FileSet::from([(FILE.to_owned(), bytes)]);
+        match storage.write(files).await {
+            Ok(()) => {
+                failures.recovered();
+            }
+            Err(error) => match failures.failed() {
+                Loudness::Warn => tracing::warn!(
+                    %error,
+                    "SVIDs cannot be stored; after a restart, workloads depend on the cluster"
+                ),
+                Loudness::Debug => tracing::debug!(%error, "SVIDs cannot be stored"),
+            },
+        }
+        clock.sleep(PAUSE.max(begun.elapsed() * SHARE)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,232 @@
+//! The shelf as bytes: one line with the checksum of what follows, then JSON.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use zeroize::{Zeroize, ZeroizeOnDrop};
+
+use super::super::{Bundles, Federated, Svid};
+use super::{Beside, Content, Kept, MAX};
+use crate::attest::Process;
+use crate::crypto::sha256_hex;
+use crate::crypto::x509::Certificate;
+use crate::secret::Secret;
+use crate::spiffe::TrustDomain;
+use crate::spiffe::jwt::JwtBundle;
+
+/// The first word and the version of the form.
+const MAGIC: &str = "tbot-svids-1";
+
+#[derive(Serialize, Deserialize)]
+struct Record {
+    bundles: StoredBundles,
+    crl: Option<Blob>,
+    answers: Vec<Answer>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct StoredBundles {
+    trust_domain: String,
+    own: StoredBundle,
+    federated: BTreeMap<String, StoredBundle>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct StoredBundle {
+    x509: Blob,
+    /// A JWK Set.
+    jwt: String,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Answer {
+    mark: Blob,
+    process: Process,
+    key: SecretBlob,
+    /// Seconds since 1970.
+    issued_at: u64,
+    svids: Vec<StoredSvid>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct StoredSvid {
+    id: String,
+    hint: String,
+    name: String,
+    revision: String,
+    chain: Blob,
+}
+
+/// Bytes that are written as base64.
+struct Blob(Bytes);
+
+impl Serialize for Blob {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&STANDARD.encode(&self.0))
+    }
+}
+
+impl<'de> Deserialize<'de> for Blob {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let bytes = STANDARD.decode(text).map_err(serde::de::Error::custom)?;
+        Ok(Self(bytes.into()))
+    }
+}
+
+/// A private key in base64, wiped when it is dropped.
+#[derive(Serialize, Deserialize, Zeroize, ZeroizeOnDrop)]
+struct SecretBlob(String);
+
+pub(super) fn encode(content: &Content) -> Secret<Vec<u8>> {
+    let record = content.beside.as_ref().map(|beside| Record {
+        bundles: stored(&beside.bundles),
+        crl: beside.crl.clone().map(Blob),
+        answers: content
+            .kept
+            .iter()
+            .filter_map(|(mark, kept)| answer(mark, kept))
+            .collect(),
+    });
+    // These types have a JSON form, always.
+    let body = Secret::new(serde_json::to_vec(&record).unwrap_or_default());
+    let mut bytes = format!("{MAGIC} {}\n", sha256_hex(body.expose())).into_bytes();
+    bytes.reserve_exact(body.expose().len());
+    bytes.extend_from_slice(body.expose());
+    Secret::new(bytes)
+}
+
+fn stored(bundles: &Bundles) -> StoredBundles {
+    let bundle = |x509: &Bytes, jwt: &JwtBundle| StoredBundle {
+        x509: Blob(x509.clone()),
+        jwt: String::from_utf8_lossy(&jwt.jwks()).into_owned(),
+    };
+    StoredBundles {
+        trust_domain: bundles.trust_domain().name().to_owned(),
+        own: bundle(bundles.local(), bundles.jwt()),
+        federated: bundles
+            .federated()
+            .iter()
+            .map(|(domain, other)| (domain.name().to_owned(), bundle(&other.x509, &other.jwt)))
+            .collect(),
+    }
+}
+
+fn answer(mark: &[u8; 32], kept: &Kept) -> Option<Answer> {
+    let first = kept.svids.first()?;
+    let since = first
+        .issued_at
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .ok()?;
+    Some(Answer {
+        mark: Blob(Bytes::copy_from_slice(mark)),
+        process: kept.process,
+        key: SecretBlob(STANDARD.encode(&first.key)),
+        issued_at: since.as_secs(),
+        svids: kept
+            .svids
+            .iter()
+            .map(|svid| StoredSvid {
+                id: svid.id.to_string(),
+                hint: svid.hint.clone(),
+                name: svid.name.clone(),
+                revision: svid.revision.clone(),
+                chain: Blob(svid.chain.clone()),
+            })
+            .collect(),
+    })
+}
+
+/// Reads what [`encode`] wrote; of the answers, those that may be good at `now`. An error says what
+/// is wrong, without secrets.
+pub(super) fn decode(bytes: &Secret<Vec<u8>>, now: SystemTime) -> Result<Content, &'static str> {
+    const TORN: &str = "it is torn or not this agent's";
+    let bytes = bytes.expose();
+    let end = bytes.iter().position(|byte| *byte == b'\n').ok_or(TORN)?;
+    let (head, rest) = bytes.split_at_checked(end).ok_or(TORN)?;
+    let body = rest.get(1..).ok_or(TORN)?;
+    if head != format!("{MAGIC} {}", sha256_hex(body)).as_bytes() {
+        return Err(TORN);
+    }
+    let record: Option<Record> = serde_json::from_slice(body).map_err(|_foreign| TORN)?;
+    let Some(record) = record else {
+        return Ok(Content::default());
+    };
+    let bundles = bundles(&record.bundles).ok_or("its trust bundles cannot be read")?;
+    let kept = record
+        .answers
+        .iter()
+        .take(MAX)
+        .filter_map(|answer| {
+            let mark = answer.mark.0.as_ref().try_into().ok()?;
+            let kept = kept(answer)?;
+            (kept.not_after() > now).then_some((mark, kept))
+        })
+        .collect();
+    Ok(Content {
+        kept,
+        beside: Some(Beside {
+            bundles: Arc::new(bundles),
+            crl: record.crl.map(|crl| crl.0),
+        }),
+    })
+}
+
+fn bundles(stored: &StoredBundles) -> Option<Bundles> {
+    let jwt = |bundle: &StoredBundle| {
+        let set: serde_json::Value = serde_json::from_str(&bundle.jwt).ok()?;
+        let keys = set.get("keys")?.as_array()?;
+        let keys = keys.iter().filter_map(serde_json::Value::as_object);
+        Some(JwtBundle::from_jwks(keys))
+    };
+    let federated = stored
+        .federated
+        .iter()
+        .map(|(name, bundle)| {
+            let domain = TrustDomain::new(name).ok()?;
+            let x509 = bundle.x509.0.clone();
+            let jwt = jwt(bundle)?;
+            Some((domain, Federated { x509, jwt }))
+        })
+        .collect::<Option<_>>()?;
+    Bundles::restored(
+        TrustDomain::new(&stored.trust_domain).ok()?,
+        &stored.own.x509.0,
+        jwt(&stored.own)?,
+        federated,
+    )
+}
+
+fn kept(answer: &Answer) -> Option<Kept> {
+    let key = Bytes::from(STANDARD.decode(&answer.key.0).ok()?);
+    let issued_at = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(answer.issued_at))?;
+    let svids = answer
+        .svids
+        .iter()
+        .map(|stored| {
+            let ders = crate::crypto::x509::split(&stored.chain.0)?;
+            let leaf = Certificate::from_der(ders.first()?).ok()?;
+            Some(Svid {
+                id: stored.id.parse().ok()?,
+                chain: stored.chain.0.clone(),
+                key: key.clone(),
+                hint: stored.hint.clone(),
+                issued_at,
+                not_after: leaf.not_after(),
+                serial: leaf.serial(),
+                name: stored.name.clone(),
+                revision: stored.revision.clone(),
+            })
+        })
+        .collect::<Option<Vec<_>>>()
+        .filter(|svids| !svids.is_empty())?;
+    Some(Kept {
+        process: answer.process,
+        svids: svids.into(),
+    })
+}

@@ -1,0 +1,213 @@
+use super::*;
+use crate::crypto::{KeyAlgorithm, PrivateKey};
+use crate::destination::from_uri;
+use crate::secret::Secret;
+use crate::workload::tests::{Authority, DOMAIN, HOUR, message, start};
+
+const MARK: Mark = [1; 32];
+
+fn own() -> Process {
+    Process::of(i32::try_from(std::process::id()).unwrap()).unwrap()
+}
+
+fn svids(authority: &Authority) -> Arc<[Svid]> {
+    let key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();
+    let id = format!("spiffe://{DOMAIN}/svc/foo");
+    let leaf = authority.leaf(&key, &[&id]);
+    let parsed = crate::crypto::x509::Certificate::from_der(&leaf).unwrap();
+    Arc::new([Svid {
+        id: id.parse().unwrap(),
+        chain: leaf.into(),
+        key: Bytes::copy_from_slice(key.pkcs8_der().expose()),
+        hint: "hint".into(),
+        issued_at: start(),
+        not_after: parsed.not_after(),
+        serial: parsed.serial(),
+        name: "foo".into(),
+        revision: "r".into(),
+    }])
+}
+
+fn bundles(authority: &Authority) -> Arc<Bundles> {
+    Arc::new(Bundles::from_authority(&message(DOMAIN, &[authority])).unwrap())
+}
+
+async fn storage(path: &std::path::Path) -> Arc<dyn Destination> {
+    let storage = from_uri(path.to_str().unwrap()).unwrap().build();
+    storage.init().await.unwrap();
+    storage
+}
+
+/// Waits until the file holds something else than `before`.
+async fn written(storage: &Arc<dyn Destination>, before: &[u8]) -> Secret<Vec<u8>> {
+    loop {
+        match storage.read(FILE).await.unwrap() {
+            Some(bytes) if bytes.expose() != before => return bytes,
+            _ => tokio::task::yield_now().await,
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_restart_loses_nothing_that_is_still_good() {
+    let directory = tempfile::tempdir().unwrap();
+    let storage = storage(&directory.path().canonicalize().unwrap()).await;
+    let clock = Clock::simulated(start());
+    let authority = Authority::new(DOMAIN);
+    let svids = svids(&authority);
+    let shelf = Shelf::open(Arc::clone(&storage), clock.clone()).await;
+    assert!(shelf.get(&MARK, start()).is_none());
+    let list = Bytes::from_static(b"list");
+    shelf.tell(&bundles(&authority), &Crl::Signed(list.clone()));
+    shelf.put(MARK, own(), &svids);
+    let file = written(&storage, b"").await;
+    drop(shelf);
+    let text = String::from_utf8_lossy(file.expose());
+    assert!(text.starts_with("tbot-svids-1 "), "{text}");
+
+    let again = Shelf::open(Arc::clone(&storage), clock.clone()).await;
+    let kept = again.get(&MARK, start()).unwrap();
+    assert_eq!(format!("{kept:?}"), format!("{svids:?}"));
+    assert_eq!(kept[0].key, svids[0].key);
+    assert_eq!(kept[0].issued_at, svids[0].issued_at);
+    assert_eq!(kept[0].not_after, svids[0].not_after);
+    let beside = again.beside(start()).unwrap();
+    assert_eq!(*beside.bundles, *bundles(&authority));
+    assert_eq!(beside.crl, Some(list));
+    assert!(again.get(&[2; 32], start()).is_none(), "somebody else's");
+    assert!(again.beside(start() + HOUR).is_none(), "for whom?");
+    assert!(again.get(&MARK, start() + HOUR).is_none(), "expired");
+    assert!(again.get(&MARK, start()).is_none(), "and gone");
+
+    let late = Clock::simulated(start() + HOUR);
+    let late = Shelf::open(storage, late).await;
+    assert!(late.inner.content().kept.is_empty());
+}
+
+#[tokio::test]
+async fn what_the_current_authority_did_not_issue_is_not_served() {
+    let (old, new) = (Authority::new(DOMAIN), Authority::new(DOMAIN));
+    let shelf = Shelf::default();
+    let svids = svids(&old);
+    shelf.put(MARK, own(), &svids);
+    assert!(
+        shelf.get(&MARK, start()).is_none(),
+        "no bundle to hold it against"
+    );
+    shelf.tell(&bundles(&old), &Crl::None);
+    assert!(shelf.get(&MARK, start()).is_some());
+    shelf.tell(&bundles(&new), &Crl::None);
+    assert!(shelf.get(&MARK, start()).is_none());
+}
+
+#[tokio::test]
+async fn a_key_that_is_not_the_certificates_is_noticed() {
+    let authority = Authority::new(DOMAIN);
+    let shelf = Shelf::default();
+    shelf.tell(&bundles(&authority), &Crl::None);
+    let (one, other) = (svids(&authority), svids(&authority));
+    let mixed = Svid {
+        key: other[0].key.clone(),
+        ..one[0].clone()
+    };
+    let mixed: Arc<[Svid]> = Arc::new([mixed]);
+    shelf.put(MARK, own(), &mixed);
+    assert!(shelf.get(&MARK, start()).is_none());
+    shelf.put(MARK, own(), &one);
+    assert!(shelf.get(&MARK, start()).is_some());
+    shelf.withdraw(&MARK);
+    assert!(shelf.get(&MARK, start()).is_none());
+}
+
+#[tokio::test]
+async fn damaged_files_are_ignored_and_replaced() {
+    let directory = tempfile::tempdir().unwrap();
+    let storage = storage(&directory.path().canonicalize().unwrap()).await;
+    let clock = Clock::simulated(start());
+    let authority = Authority::new(DOMAIN);
+    let content = Content {
+        kept: HashMap::from([(
+            MARK,
+            Kept {
+                process: own(),
+                svids: svids(&authority),
+            },
+        )]),
+        beside: Some(Beside {
+            bundles: bundles(&authority),
+            crl: None,
+        }),
+    };
+    let good = record::encode(&content).expose().clone();
+    let sealed = |body: &[u8]| {
+        let sum = crate::crypto::sha256_hex(body);
+        [format!("tbot-svids-1 {sum}\n").as_bytes(), body].concat()
+    };
+    let mut flipped = good.clone();
+    *flipped.last_mut().unwrap() ^= 1;
+    for (what, bytes) in [
+        ("empty", Vec::new()),
+        ("torn", good[..good.len() / 2].to_vec()),
+        ("a flipped bit", flipped),
+        ("another form", sealed(b"{}")),
+        ("no JSON", sealed(b"\xff")),
+        (
+            "no bundle",
+            sealed(br#"{"bundles":{"trust_domain":"x","own":{"x509":"","jwt":""},"federated":{}},"crl":null,"answers":[]}"#),
+        ),
+        ("foreign", b"hello\n".to_vec()),
+    ] {
+        let file = FileSet::from([(FILE.to_owned(), Secret::new(bytes.clone()))]);
+        storage.write(file).await.unwrap();
+        let shelf = Shelf::open(Arc::clone(&storage), clock.clone()).await;
+        assert!(shelf.inner.content().kept.is_empty(), "{what}");
+        assert!(shelf.beside(start()).is_none(), "{what}");
+        shelf.tell(&bundles(&authority), &Crl::None);
+        let now = written(&storage, &bytes).await;
+        assert!(record::decode(&now, start()).is_ok(), "{what}");
+    }
+}
+
+#[test]
+fn what_is_over_or_for_nobody_goes() {
+    let authority = Authority::new(DOMAIN);
+    let mut child = std::process::Command::new("sleep")
+        .arg("1000")
+        .spawn()
+        .unwrap();
+    let process = Process::of(i32::try_from(child.id()).unwrap()).unwrap();
+    let inner = Inner::default();
+    let svids = svids(&authority);
+    for (mark, process) in [([1; 32], own()), ([2; 32], process)] {
+        let svids = Arc::clone(&svids);
+        inner.content().kept.insert(mark, Kept { process, svids });
+    }
+    assert!(!inner.sweep(start()));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(inner.sweep(start()));
+    assert!(inner.content().kept.contains_key(&[1; 32]));
+    assert_eq!(inner.content().kept.len(), 1);
+    assert!(inner.sweep(start() + HOUR));
+    assert!(inner.content().kept.is_empty());
+}
+
+#[test]
+fn what_is_kept_is_bounded() {
+    let authority = Authority::new(DOMAIN);
+    let shelf = Shelf::default();
+    let (short, long) = (svids(&authority), svids(&authority));
+    let long: Arc<[Svid]> = Arc::new([Svid {
+        not_after: long[0].not_after + HOUR,
+        ..long[0].clone()
+    }]);
+    shelf.put([0; 32], own(), &short);
+    for number in 1..=MAX + 5 {
+        let mut mark = [9; 32];
+        mark[..8].copy_from_slice(&number.to_be_bytes());
+        shelf.put(mark, own(), &long);
+    }
+    let content = shelf.inner.content();
+    assert_eq!(content.kept.len(), MAX);
+    assert!(!content.kept.contains_key(&[0; 32]), "the first to expire");
+}

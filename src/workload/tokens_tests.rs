@@ -1,0 +1,259 @@
+use std::collections::VecDeque;
+
+use async_trait::async_trait;
+use futures_util::future::join_all;
+
+use super::*;
+use crate::pb::teleport::workloadidentity::v1::{WorkloadAttrs, WorkloadAttrsUnix};
+use crate::workload::tests::{HOUR, start};
+
+const MINUTE: Duration = Duration::from_mins(1);
+
+/// Issues for an hour at a time, unless told otherwise.
+#[derive(Debug)]
+struct Fake {
+    clock: Clock,
+    script: Mutex<VecDeque<Result<(), IssueError>>>,
+    always: Mutex<Option<IssueError>>,
+    calls: Mutex<Vec<Vec<String>>>,
+    delay: Mutex<Duration>,
+}
+
+#[async_trait]
+impl TokenIssuer for Fake {
+    async fn issue(
+        &self,
+        _selector: &Selector,
+        _ttl: Duration,
+        _attributes: &WorkloadAttrs,
+        audiences: &[String],
+    ) -> Result<Vec<JwtSvid>, IssueError> {
+        let number = {
+            let mut calls = self.calls.lock().unwrap();
+            calls.push(audiences.to_vec());
+            calls.len()
+        };
+        let delay = *self.delay.lock().unwrap();
+        tokio::time::sleep(delay).await;
+        let scripted = self.script.lock().unwrap().pop_front();
+        match scripted {
+            Some(Err(error)) => return Err(error),
+            Some(Ok(())) => return Ok(Vec::new()),
+            None => {}
+        }
+        if let Some(error) = self.always.lock().unwrap().clone() {
+            return Err(error);
+        }
+        Ok(vec![JwtSvid {
+            id: "spiffe://example.org/a".parse().unwrap(),
+            token: number.to_string(),
+            hint: String::new(),
+            not_after: self.clock.now() + HOUR,
+        }])
+    }
+}
+
+struct World {
+    fake: Arc<Fake>,
+    tokens: Tokens,
+    clock: Clock,
+}
+
+fn world() -> World {
+    let clock = Clock::simulated(start());
+    let fake = Arc::new(Fake {
+        clock: clock.clone(),
+        script: Mutex::default(),
+        always: Mutex::default(),
+        calls: Mutex::default(),
+        delay: Mutex::new(Duration::from_millis(50)),
+    });
+    let issuer: Arc<dyn TokenIssuer> = Arc::clone(&fake) as _;
+    World {
+        tokens: Tokens::new(issuer, Selector::Name("a".into()), HOUR, clock.clone()),
+        fake,
+        clock,
+    }
+}
+
+fn workload(pid: i32) -> Arc<Attested> {
+    let attributes = WorkloadAttrs {
+        unix: Some(WorkloadAttrsUnix {
+            pid,
+            ..WorkloadAttrsUnix::default()
+        }),
+        ..WorkloadAttrs::default()
+    };
+    Arc::new(Attested::new(attributes, None))
+}
+
+impl World {
+    async fn get(&self, pid: i32, audiences: &[&str]) -> Result<String, IssueError> {
+        let audiences = audiences.iter().map(|&text| text.to_owned()).collect();
+        let issued = self.tokens.get(&workload(pid), audiences).await?;
+        Ok(issued.svids[0].token.clone())
+    }
+
+    fn calls(&self) -> usize {
+        self.fake.calls.lock().unwrap().len()
+    }
+
+    fn fail_with(&self, error: Option<IssueError>) {
+        *self.fake.always.lock().unwrap() = error;
+    }
+}
+
+fn outage() -> IssueError {
+    IssueError::Unavailable("down".into())
+}
+
+fn refusal() -> IssueError {
+    IssueError::Refused("no rule".into())
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_same_set_of_audiences_is_one_token_and_another_is_another() {
+    let world = world();
+    assert_eq!(world.get(1, &["a", "b"]).await.unwrap(), "1");
+    for same in [&["a", "b"][..], &["b", "a"], &["a", "b", "a"]] {
+        assert_eq!(world.get(1, same).await.unwrap(), "1");
+    }
+    for (number, (pid, other)) in [
+        (1, &["a"][..]),
+        (1, &["b"]),
+        (1, &["a", "b", "c"]),
+        (1, &["a,b"]),
+        (1, &["ab"]),
+        (2, &["a", "b"]),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let token = world.get(pid, other).await.unwrap();
+        assert_eq!(token, (number + 2).to_string(), "{pid} {other:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn callers_at_once_cause_one_request_even_if_the_first_gives_up() {
+    let world = world();
+    let first = world.get(1, &["a"]);
+    assert!(
+        tokio::time::timeout(Duration::from_millis(1), first)
+            .await
+            .is_err()
+    );
+    let all = join_all((0..100).map(|_| world.get(1, &["a"]))).await;
+    assert!(all.iter().all(|one| one.as_deref() == Ok("1")), "{all:?}");
+    assert_eq!(world.calls(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_is_handed_out_until_half_of_its_life() {
+    let world = world();
+    assert_eq!(world.get(1, &["a"]).await.unwrap(), "1");
+    for _ in 0..29 {
+        world.clock.sleep(MINUTE).await;
+        assert_eq!(world.get(1, &["a"]).await.unwrap(), "1");
+    }
+    world.clock.sleep(MINUTE).await;
+    assert_eq!(world.get(1, &["a"]).await.unwrap(), "2");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_outage_is_bridged_almost_to_the_end() {
+    let world = world();
+    assert_eq!(world.get(1, &["a"]).await.unwrap(), "1");
+    world.fail_with(Some(outage()));
+    for minute in 1..60 {
+        world.clock.sleep(Duration::from_secs(59)).await;
+        if minute < 59 {
+            assert_eq!(world.get(1, &["a"]).await.unwrap(), "1", "{minute}");
+        }
+        world.clock.sleep(Duration::from_secs(1)).await;
+    }
+    assert!(world.calls() < 40, "{} calls", world.calls());
+    assert_eq!(world.get(1, &["a"]).await, Err(outage()), "too little left");
+    world.fail_with(None);
+    world.clock.sleep(FAILURE_KEPT).await;
+    assert!(world.get(1, &["a"]).await.is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_cluster_does_not_hold_up_who_has_a_token() {
+    let world = world();
+    world.get(1, &["a"]).await.unwrap();
+    world.clock.sleep(31 * MINUTE).await;
+    *world.fake.delay.lock().unwrap() = 10 * MINUTE;
+    let before = world.clock.now();
+    assert_eq!(world.get(1, &["a"]).await.unwrap(), "1");
+    let waited = world.clock.now().duration_since(before).unwrap();
+    assert!(
+        waited <= WITH_FALLBACK + Duration::from_millis(1),
+        "{waited:?}"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_withdraws_what_is_held_and_an_outage_does_not() {
+    let world = world();
+    world.get(1, &["a"]).await.unwrap();
+    world.clock.sleep(31 * MINUTE).await;
+    let script = [Err(outage()), Err(refusal())];
+    world.fake.script.lock().unwrap().extend(script);
+    assert_eq!(world.get(1, &["a"]).await.unwrap(), "1");
+    world.clock.sleep(2 * MINUTE).await;
+    assert_eq!(world.get(1, &["a"]).await, Err(refusal()));
+    assert_eq!(
+        world.get(1, &["a"]).await,
+        Err(refusal()),
+        "asked a moment ago"
+    );
+    assert_eq!(world.calls(), 3);
+    world.clock.sleep(FAILURE_KEPT).await;
+    assert_eq!(world.get(1, &["a"]).await.unwrap(), "4");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_empty_answer_is_a_refusal() {
+    let world = world();
+    world.fake.script.lock().unwrap().push_back(Ok(()));
+    assert!(matches!(
+        world.get(1, &["a"]).await,
+        Err(IssueError::Refused(_))
+    ));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_change_of_keys_is_asked_about_at_once_and_bridged_too() {
+    let world = world();
+    world.get(1, &["a"]).await.unwrap();
+    world.tokens.renew_all();
+    assert_eq!(world.get(1, &["a"]).await.unwrap(), "2");
+    world.tokens.renew_all();
+    world.fail_with(Some(outage()));
+    assert_eq!(world.get(1, &["a"]).await.unwrap(), "2");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_kept_is_bounded_and_ends_after_its_last_use() {
+    let world = world();
+    for number in 0..PER_WORKLOAD + 10 {
+        world.get(1, &[&number.to_string()]).await.unwrap();
+    }
+    assert_eq!(world.tokens.len(), (PER_WORKLOAD, 1));
+    let newest = (PER_WORKLOAD + 9).to_string();
+    let calls = world.calls();
+    world.get(1, &[&newest]).await.unwrap();
+    assert_eq!(world.calls(), calls, "the newest stayed");
+    *world.fake.delay.lock().unwrap() = Duration::ZERO;
+    for pid in 0..i32::try_from(WORKLOADS).unwrap() + 10 {
+        world.get(pid + 2, &["a"]).await.unwrap();
+    }
+    assert_eq!(world.tokens.len().1, WORKLOADS);
+    tokio::select! {
+        () = world.tokens.run() => {}
+        () = world.clock.sleep(IDLE + 2 * MINUTE) => {}
+    }
+    assert_eq!(world.tokens.len(), (0, 0));
+}

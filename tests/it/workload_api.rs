@@ -1,0 +1,210 @@
+//! The Workload API over time: what is kept, for whom, and for how long.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+
+use tbot::pb::workload_api::{
+    JwtBundlesRequest, JwtBundlesResponse, JwtsvidRequest, JwtsvidResponse, X509BundlesRequest,
+    X509BundlesResponse, X509svidRequest, X509svidResponse,
+};
+use tonic::Code;
+
+use crate::common::{Cluster, OutputText as _, Process, RECORDED, Sandbox, Workload, eventually};
+
+/// A configuration whose Workload API listens in the sandbox; with its socket.
+fn configured(sandbox: &Sandbox, cluster: &Cluster<'_>) -> (PathBuf, PathBuf) {
+    let socket = sandbox.path("w.sock");
+    let config = cluster.config(&cluster.invite("example", "10m"), "bot")
+        + &format!(
+            "services:\n  - {{type: workload-identity-api, listen: \"unix://{}\", \
+             selector: {{name: example-workload-identity}}}}\n",
+            socket.display()
+        );
+    (sandbox.write("tbot.yaml", config), socket)
+}
+
+fn started(sandbox: &Sandbox, config: &Path) -> Process {
+    let mut command = sandbox.tbot(["start", "-c"]);
+    command.arg(config);
+    sandbox.spawn("agent", command)
+}
+
+/// The status with which another process than this one is turned away; `None` if it is served.
+fn status_of_another(sandbox: &Sandbox, socket: &Path) -> Option<String> {
+    let message = sandbox.write("empty", [0; 5]);
+    let mut command = sandbox.command("curl");
+    let shown = command
+        .args(["--silent", "--show-error", "--http2-prior-knowledge"])
+        .args([
+            "--max-time",
+            "12",
+            "--dump-header",
+            "-",
+            "--output",
+            "/dev/null",
+        ])
+        .args(["--header", "content-type: application/grpc"])
+        .args(["--header", "te: trailers"])
+        .args(["--header", "workload.spiffe.io: true"])
+        .arg("--data-binary")
+        .arg(format!("@{}", message.display()))
+        .arg("--unix-socket")
+        .arg(socket)
+        .arg("http://localhost/SpiffeWorkloadAPI/FetchX509SVID")
+        .output()
+        .unwrap()
+        .text();
+    assert!(shown.starts_with("HTTP/2 200"), "{shown}");
+    let status = shown
+        .lines()
+        .find_map(|line| line.strip_prefix("grpc-status: "));
+    status.map(|status| status.trim().to_owned())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_workload_keeps_its_svid_while_the_cluster_is_away_and_the_agent_was_killed() {
+    let sandbox = Sandbox::new();
+    let mut cluster = Cluster::start(&sandbox, RECORDED);
+    let (config, socket) = configured(&sandbox, &cluster);
+    let mut agent = started(&sandbox, &config);
+    agent.wait_for_log("The bot has a fresh identity");
+    let workload = Workload::connect(&socket).await;
+    let before: X509svidResponse = workload
+        .fetch("FetchX509SVID", &X509svidRequest {})
+        .await
+        .unwrap();
+    let kept = sandbox.path("bot/.svids");
+    let size = eventually("the SVID is stored", || {
+        let file = std::fs::metadata(&kept).map_err(|e| e.to_string())?;
+        assert_eq!(file.permissions().mode() & 0o7777, 0o600);
+        let text = std::fs::read_to_string(&kept).map_err(|e| e.to_string())?;
+        text.contains("svc/foo").then_some(text.len()).ok_or(text)
+    });
+    assert!(size < 16 * 1024, "{size} bytes for one workload");
+    cluster.stop();
+    agent.signal("KILL");
+    agent.wait();
+
+    let mut agent = started(&sandbox, &config);
+    agent.wait_for_log("Still valid SVIDs were kept from before the restart");
+    let workload = Workload::connect(&socket).await;
+    let after: X509svidResponse = workload
+        .fetch("FetchX509SVID", &X509svidRequest {})
+        .await
+        .unwrap();
+    assert_eq!(after, before);
+    let bundles: X509BundlesResponse = workload
+        .fetch("FetchX509Bundles", &X509BundlesRequest {})
+        .await
+        .unwrap();
+    assert_eq!(bundles.bundles.len(), 1);
+    assert_eq!(bundles.crl, before.crl);
+    let bundles: JwtBundlesResponse = workload
+        .fetch("FetchJWTBundles", &JwtBundlesRequest {})
+        .await
+        .unwrap();
+    assert_eq!(bundles.bundles.len(), 1);
+    let unavailable = Some((Code::Unavailable as i32).to_string());
+    assert_eq!(status_of_another(&sandbox, &socket), unavailable);
+
+    cluster.resume();
+    eventually("others are served again", || {
+        status_of_another(&sandbox, &socket).map_or(Ok(()), Err)
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_is_kept_for_its_audiences_and_through_an_outage() {
+    let sandbox = Sandbox::new();
+    let mut cluster = Cluster::start(&sandbox, RECORDED);
+    let (config, socket) = configured(&sandbox, &cluster);
+    let mut agent = started(&sandbox, &config);
+    agent.wait_for_log("The bot has a fresh identity");
+    let workload = Workload::connect(&socket).await;
+    let token = async |audience: &[&str]| {
+        let request = JwtsvidRequest {
+            audience: audience.iter().map(|&text| text.to_owned()).collect(),
+            spiffe_id: String::new(),
+        };
+        let answer: JwtsvidResponse = workload.fetch("FetchJWTSVID", &request).await?;
+        Ok::<_, tonic::Status>(answer.svids[0].svid.clone())
+    };
+    let first = token(&["a", "b"]).await.unwrap();
+    assert_eq!(token(&["b", "a"]).await.unwrap(), first);
+    assert_ne!(token(&["a"]).await.unwrap(), first);
+    let issued = |cluster: &Cluster<'_>| cluster.events("spiffe.svid.issued").len();
+    assert_eq!(issued(&cluster), 2);
+    cluster.stop();
+    assert_eq!(token(&["a", "b"]).await.unwrap(), first);
+    let refused = token(&["c"]).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unavailable, "{refused}");
+    cluster.resume();
+    assert_eq!(token(&["a", "b"]).await.unwrap(), first);
+    assert_eq!(issued(&cluster), 2);
+}
+
+/// A request for X.509-SVIDs as bytes of HTTP/2, as nothing but a program without libraries would
+/// send it.
+fn raw_request() -> Vec<u8> {
+    let frame = |kind: u8, flags: u8, stream: u8, payload: &[u8]| {
+        let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        [&length[1..], &[kind, flags, 0, 0, 0, stream], payload].concat()
+    };
+    let headers = [
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":path", "/SpiffeWorkloadAPI/FetchX509SVID"),
+        (":authority", "localhost"),
+        ("content-type", "application/grpc"),
+        ("te", "trailers"),
+        ("workload.spiffe.io", "true"),
+    ]
+    .map(|(name, value)| {
+        let text = |text: &str| [&[u8::try_from(text.len()).unwrap()], text.as_bytes()].concat();
+        [vec![0], text(name), text(value)].concat()
+    });
+    [
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(),
+        frame(4, 0, 0, &[]),
+        frame(1, 4, 1, &headers.concat()),
+        frame(0, 1, 1, &[0; 5]),
+    ]
+    .concat()
+}
+
+/// Connects, asks, waits for the first SVID, and becomes `cat`, which prints whatever comes after.
+const BECOMES_CAT: &str = "
+import os, socket, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(sys.argv[1])
+connection.sendall(open(sys.argv[2], 'rb').read())
+seen = b''
+while b'svc/foo' not in seen:
+    seen += connection.recv(65536)
+os.dup2(connection.fileno(), 0)
+os.execv('/bin/cat', ['cat'])
+";
+
+#[test]
+fn a_program_that_took_the_callers_place_gets_nothing_of_what_was_meant_for_it() {
+    let sandbox = Sandbox::new();
+    let cluster = Cluster::start(&sandbox, RECORDED);
+    let (config, socket) = configured(&sandbox, &cluster);
+    let text = std::fs::read_to_string(&config).unwrap();
+    let hurried = "workload-identity-api, credential_ttl: 30s, renewal_interval: 3s";
+    let config = sandbox.write("tbot.yaml", text.replace("workload-identity-api", hurried));
+    let mut agent = started(&sandbox, &config);
+    agent.wait_for_log("The bot has a fresh identity");
+    let request = sandbox.write("request", raw_request());
+    let mut command = sandbox.command("python3");
+    command.args(["-c", BECOMES_CAT]).arg(&socket).arg(&request);
+    let mut cat = sandbox.spawn("cat", command);
+    // It ends because the agent closes the connection rather than write to it.
+    assert!(cat.wait().success());
+    let got = cat.log();
+    assert!(!got.contains("svc/foo"), "{got:?}");
+    assert!(
+        cluster.events("spiffe.svid.issued").len() > 1,
+        "it was renewed"
+    );
+}
