@@ -6,6 +6,7 @@ import time
 
 import outputs
 import ssh
+import workload
 from cluster import ACCOUNT, AUTH, PROXY, Front, run, wait
 from describe import describe
 
@@ -156,6 +157,10 @@ def workload_api(t):
         assert "Validation: PASS" in text, text
         facts.append(sorted(set(re.findall(r"spiffe://\S+|#CAs: \d+|#Keys: \d+|PASS|FAIL", text))))
     assert facts[0] == facts[1], facts
+
+
+for function in workload.STEPS:
+    step(function)
 
 
 @step
