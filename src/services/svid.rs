@@ -84,9 +84,14 @@ pub(super) struct News {
 
 impl News {
     /// Whether `part` of the bundles became different.
-    pub(super) fn of<T: PartialEq>(&self, part: impl Fn(&Bundles) -> &T) -> bool {
+    pub(super) fn of<'a, T: PartialEq>(&'a self, part: impl Fn(&'a Bundles) -> T) -> bool {
         let [before, after] = [&self.before, &self.after].map(|all| all.as_deref().map(&part));
         before != after
+    }
+
+    /// Whether the certificates of another trust domain became different.
+    pub(super) fn of_others(&self) -> bool {
+        self.of(|bundles| bundles.federated_x509().collect::<Vec<_>>())
     }
 }
 

@@ -35,6 +35,7 @@ mod handover;
 mod harness;
 mod hostile;
 mod init;
+mod issuer_override;
 mod killed;
 mod killed_writer;
 mod kubernetes_secret;

@@ -187,14 +187,11 @@ fn a_relying_party_accepts_a_token() {
     let found: Vec<String> = files(&sandbox.path("jwt")).into_keys().collect();
     assert_eq!(found, ["jwt_svid"]);
     let verify = |audience: &str| {
-        let keys = format!(
-            "https://{}/workload-identity/jwt-jwks.json",
-            cluster.proxy()
-        );
+        let issuer = format!("https://{}/workload-identity", cluster.proxy());
         let mut command = sandbox.command(&python);
         command
             .arg(repository().join("tests/support/jwt_svid.py"))
-            .arg(keys)
+            .arg(issuer)
             .arg(cluster.web_authority())
             .arg(sandbox.path("jwt/jwt_svid"))
             .arg(audience);

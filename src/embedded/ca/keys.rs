@@ -43,6 +43,11 @@ impl TlsAuthority {
         }
     }
 
+    /// The same key with another certificate (DER), which has to be for this key.
+    pub(in crate::embedded) fn certified_by(&self, certificate: &[u8]) -> der::Result<Self> {
+        Self::read(certificate.to_vec(), self.key.clone())
+    }
+
     fn read(certificate: Vec<u8>, key: PrivateKey) -> der::Result<Self> {
         let parsed = x509_cert::Certificate::from_der(&certificate)?.tbs_certificate;
         let key_id = parsed

@@ -458,6 +458,11 @@ pub(super) fn event(resource: &Resource, verb: Verb, by: &str) -> Option<Value> 
             ("workload_identity.update", "WID002I"),
             ("workload_identity.delete", "WID003I"),
         ],
+        "workload_identity_x509_issuer_override" => [
+            ("workload_identity_x509_issuer_override.create", "WID007I"),
+            ("workload_identity_x509_issuer_override.create", "WID007I"),
+            ("workload_identity_x509_issuer_override.delete", "WID008I"),
+        ],
         "workload_identity_x509_revocation" => [
             ("workload_identity_x509_revocation.create", "WID004I"),
             ("workload_identity_x509_revocation.update", "WID005I"),

@@ -8,6 +8,7 @@
 
 mod apply;
 mod bot;
+mod issuer_override;
 mod lock;
 mod reconcile;
 mod revocation;
@@ -121,6 +122,11 @@ const KINDS: &[Kind] = &[
         check: workload_identity::check,
     },
     Kind {
+        name: "workload_identity_x509_issuer_override",
+        versions: &["v1"],
+        check: issuer_override::check,
+    },
+    Kind {
         name: "workload_identity_x509_revocation",
         versions: &["v1"],
         check: revocation::check,
@@ -145,6 +151,10 @@ const ALIASES: &[(&str, &str)] = &[
     ("tokens", "token"),
     ("users", "user"),
     ("workload_identities", "workload_identity"),
+    (
+        "workload_identity_x509_issuer_overrides",
+        "workload_identity_x509_issuer_override",
+    ),
     (
         "workload_identity_x509_revocations",
         "workload_identity_x509_revocation",
@@ -349,6 +359,14 @@ fn kind(top: &mut Fields<'_>) -> Option<&'static Kind> {
             format!("a `{word}` is made by the cluster itself"),
             Some(&hint),
         );
+        return None;
+    }
+    if word == "sigstore_policy" {
+        let hint = "Teleport's own open-source clusters refuse it too; without policies, rules that \
+                    ask `sigstore.policy_satisfied` let nobody pass";
+        let message =
+            format!("{word:?} is not supported by this cluster: it verifies no signatures");
+        top.error("kind", message, Some(hint));
         return None;
     }
     let near = yaml::nearest(&word, names())

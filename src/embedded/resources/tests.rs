@@ -406,19 +406,18 @@ spec:
     assert_eq!(role.spec["options"]["max_session_ttl"], "30h0m0s");
 }
 
+fn refused(cases: &[(String, &str)]) {
+    for (text, expected) in cases {
+        let error = parse("f", text, Some(now())).expect_err(text).to_string();
+        assert!(
+            error.contains(expected),
+            "{text}\n-> {error}\nwants {expected}"
+        );
+    }
+}
+
 #[test]
-fn bad_input_is_told_with_its_place() {
-    let token =
-        |spec: &str| format!("kind: token\nversion: v2\nmetadata: {{name: t}}\nspec:\n{spec}");
-    let iam = |rule: &str| {
-        token(&format!(
-            "  roles: [Bot]\n  bot_name: b\n  join_method: iam\n  allow:\n  - {rule}\n"
-        ))
-    };
-    let meta = |meta: &str| format!("kind: bot\nversion: v1\nmetadata: {meta}\nspec: {{}}\n");
-    let role = |allow: &str| {
-        format!("kind: role\nversion: v7\nmetadata: {{name: r}}\nspec:\n  allow: {allow}\n")
-    };
+fn federations_and_overrides_are_checked() {
     let federation = |name: &str, source: &str| {
         format!(
             "kind: spiffe_federation\nversion: v1\nmetadata: {{name: '{name}'}}\n\
@@ -478,6 +477,40 @@ fn bad_input_is_told_with_its_place() {
             "kind: spiffe_federation\nversion: v1\nmetadata: {name: a}\nspec: {}".to_owned(),
             "`bundle_source` is required",
         ),
+        (
+            "kind: sigstore_policy".to_owned(),
+            "\"sigstore_policy\" is not supported by this cluster: it verifies no signatures",
+        ),
+        (
+            "kind: workload_identity_x509_issuer_override\nversion: v1\nmetadata: {name: other}\n\
+             spec: {}"
+                .to_owned(),
+            "the name \"other\" counts for nothing",
+        ),
+        (
+            "kind: workload_identity_x509_issuer_override\nversion: v1\nmetadata: {name: default}\n\
+             spec: {overrides: [{issuer: x}]}"
+                .to_owned(),
+            "overrides[0].issuer is no DER certificate",
+        ),
+    ];
+    refused(&cases);
+}
+
+#[test]
+fn bad_input_is_told_with_its_place() {
+    let token =
+        |spec: &str| format!("kind: token\nversion: v2\nmetadata: {{name: t}}\nspec:\n{spec}");
+    let iam = |rule: &str| {
+        token(&format!(
+            "  roles: [Bot]\n  bot_name: b\n  join_method: iam\n  allow:\n  - {rule}\n"
+        ))
+    };
+    let meta = |meta: &str| format!("kind: bot\nversion: v1\nmetadata: {meta}\nspec: {{}}\n");
+    let role = |allow: &str| {
+        format!("kind: role\nversion: v7\nmetadata: {{name: r}}\nspec:\n  allow: {allow}\n")
+    };
+    let cases = [
         (String::new(), "f: error: there is no resource"),
         ("kind: [".to_owned(), "f:"),
         (
@@ -486,10 +519,6 @@ fn bad_input_is_told_with_its_place() {
         ),
         ("metadata: {name: x}".to_owned(), "`kind` is required"),
         ("kind: bt".to_owned(), "did you mean `bot`?"),
-        (
-            "kind: sigstore_policy".to_owned(),
-            "\"sigstore_policy\" is not supported",
-        ),
         (
             "kind: bot_instance".to_owned(),
             "made by the cluster itself",
@@ -591,13 +620,7 @@ fn bad_input_is_told_with_its_place() {
             "is no serial number",
         ),
     ];
-    for (text, expected) in cases {
-        let error = parse("f", &text, Some(now())).expect_err(&text).to_string();
-        assert!(
-            error.contains(expected),
-            "{text}\n-> {error}\nwants {expected}"
-        );
-    }
+    refused(&cases);
 }
 
 #[test]

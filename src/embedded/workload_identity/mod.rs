@@ -7,6 +7,7 @@
 //! - [`decision`]: a resource and attributes to the contents of an SVID, or a refusal.
 //! - [`resource`]: the `workload_identity` resource: read, checked, stored.
 //! - [`issue`]: the making of X.509- and JWT-SVIDs.
+//! - `issuer_override`: SVIDs as part of another hierarchy.
 //! - [`bundle`]: the trust bundle and the JWT keys, for the web side.
 
 pub mod attrs;
@@ -14,6 +15,7 @@ pub mod bundle;
 pub mod decision;
 pub mod expression;
 pub mod issue;
+pub(in crate::embedded) mod issuer_override;
 pub mod resource;
 mod resource_service;
 mod revocation;

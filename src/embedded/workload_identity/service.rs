@@ -13,6 +13,7 @@ use super::attrs::{Attrs, UserFacts};
 use super::bundle::issuer;
 use super::decision::{Contents, decide};
 use super::issue::{self, IssueError};
+use super::issuer_override;
 use super::resource::{KIND, spec_from_json};
 use crate::embedded::ClusterState;
 use crate::embedded::access::{Access, matches};
@@ -38,7 +39,7 @@ pub(super) struct Issuance {
 
 /// What sort of SVID is asked for.
 enum Wish {
-    X509 { spki: Vec<u8> },
+    X509 { spki: Vec<u8>, overridden: bool },
     Jwt { audiences: Vec<String> },
 }
 
@@ -46,6 +47,7 @@ impl Wish {
     fn x509(params: wire::X509svidParams) -> Self {
         Self::X509 {
             spki: params.public_key,
+            overridden: params.use_issuer_overrides,
         }
     }
 
@@ -275,16 +277,23 @@ impl<'a> Run<'a> {
             issue::granted(self.requested, limit)
         };
         let (ttl, credential, details) = match wish {
-            Wish::X509 { spki } => {
+            Wish::X509 { spki, overridden } => {
                 if spki.is_empty() {
                     return Err(parameter("x509_svid_params.public_key: is required"));
                 }
-                let signer = authority.signer()?;
+                let own = authority.signer()?;
+                let instead = if *overridden {
+                    issuer_override::instead_of(own, &self.state.store)?
+                } else {
+                    None
+                };
+                let signer = instead.as_ref().map_or(own, |instead| &instead.issuer);
                 let limits = spiffe.and_then(|spiffe| spiffe.x509.as_ref());
                 let left = signer.not_after.duration_since(self.now);
                 let ttl =
                     limit(limits.and_then(|x509| x509.maximum_ttl)).min(left.unwrap_or_default());
-                let svid = issue::x509(signer, &id, contents, spki, self.now, ttl)?;
+                let mut svid = issue::x509(signer, &id, contents, spki, self.now, ttl)?;
+                svid.chain = instead.map(|instead| instead.chain).unwrap_or_default();
                 let details = json!({
                     "svid_type": "x509",
                     "serial_number": svid.serial_number,

@@ -263,7 +263,7 @@ impl Output for SpiffeSvid {
             let news = self.surroundings.changed(context).await;
             if news.of(Bundles::local)
                 || news.of(Bundles::jwt)
-                || (self.settings.federated && news.of(Bundles::federated))
+                || (self.settings.federated && news.of_others())
             {
                 return;
             }

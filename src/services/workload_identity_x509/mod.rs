@@ -194,7 +194,7 @@ impl Output for X509Output {
                 self.state().again = false;
                 return;
             }
-            if news.revoked || (self.federated && news.of(Bundles::federated)) {
+            if news.revoked || (self.federated && news.of_others()) {
                 self.state().again = true;
                 return;
             }
