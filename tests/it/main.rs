@@ -35,6 +35,7 @@ mod handover;
 mod harness;
 mod hostile;
 mod init;
+mod interop;
 mod issuer_override;
 mod killed;
 mod killed_writer;
