@@ -27,6 +27,7 @@ mod conformance;
 mod dialling;
 mod discovery;
 mod docs;
+mod envoy;
 mod examples;
 mod federation;
 mod foreign;
