@@ -30,6 +30,7 @@ mod docs;
 mod envoy;
 mod examples;
 mod federation;
+mod flood;
 mod foreign;
 mod guide;
 mod handover;

@@ -1,0 +1,49 @@
+"""A hostile caller: four processes that connect, ask for SVIDs in heaps, and hang up without reading, over
+and over. Prints the number of connections it made.
+
+usage: flood.py SOCKET SECONDS
+"""
+import multiprocessing
+import socket
+import struct
+import sys
+import time
+
+
+def frame(kind, flags, stream, payload=b""):
+    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+
+
+def literal(name, value):
+    return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
+
+
+HEADERS = b"".join(literal(name, value) for name, value in (
+    (b":method", b"POST"), (b":scheme", b"http"), (b":authority", b"localhost"), (b":path", b"/SpiffeWorkloadAPI/FetchX509SVID"),
+    (b"content-type", b"application/grpc"), (b"te", b"trailers"), (b"workload.spiffe.io", b"true")))
+REQUESTS = b"".join(
+    frame(1, 4, stream, HEADERS) + frame(0, 1, stream, b"\0\0\0\0\0") for stream in range(1, 100, 2))
+BYTES = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0) + REQUESTS
+
+
+def flood(path, end, count):
+    while time.monotonic() < end:
+        try:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(1)
+                connection.connect(path)
+                connection.sendall(BYTES)
+        except OSError:
+            time.sleep(0.001)
+        count.value += 1
+
+
+path, seconds = sys.argv[1], float(sys.argv[2])
+counts = [multiprocessing.Value("L", 0) for _ in range(4)]
+end = time.monotonic() + seconds
+workers = [multiprocessing.Process(target=flood, args=(path, end, count)) for count in counts]
+for worker in workers:
+    worker.start()
+for worker in workers:
+    worker.join()
+print(sum(count.value for count in counts))
