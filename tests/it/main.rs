@@ -50,5 +50,6 @@ mod revocation;
 mod rotation;
 mod ssh;
 mod svid_outputs;
+mod units;
 mod wire;
 mod workload_api;
