@@ -85,7 +85,8 @@ impl Rest {
                     dropping = inside && KEYS.contains(&name);
                     after_key = true;
                     if !dropping {
-                        push(part, text);
+                        // Indented, it would go on with the line before: ours, if it is the first.
+                        push(part, text.trim_start());
                     }
                 }
                 Line::More if dropping => {}
@@ -237,5 +238,37 @@ mod tests {
         }
         let binary = Rest::read(Some(&[0xff]), "default");
         assert_eq!(binary.err(), Some(MergeError::NotText));
+    }
+
+    #[test]
+    fn fuzz_merging() {
+        const PIECES: &[&str] = &[
+            "[",
+            "]",
+            "default",
+            "other",
+            "\n",
+            "=",
+            " ",
+            "aws_access_key_id",
+            "expiration",
+            "x",
+            "#",
+            ";",
+            "\r\n",
+            "\t",
+            "é",
+            "aws_session_token = a\n",
+            "[default]\n",
+        ];
+        bolero::check!().with_type::<Vec<u8>>().for_each(|choice| {
+            let pick = |at: &u8| PIECES[usize::from(*at) % PIECES.len()];
+            let old: String = choice.iter().map(pick).collect();
+            if let Ok(new) = text(&old, "default") {
+                // What was merged is merged, and ours is in it.
+                assert_eq!(text(&new, "default").ok(), Some(new.clone()), "{old:?}");
+                assert!(new.contains(OURS), "{old:?}");
+            }
+        });
     }
 }
