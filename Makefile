@@ -12,7 +12,7 @@ VENV := $(CARGO_TARGET_DIR)/venv
 export TBOT_TEST_VENV := $(VENV)
 DENY_VERSION := 0.20.2
 
-.PHONY: help build test lint ci bench docs fmt setup deny advisories
+.PHONY: help build test lint ci bench fuzz docs fmt setup deny advisories
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ docs: ## API documentation, broken links denied
 
 bench: ## Measurements of this machine (docs/performance.md)
 	@if ls benches/*.rs > /dev/null 2>&1; then cargo bench --locked; else echo "no benchmark yet: docs/performance.md says what will be measured"; fi
+
+# Each target runs for a second in `make test`. For coverage-guided runs of one target: cargo bolero test.
+fuzz: ## Parsers of outside bytes against random input, FUZZ_SECONDS (60) for each
+	BOLERO_RANDOM_TEST_TIME_MS=$${FUZZ_SECONDS:-60}000 cargo test --locked --lib --test it -- fuzz_
 
 fmt: ## Formats the code
 	cargo fmt

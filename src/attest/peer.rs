@@ -411,6 +411,25 @@ mod tests {
     }
 
     #[test]
+    fn fuzz_what_proc_says() {
+        let check = bolero::check!().with_type::<(String, u64, u32, u32)>();
+        check.for_each(|(name, start, uid, gid)| {
+            let fields = format!("S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 {start} 20");
+            let stat = format!("77 ({name}) {fields}");
+            assert_eq!(parse_start_time(&stat), Some(*start), "{stat:?}");
+            // The kernel writes a newline in a name as two characters.
+            let name = name.replace(['\n', '\r'], "\\n");
+            let status = format!("Name:\t{name}\nUid:\t1\t{uid}\t3\t4\nGid:\t1\t{gid}\t3\t4\n");
+            assert_eq!(parse_owners(&status), Some((*uid, *gid)), "{status:?}");
+            let _noise = (
+                parse_uptime(&name),
+                parse_owners(&name),
+                parse_start_time(&name),
+            );
+        });
+    }
+
+    #[test]
     fn whoever_got_the_id_of_a_caller_that_ended_is_not_the_caller() {
         let caller = Facts {
             started: Some(100),

@@ -418,4 +418,24 @@ mod tests {
             assert!(parse(body.as_bytes()).is_err(), "{body}");
         }
     }
+
+    #[test]
+    fn fuzz_answers() {
+        const SAMPLE: &str = r#"{"auth":{"signature_algorithm_suite":"balanced-v1"},"proxy":{"tls_routing_enabled":false,"ssh":{"listen_addr":"0.0.0.0:3023","web_listen_addr":"[::]:3080","public_addr":"p.example.org:443","ssh_tunnel_public_addr":"t"}},"server_version":"18.0.0","cluster_name":"c"}"#;
+        bolero::check!()
+            .with_type::<Vec<(u16, u8)>>()
+            .for_each(|edits| {
+                let mut body = SAMPLE.as_bytes().to_vec();
+                for (place, octet) in edits.iter().take(6) {
+                    let at = usize::from(*place) % body.len();
+                    body[at] = *octet;
+                }
+                let Ok(found) = parse(&body) else { return };
+                let addresses = [found.ssh_address, found.web_address, found.tunnel_address];
+                for address in addresses.into_iter().flatten() {
+                    assert_eq!(with_port(bare(&address), "1"), with_port(&address, "1"));
+                    assert!(address.len() < 2 * SAMPLE.len());
+                }
+            });
+    }
 }

@@ -135,4 +135,30 @@ mod tests {
         }
         assert!(Reader(b"\0\0\0\x01\xff").text().is_err());
     }
+
+    #[test]
+    fn fuzz_values() {
+        let check = bolero::check!().with_type::<(Vec<u8>, String, u32, bool, Vec<u8>)>();
+        check.for_each(|(bytes, text, number, flag, noise)| {
+            let written = Writer::message(7)
+                .string(bytes)
+                .string(text)
+                .u32(*number)
+                .flag(*flag)
+                .number(bytes);
+            let mut reader = Reader(&written.0);
+            assert_eq!(reader.byte().unwrap(), 7);
+            assert_eq!(reader.string().unwrap(), bytes);
+            assert_eq!(reader.text().unwrap(), text);
+            assert_eq!(reader.u32().unwrap(), *number);
+            assert_eq!(reader.flag().unwrap(), *flag);
+            let significant: Vec<u8> = bytes.iter().copied().skip_while(|b| *b == 0).collect();
+            assert_eq!(reader.number().unwrap(), significant);
+            assert!(reader.0.is_empty());
+            let mut reader = Reader(noise);
+            while let Ok(value) = reader.string() {
+                assert!(value.len() < noise.len());
+            }
+        });
+    }
 }

@@ -32,6 +32,7 @@ mod examples;
 mod federation;
 mod flood;
 mod foreign;
+mod fuzz;
 mod guide;
 mod handover;
 mod harness;

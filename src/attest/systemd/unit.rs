@@ -100,4 +100,29 @@ mod tests {
             assert_eq!(service_of_path(path), Err(error), "{path}");
         }
     }
+
+    #[test]
+    fn fuzz_unit_paths() {
+        bolero::check!().with_type::<String>().for_each(|name| {
+            // Escaped as sd-bus does it: a first digit and all but letters and digits.
+            let unit = format!("{name}.service");
+            let element: String = unit
+                .bytes()
+                .enumerate()
+                .map(|(at, byte)| match byte {
+                    b'0'..=b'9' if at > 0 => char::from(byte).to_string(),
+                    b'a'..=b'z' | b'A'..=b'Z' => char::from(byte).to_string(),
+                    _ => format!("_{byte:02x}"),
+                })
+                .collect();
+            let path = format!("/org/freedesktop/systemd1/unit/{element}");
+            let found = service_of_path(&path);
+            assert_eq!(
+                found.ok().as_ref(),
+                Some(name).filter(|name| !name.is_empty())
+            );
+            // Whatever else arrives is a name or an error.
+            drop(service_of_path(name));
+        });
+    }
 }

@@ -560,4 +560,42 @@ mod tests {
         let sent = connection(&[frame(HEADERS, END_HEADERS | PADDED, b"\xff%")]);
         assert_eq!(watched(sent.clone(), 9), sent);
     }
+
+    #[test]
+    fn fuzz_what_a_client_sends() {
+        /// A frame: kind, flags, header block or noise, whether it is framed at all.
+        type Piece = (u8, u8, Vec<u8>, u8);
+        let check = bolero::check!().with_type::<(Vec<Piece>, Vec<u8>)>();
+        check.for_each(|(pieces, portions)| {
+            let frames: Vec<Vec<u8>> = pieces
+                .iter()
+                .take(8)
+                .map(|(kind, flags, noise, form)| match form % 4 {
+                    0 => frame(HEADERS, END_HEADERS, &block(PATH)),
+                    1 => frame(u8::from(*kind > 99) * 4, *flags, noise),
+                    2 => frame(HEADERS, *flags, &[&block(PATH), &noise[..]].concat()),
+                    _ => noise.clone(),
+                })
+                .collect();
+            let orderly = pieces.iter().take(8).all(|(.., form)| form % 4 < 2);
+            let sent = connection(&frames);
+            let whole = watched(sent.clone(), usize::MAX);
+            assert_eq!(whole.len(), sent.len());
+            // However it arrives, the same comes out; but for Huffman-coded authorities that arrive in
+            // parts, which no client sends.
+            let mut parts = sent.clone();
+            let mut watch = Watch::new();
+            let (mut rest, mut lengths) = (&mut parts[..], portions.iter().cycle());
+            while !rest.is_empty() {
+                let length = usize::from(*lengths.next().unwrap_or(&1)).clamp(1, rest.len());
+                let (part, after) = rest.split_at_mut(length);
+                watch.look(part);
+                rest = after;
+            }
+            assert_eq!(parts.len(), whole.len());
+            assert!(!orderly || parts == whole, "{sent:?}");
+            // Nothing is left to replace.
+            assert_eq!(watched(whole.clone(), usize::MAX), whole);
+        });
+    }
 }
