@@ -17,6 +17,7 @@ mod argo_cd;
 mod attest_docker;
 mod attest_kubernetes;
 mod attest_podman;
+mod attest_sigstore;
 mod attest_unix;
 mod bad_input;
 mod clients;

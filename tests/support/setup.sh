@@ -11,7 +11,7 @@ missing=()
 for need in systemctl:systemd dbus-daemon:dbus unshare:util-linux nsenter:util-linux openssl:openssl \
     ssh-keygen:openssh-client sshd:openssh-server python3:python3 curl:curl setfacl:acl \
     kubectl:kubernetes-client strace:strace nginx:nginx-light psql:postgresql-client \
-    dockerd:docker.io podman:podman catatonit:catatonit; do
+    dockerd:docker.io podman:podman catatonit:catatonit docker-registry:docker-registry; do
     command -v "${need%%:*}" > /dev/null || missing+=("${need##*:}")
 done
 # Debian keeps the server's programs out of PATH.

@@ -99,6 +99,13 @@ pub(super) async fn discover(
             }
         }
     }
+    tracing::info!(
+        registry = image.registry,
+        repository = image.repository,
+        digest,
+        payloads = found.payloads.len(),
+        "Looked for signatures of an image"
+    );
     found
 }
 

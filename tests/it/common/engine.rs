@@ -26,7 +26,7 @@ pub(crate) fn no_containers(programs: &[&str]) -> Option<String> {
 }
 
 /// The image as an archive of its one file.
-fn image(sandbox: &Sandbox) -> PathBuf {
+fn archive(sandbox: &Sandbox) -> PathBuf {
     let archive = sandbox.path("image.tar");
     let dir = sandbox.path("image");
     std::fs::create_dir_all(&dir).expect("a directory");
@@ -69,7 +69,7 @@ impl<'a> Docker<'a> {
             containers: Vec::new(),
         };
         docker.resume();
-        let archive = image(sandbox);
+        let archive = archive(sandbox);
         let body = format!("@{}", archive.display());
         let (repository, tag) = IMAGE.rsplit_once(':').expect("a tag");
         let path = format!("/images/create?fromSrc=-&repo={repository}&tag={tag}");
@@ -205,7 +205,7 @@ impl<'a> Podman<'a> {
             sandbox,
             service: None,
         };
-        let archive = image(sandbox);
+        let archive = archive(sandbox);
         podman.podman(&["import", archive.to_str().expect("text"), IMAGE]);
         podman.resume();
         podman
@@ -243,8 +243,20 @@ impl<'a> Podman<'a> {
             .success()
     }
 
+    /// Moves the image into a registry, and has it from there.
+    pub(crate) fn move_image(&self, to: &str) {
+        self.podman(&["push", "--tls-verify=false", IMAGE, to]);
+        self.podman(&["rmi", IMAGE]);
+        self.podman(&["pull", "--tls-verify=false", to]);
+    }
+
     /// Runs the bridge in a container that has the sandbox's `run`.
     pub(crate) fn run(&self, options: &[&str], arguments: [&str; 2]) {
+        self.run_image(IMAGE, options, arguments);
+    }
+
+    /// The same from another image.
+    pub(crate) fn run_image(&self, image: &str, options: &[&str], arguments: [&str; 2]) {
         let volume = format!("{}:/run", self.sandbox.path("run").display());
         let mut run = vec![
             "run",
@@ -255,7 +267,7 @@ impl<'a> Podman<'a> {
             "/bridge",
         ];
         run.extend_from_slice(options);
-        run.extend_from_slice(&[IMAGE, arguments[0], arguments[1]]);
+        run.extend_from_slice(&[image, arguments[0], arguments[1]]);
         self.podman(&run);
     }
 
