@@ -3,7 +3,11 @@
 use std::path::{Path, PathBuf};
 
 /// The services on the Workload API's socket.
-const SERVED: &[&str] = &["spiffe/workload.proto", "envoy/service/secret/v3/sds.proto"];
+const SERVED: &[&str] = &[
+    "spiffe/workload.proto",
+    "envoy/service/secret/v3/sds.proto",
+    "tbot/inspect/v1/inspect.proto",
+];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let root = Path::new("proto");

@@ -114,6 +114,34 @@ impl Attestors {
         (found, complete)
     }
 
+    /// What each attestor sees of `peer` now, by name: everything known with it, or why it sees nothing.
+    /// For people who look for a mistake; nothing of it is remembered or logged.
+    pub async fn explain(
+        &self,
+        peer: &Peer,
+    ) -> Result<Vec<(&'static str, Result<WorkloadAttrs, String>)>, Gone> {
+        let deadline = Instant::now() + DEADLINE;
+        let mut attributes = WorkloadAttrs::default();
+        let mut seen = Vec::new();
+        for step in &self.steps {
+            let mut found = attributes.clone();
+            let outcome = match timeout_at(deadline, step.attestor.attest(peer, &mut found)).await {
+                Ok(Ok(())) => {
+                    attributes.clone_from(&found);
+                    Ok(found)
+                }
+                Ok(Err(error)) => Err(error.to_string()),
+                Err(_) => Err(format!("no answer within {} s", DEADLINE.as_secs())),
+            };
+            seen.push((step.attestor.name(), outcome));
+        }
+        if peer.is_alive() {
+            Ok(seen)
+        } else {
+            Err(Gone { pid: peer.pid() })
+        }
+    }
+
     /// Runs the attestors; says whether all of them succeeded.
     ///
     /// If the first attestor fails, nothing is known and the attributes are empty: rules that need

@@ -123,6 +123,15 @@ impl From<LogFormat> for Format {
     }
 }
 
+/// The forms of what `spiffe-inspect` shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum InspectOutput {
+    /// For people.
+    Text,
+    /// One JSON object.
+    Json,
+}
+
 /// The levels of log lines.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(super) enum LogLevel {
@@ -189,6 +198,9 @@ pub(super) enum Command {
         /// The API's address: `unix:///path` or `tcp://IP:port`; default `SPIFFE_ENDPOINT_SOCKET`
         #[arg(long, value_name = "URI")]
         path: Option<String>,
+        /// How to show it; anything that a workload would miss ends the command with 1
+        #[arg(long, value_enum, default_value_t = InspectOutput::Text)]
+        output: InspectOutput,
     },
     /// Reach a host for `ssh`; written into `ssh_config`
     #[command(name = "ssh-proxy-command", hide = true)]

@@ -90,10 +90,10 @@ fn run(cli: &Cli, env: &Env) -> Result<(), Failure> {
         Command::Install { target } => match target {
             InstallTarget::Systemd(args) => install::run(globals, args, env),
         },
-        Command::SpiffeInspect { path } => {
+        Command::SpiffeInspect { path, output } => {
             let address = Address::of(path.as_deref(), env.get("SPIFFE_ENDPOINT_SOCKET"))
                 .map_err(|problem| Failure::usage(problem.to_string()))?;
-            Ok(runtime()?.block_on(spiffe_inspect::run(address))?)
+            Ok(runtime()?.block_on(spiffe_inspect::run(address, *output))?)
         }
         Command::Kube { command } => {
             let KubeCommand::Credentials(args) = command;

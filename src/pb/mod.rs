@@ -107,6 +107,15 @@ pub mod google {
     }
 }
 
+/// What the agent tells of its callers.
+pub mod tbot {
+    pub mod inspect {
+        pub mod v1 {
+            include!(concat!(env!("OUT_DIR"), "/tbot.inspect.v1.rs"));
+        }
+    }
+}
+
 /// Descriptors of the services on the Workload API's socket, for clients that ask the server what it has.
 pub const SERVED: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/served.bin"));
 

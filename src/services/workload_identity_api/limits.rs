@@ -1,20 +1,48 @@
-//! Keeps one user of the machine from taking the service away from the others.
+//! Keeps one user of the machine, or one of a user's cgroups, from taking the service away from the
+//! others.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::hash_map::Entry;
+use std::hash::Hash;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Counts what each user holds, up to a maximum. `None` stands for all whose user is unknown.
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Of what a user may hold, the share that one cgroup may: containers often run as one user, and one of
+/// them must leave something to the others.
+const SHARE: (usize, usize) = (3, 4);
+/// Attestations that run at a time: for one cgroup, for one user, for all.
+const RUNNING: [usize; 3] = [8, 32, 64];
+/// Attestations of one user that run or wait.
+const WAITING: usize = 512;
+
+/// Whom something counts for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub(super) struct Owner {
+    /// The user; `None` stands for all whose user is unknown.
+    pub(super) user: Option<u32>,
+    /// The cgroup, as a digest of its path. It is the caller's word, and good for no decision but this.
+    pub(super) cgroup: Option<u64>,
+}
+
+/// Counts what each owner holds, up to a maximum for each user.
 #[derive(Debug, Clone)]
 pub(super) struct Limit {
     maximum: usize,
-    held: Arc<Mutex<HashMap<Option<u32>, usize>>>,
+    held: Arc<Mutex<Held>>,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    users: HashMap<Option<u32>, usize>,
+    cgroups: HashMap<Owner, usize>,
 }
 
 /// One held unit; given back when dropped.
 #[derive(Debug)]
 pub(super) struct Permit {
     limit: Limit,
-    user: Option<u32>,
+    owner: Owner,
 }
 
 impl Limit {
@@ -25,60 +53,260 @@ impl Limit {
         }
     }
 
-    /// Takes one unit for `user`; `None` if the user holds the maximum.
-    pub(super) fn take(&self, user: Option<u32>) -> Option<Permit> {
-        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = held.entry(user).or_default();
-        if *count >= self.maximum {
+    /// Takes one unit; `None` if the user, or its cgroup, holds the maximum.
+    pub(super) fn take(&self, owner: Owner) -> Option<Permit> {
+        let mut held = self.held();
+        let share = (self.maximum * SHARE.0 / SHARE.1).max(1);
+        if held.users.get(&owner.user).copied().unwrap_or_default() >= self.maximum
+            || (owner.cgroup.is_some()
+                && held.cgroups.get(&owner).copied().unwrap_or_default() >= share)
+        {
             return None;
         }
-        *count += 1;
+        *held.users.entry(owner.user).or_default() += 1;
+        if owner.cgroup.is_some() {
+            *held.cgroups.entry(owner).or_default() += 1;
+        }
         Some(Permit {
             limit: self.clone(),
-            user,
+            owner,
         })
+    }
+
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let mut held = self
-            .limit
-            .held
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = held.get_mut(&self.user) {
-            *count = count.saturating_sub(1);
-            if *count == 0 {
-                held.remove(&self.user);
-            }
+        let mut held = self.limit.held();
+        give_back(&mut held.users, self.owner.user);
+        if self.owner.cgroup.is_some() {
+            give_back(&mut held.cgroups, self.owner);
+        }
+    }
+}
+
+/// One less; nothing is kept for owners that hold nothing.
+fn give_back<K: Eq + Hash>(counts: &mut HashMap<K, usize>, key: K) {
+    if let Entry::Occupied(mut entry) = counts.entry(key) {
+        let count = entry.get_mut();
+        *count = count.saturating_sub(1);
+        if *count == 0 {
+            entry.remove();
+        }
+    }
+}
+
+/// Lets so many attestations run at a time. Each owner waits in a queue of its own, so that in front of
+/// everybody else's next one there are never more than it may have running.
+#[derive(Debug, Clone)]
+pub(super) struct Turns {
+    places: Limit,
+    all: Arc<Semaphore>,
+    own: Arc<Mutex<HashMap<Owner, Arc<Semaphore>>>>,
+}
+
+/// The right to attest, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Turn {
+    // In this order: a queue is removed when nobody is in it any more.
+    _running: [OwnedSemaphorePermit; 3],
+    _queues: [Queue; 2],
+    _place: Permit,
+}
+
+/// Part in an owner's queue.
+#[derive(Debug)]
+struct Queue {
+    turns: Turns,
+    owner: Owner,
+    semaphore: Option<Arc<Semaphore>>,
+}
+
+impl Turns {
+    pub(super) fn new() -> Self {
+        let [_, _, all] = RUNNING;
+        Self {
+            places: Limit::new(WAITING),
+            all: Arc::new(Semaphore::new(all)),
+            own: Arc::default(),
+        }
+    }
+
+    /// Waits for a turn; `None` at once if too many of this owner's wait already.
+    pub(super) async fn next(&self, owner: Owner) -> Option<Turn> {
+        let place = self.places.take(owner)?;
+        let [cgroup, user, _] = RUNNING;
+        let queues = [
+            self.queue(owner, cgroup),
+            self.queue(
+                Owner {
+                    cgroup: None,
+                    ..owner
+                },
+                user,
+            ),
+        ];
+        let [of_cgroup, of_user] = &queues;
+        let running = [
+            of_cgroup.wait().await?,
+            of_user.wait().await?,
+            Arc::clone(&self.all).acquire_owned().await.ok()?,
+        ];
+        Some(Turn {
+            _running: running,
+            _queues: queues,
+            _place: place,
+        })
+    }
+
+    fn queue(&self, owner: Owner, running: usize) -> Queue {
+        let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
+        let semaphore = own
+            .entry(owner)
+            .or_insert_with(|| Arc::new(Semaphore::new(running)));
+        Queue {
+            turns: self.clone(),
+            owner,
+            semaphore: Some(Arc::clone(semaphore)),
+        }
+    }
+}
+
+impl Queue {
+    async fn wait(&self) -> Option<OwnedSemaphorePermit> {
+        let semaphore = self.semaphore.as_ref()?;
+        Arc::clone(semaphore).acquire_owned().await.ok()
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        self.semaphore = None;
+        let own = &self.turns.own;
+        let mut own = own.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Entry::Occupied(entry) = own.entry(self.owner)
+            && Arc::strong_count(entry.get()) == 1
+        {
+            entry.remove();
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
     use super::*;
+
+    fn user(user: u32) -> Owner {
+        Owner {
+            user: Some(user),
+            cgroup: None,
+        }
+    }
+
+    fn cgroup(user: u32, cgroup: u64) -> Owner {
+        Owner {
+            user: Some(user),
+            cgroup: Some(cgroup),
+        }
+    }
 
     #[test]
     fn each_user_has_its_own_maximum() {
         let limit = Limit::new(2);
-        let first = limit.take(Some(1)).unwrap();
-        let _second = limit.take(Some(1)).unwrap();
-        assert!(limit.take(Some(1)).is_none());
-        let other = limit.take(Some(2));
+        let first = limit.take(user(1)).unwrap();
+        let _second = limit.take(user(1)).unwrap();
+        assert!(limit.take(user(1)).is_none());
+        let other = limit.take(user(2));
         assert!(other.is_some());
-        assert!(limit.take(None).is_some());
+        assert!(limit.take(Owner::default()).is_some());
         drop(first);
-        assert!(limit.take(Some(1)).is_some());
+        assert!(limit.take(user(1)).is_some());
     }
 
     #[test]
-    fn nothing_is_kept_for_users_that_left() {
+    fn a_cgroup_leaves_something_to_the_others_of_its_user() {
+        let limit = Limit::new(4);
+        let greedy: Vec<_> = (0..4).map_while(|_| limit.take(cgroup(0, 1))).collect();
+        assert_eq!(greedy.len(), 3);
+        let other = limit.take(cgroup(0, 2));
+        assert!(other.is_some());
+        assert!(limit.take(cgroup(0, 3)).is_none(), "the user has all");
+        assert!(limit.take(cgroup(7, 1)).is_some());
+    }
+
+    #[test]
+    fn nothing_is_kept_for_owners_that_left() {
         let limit = Limit::new(1);
-        for user in 0..1000 {
-            drop(limit.take(Some(user)));
+        for number in 0..1000 {
+            drop(limit.take(cgroup(number, u64::from(number))));
         }
-        assert!(limit.held.lock().unwrap().is_empty());
+        let held = limit.held();
+        assert!(held.users.is_empty() && held.cgroups.is_empty());
+    }
+
+    async fn has_turn(turns: &Turns, owner: Owner) -> Option<Turn> {
+        timeout(Duration::from_secs(1), turns.next(owner))
+            .await
+            .ok()
+            .flatten()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_floods_waits_alone() {
+        let turns = Turns::new();
+        let [per_cgroup, per_user, _] = RUNNING;
+        let mut running = Vec::new();
+        while let Some(turn) = has_turn(&turns, cgroup(1, 1)).await {
+            running.push(turn);
+        }
+        assert_eq!(running.len(), per_cgroup);
+        for group in 2.. {
+            let before = running.len();
+            while let Some(turn) = has_turn(&turns, cgroup(1, group)).await {
+                running.push(turn);
+            }
+            if running.len() == before {
+                break;
+            }
+        }
+        assert_eq!(running.len(), per_user);
+        assert!(has_turn(&turns, user(2)).await.is_some());
+        running.pop();
+        assert!(has_turn(&turns, cgroup(1, 99)).await.is_some());
+        running.clear();
+        assert!(turns.own.lock().unwrap().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_queue_has_an_end() {
+        let turns = Turns::new();
+        let mut waiting = tokio::task::JoinSet::new();
+        let mut running = Vec::new();
+        for number in 0..WAITING {
+            let (turns, owner) = (turns.clone(), cgroup(1, number as u64));
+            if running.len() < RUNNING[1] {
+                running.push(turns.next(owner).await.unwrap());
+            } else {
+                waiting.spawn(async move { drop(turns.next(owner).await) });
+            }
+        }
+        while turns.places.held().users[&Some(1)] < WAITING {
+            tokio::task::yield_now().await;
+        }
+        let refused = timeout(Duration::from_secs(1), turns.next(cgroup(1, 0))).await;
+        assert!(matches!(refused, Ok(None)), "it has to be told at once");
+        assert!(has_turn(&turns, user(2)).await.is_some());
+        // Who goes away while waiting leaves nothing behind.
+        waiting.shutdown().await;
+        running.clear();
+        assert!(turns.own.lock().unwrap().is_empty());
+        assert!(turns.places.held().users.is_empty());
     }
 }

@@ -14,6 +14,7 @@ mod feed;
 mod followed;
 mod grpc;
 mod incoming;
+mod inspect;
 mod limits;
 mod listener;
 mod message;
@@ -31,6 +32,7 @@ use anyhow::Context as _;
 use async_trait::async_trait;
 use tonic_health::server::HealthReporter;
 
+use self::limits::Turns;
 use self::listener::{Bound, Listen, ListenError};
 use self::permissions::Permissions;
 use self::server::{serve, tell};
@@ -114,11 +116,13 @@ impl ServiceKind for Kind {
                 Some("remove the section, or listen on unix:///path/to.sock"),
             );
         }
+        let explain = fields.bool("explain").unwrap_or(false);
         let attestors = attest::Plan::parse(fields);
         let selector = Selector::parse(fields);
         Some(Box::new(Plan {
             listen: listen?,
             permissions: permissions?,
+            explain,
             attestors: attestors?,
             selector: selector?,
         }))
@@ -133,6 +137,7 @@ impl ServiceKind for Kind {
 struct Plan {
     listen: Listen,
     permissions: Permissions,
+    explain: bool,
     attestors: attest::Plan,
     selector: Selector,
 }
@@ -150,6 +155,8 @@ impl ServicePlan for Plan {
         let sections = [
             ("listen", Some(Tree::text(self.listen.to_string()))),
             ("socket", self.permissions.emit()),
+            // Upstream knows neither this key nor the one before.
+            ("explain", self.explain.then_some(Tree::Bool(true))),
             ("attestors", Some(self.attestors.emit())),
             ("selector", Some(self.selector.emit())),
         ];
@@ -230,11 +237,12 @@ impl Server for WorkloadApi {
             shutdown: context.shutdown.clone(),
             calls: Source::limit(),
             nobody: Arc::default(),
+            turns: Turns::new(),
         });
         tracing::info!(listen = %self.plan.listen, "Workload API is listening");
         let health = HealthReporter::new();
         tell(&health, false).await;
-        let serve = serve(source, &bound, health.clone());
+        let serve = serve(source, &bound, health.clone(), self.plan.explain);
         let work = async {
             tokio::join!(
                 cache.run(),

@@ -15,6 +15,7 @@ use tonic_health::server::{HealthReporter, HealthService};
 use tower::Service;
 
 use super::incoming::{self, Caller};
+use super::inspect::Inspect;
 use super::limits::{Limit, Permit};
 use super::listener::Bound;
 use super::sds::{self, SdsApi};
@@ -24,6 +25,7 @@ use crate::pb;
 use crate::pb::envoy::service::secret::v3::secret_discovery_service_server::{
     SERVICE_NAME as SDS, SecretDiscoveryServiceServer,
 };
+use crate::pb::tbot::inspect::v1::inspect_service_server::InspectServiceServer;
 use crate::pb::workload_api::spiffe_workload_api_server::SERVICE_NAME as SPIFFE;
 
 /// Calls and streams that one connection may have open. Each costs memory that a caller decides on.
@@ -44,15 +46,22 @@ const SILENCE: (Duration, Duration) = (Duration::from_secs(60), Duration::from_s
 /// Calls of one user to the services beside the standard's: they need no identity and hold no secret.
 const SIDE_CALLS: usize = 256;
 
-/// Serves until the source's shutdown, and then until every call has ended.
+/// Serves until the source's shutdown, and then until every call has ended. With `explain`, every caller
+/// is told what is known about it.
 pub(super) async fn serve(
     source: Arc<Source>,
     bound: &Bound,
     health: HealthReporter,
+    explain: bool,
 ) -> Result<(), tonic::transport::Error> {
     let (clock, shutdown) = (source.clock.clone(), source.shutdown.clone());
     let limit = Limit::new(SIDE_CALLS);
     let spiffe = SpiffeApi(Arc::clone(&source));
+    let inspect = InspectServiceServer::new(Inspect {
+        source: Arc::clone(&source),
+        everybody: explain,
+    })
+    .max_decoding_message_size(MAX_REQUEST);
     let sds = SecretDiscoveryServiceServer::new(SdsApi(source))
         .max_decoding_message_size(sds::MAX_REQUEST);
     let health = tonic_health::pb::health_server::HealthServer::new(
@@ -70,6 +79,7 @@ pub(super) async fn serve(
         // served, asks for the header first. No other service knows of it.
         .add_service(spiffe)
         .add_service(sds)
+        .add_service(inspect)
         .add_service(Counted::new(health, &limit));
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -139,7 +149,8 @@ where
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         let caller = request.extensions().get::<Caller>();
-        let Some(permit) = self.limit.take(caller.and_then(Caller::user)) else {
+        let owner = caller.map(Caller::owner).unwrap_or_default();
+        let Some(permit) = self.limit.take(owner) else {
             let refusal = Status::unavailable("this user has too many calls open: close some");
             return std::future::ready(Ok(refusal.into_http())).boxed();
         };

@@ -7,8 +7,9 @@ use http::Extensions;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 
+use super::feed::PATIENCE;
 use super::incoming::Caller;
-use super::limits::{Limit, Permit};
+use super::limits::{Limit, Permit, Turn, Turns};
 use crate::attest::{Attested, Attestors};
 use crate::clock::Clock;
 use crate::services::trust::View;
@@ -37,6 +38,8 @@ pub(super) struct Source {
     pub(super) calls: Limit,
     /// What is known about a caller whom the kernel cannot name.
     pub(super) nobody: Arc<Attested>,
+    /// Who may be attested now.
+    pub(super) turns: Turns,
 }
 
 impl Source {
@@ -49,7 +52,7 @@ impl Source {
     pub(super) fn admit(&self, extensions: &Extensions) -> Result<(Caller, Permit), Box<Status>> {
         let caller = extensions.get::<Caller>().cloned();
         let caller = caller.unwrap_or(Caller::Unknown);
-        let permit = self.calls.take(caller.user()).ok_or_else(|| {
+        let permit = self.calls.take(caller.owner()).ok_or_else(|| {
             Status::unavailable(format!(
                 "this user has {CALLS_PER_USER} calls open: close some"
             ))
@@ -60,11 +63,11 @@ impl Source {
     /// What is known about the caller; nothing about one whom the kernel cannot name.
     pub(super) async fn attest(&self, caller: &Caller) -> Result<Arc<Attested>, Status> {
         match caller {
-            Caller::Process(peer) => self
-                .attestors
-                .attest(peer)
-                .await
-                .map_err(|gone| Status::aborted(gone.to_string())),
+            Caller::Process(peer, _) => {
+                let _turn = self.turn(caller).await?;
+                let found = self.attestors.attest(peer).await;
+                found.map_err(|gone| Status::aborted(gone.to_string()))
+            }
             Caller::Unknown => Ok(Arc::clone(&self.nobody)),
         }
     }
@@ -91,13 +94,24 @@ impl Source {
     ) -> Result<Option<Arc<Attested>>, Status> {
         match caller {
             // One of the streams of a connection looks, the others see what it saw.
-            Caller::Process(peer) => self
+            Caller::Process(peer, _) => self
                 .attestors
                 .attest_again(peer, self.interval / 2)
                 .await
                 .map_err(|gone| Status::aborted(gone.to_string())),
             Caller::Unknown => Ok(Some(Arc::clone(&self.nobody))),
         }
+    }
+
+    /// Waits a while until the caller may be looked at: one who asks without an end waits for itself.
+    pub(super) async fn turn(&self, caller: &Caller) -> Result<Turn, Status> {
+        let turn = tokio::select! {
+            turn = self.turns.next(caller.owner()) => turn,
+            () = self.clock.sleep(PATIENCE) => None,
+        };
+        turn.ok_or_else(|| {
+            Status::unavailable("too many callers of this user are being identified: try again")
+        })
     }
 
     /// The X.509-SVIDs of this workload.

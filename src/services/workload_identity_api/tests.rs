@@ -194,9 +194,10 @@ impl World {
             shutdown: self.shutdown.clone(),
             calls: Source::limit(),
             nobody: Arc::default(),
+            turns: Turns::new(),
         };
         tokio::select! {
-            served = serve(Arc::new(source), &bound, self.health.clone()) => served.unwrap(),
+            served = serve(Arc::new(source), &bound, self.health.clone(), false) => served.unwrap(),
             () = self.cache.run() => {}
             () = test => {}
         }

@@ -48,6 +48,7 @@ where
             requests,
             exchange: E::default(),
             svids: None,
+            attributes: Arc::default(),
             due: None,
             _permit: permit,
         }
@@ -145,9 +146,11 @@ where
             {
                 found(select(&BTreeSet::new(), &[], &bundles))
             }
-            State::Refused(why) => Err(Box::new(Status::permission_denied(format!(
-                "no identity issued: {why}"
-            )))),
+            State::Refused(why) => {
+                let refusal = Status::permission_denied(format!("no identity issued: {why}"));
+                let told = self.source.answered(Err(refusal), &self.attributes);
+                told.map_err(Box::new)
+            }
             State::Unavailable(why) => Err(Box::new(Status::unavailable(&*why))),
             State::Pending => Ok(None),
         }
