@@ -121,19 +121,24 @@ impl Sockets {
         }))
     }
 
-    /// The unix socket that was passed for `path`, or under the name of the service.
-    pub(super) fn unix(&self, path: &Path, service: &str) -> Option<io::Result<UnixListener>> {
-        let socket = self.claim(service, |given| match &given.address {
-            Address::Unix(at) if stored_file(&given.name).is_some() => {
-                at == path && stored_file(&given.name) == file_at(path)
-            }
-            Address::Unix(at) => at == path,
+    /// The unix socket that was passed for `path`, or under the name of the service; and whether it is
+    /// the agent's own, which an earlier process left in keeping.
+    pub(super) fn unix(
+        &self,
+        path: &Path,
+        service: &str,
+    ) -> Option<io::Result<(UnixListener, bool)>> {
+        let socket = self.claim(|given| match &given.address {
+            Address::Unix(at) => match stored_file(&given.name) {
+                Some(file) => at == path && file_at(path) == Some(file),
+                None => at == path || given.name == service,
+            },
             Address::Tcp(_) => false,
         })?;
-        Some(socket.and_then(|socket| {
+        Some(socket.and_then(|(socket, stored)| {
             let listener = UnixListener::from(socket);
             listener.set_nonblocking(true)?;
-            Ok(listener)
+            Ok((listener, stored))
         }))
     }
 
@@ -143,34 +148,31 @@ impl Sockets {
         addresses: &[std::net::SocketAddr],
         service: &str,
     ) -> Option<io::Result<std::net::TcpListener>> {
-        let socket = self.claim(service, |given| match &given.address {
-            Address::Tcp(at) => addresses.contains(at),
+        let socket = self.claim(|given| match &given.address {
+            Address::Tcp(at) => addresses.contains(at) || given.name == service,
             Address::Unix(_) => false,
         })?;
-        Some(socket.and_then(|socket| {
+        Some(socket.and_then(|(socket, _stored)| {
             let listener = std::net::TcpListener::from(socket);
             listener.set_nonblocking(true)?;
             Ok(listener)
         }))
     }
 
-    /// A handle on the first socket that fits by address, else on one with the service's name and of
-    /// the same family. The socket itself stays here: a service that starts anew finds it again.
-    fn claim(&self, service: &str, fits: impl Fn(&Given) -> bool) -> Option<io::Result<OwnedFd>> {
+    /// A handle on the first socket that fits, and whether it was stored. The socket itself stays here: a
+    /// service that starts anew finds it again.
+    fn claim(&self, fits: impl Fn(&Given) -> bool) -> Option<io::Result<(OwnedFd, bool)>> {
         let mut given = self.given();
-        let index = given
-            .iter()
-            .position(fits)
-            .or_else(|| given.iter().position(|given| given.name == service))?;
-        let found = given.get_mut(index)?;
+        let found = given.iter_mut().find(|given| fits(given))?;
         found.claimed = true;
+        let stored = stored_file(&found.name).is_some();
         tracing::info!(
-            service,
             address = %found.address,
             name = found.name,
+            stored,
             "Listening on a socket that systemd passed"
         );
-        Some(found.socket.try_clone())
+        Some(found.socket.try_clone().map(|socket| (socket, stored)))
     }
 
     /// Leaves a socket that was bound at `path` in systemd's keeping. `false` if systemd keeps none:
@@ -327,7 +329,8 @@ mod tests {
             None,
         );
         let address = |path: &Path, service| {
-            let found = sockets.unix(path, service)?.unwrap();
+            let (found, stored) = sockets.unix(path, service)?.unwrap();
+            assert!(!stored);
             Some(
                 found
                     .local_addr()
@@ -341,6 +344,7 @@ mod tests {
         assert_eq!(address(&one, "api"), Some(one.clone()), "again");
         assert_eq!(address(Path::new("/other"), "api"), Some(two.clone()));
         assert_eq!(address(Path::new("/other"), "x"), None);
+        assert!(sockets.tcp(&[], "api").is_none(), "another family");
         sockets.settle();
         assert_eq!(sockets.given().len(), 2);
     }
@@ -358,7 +362,8 @@ mod tests {
         let _other = UnixListener::bind(&path).unwrap();
         assert!(sockets.unix(&path, "api").is_none());
         std::fs::rename(dir.path().join("elsewhere"), &path).unwrap();
-        assert!(sockets.unix(&path, "api").is_some());
+        let (_listener, stored) = sockets.unix(&path, "api").unwrap().unwrap();
+        assert!(stored);
     }
 
     #[test]

@@ -159,6 +159,12 @@ fn the_descriptor_store_keeps_the_socket_over_a_restart_and_a_crash() {
     machine.shell("systemctl stop tbot; ! test -e /run/tbot/workload.sock; systemctl start tbot");
     machine.served();
 
+    // Another mode counts for the socket that is kept too.
+    machine.shell(
+        "sed -i 's/selector:/socket: {mode: 0660}\\n  selector:/' /root/tbot.yaml; systemctl restart tbot; \
+         test $(stat -c %a /run/tbot/workload.sock) = 660",
+    );
+
     // A service that moves elsewhere leaves nothing behind.
     machine.shell(
         "sed -i s/workload.sock/other.sock/ /root/tbot.yaml; systemctl restart tbot; \

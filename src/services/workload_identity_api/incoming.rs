@@ -89,8 +89,9 @@ fn cgroup(pid: i32) -> Option<u64> {
     let mut text = Vec::new();
     let file = std::fs::File::open(format!("/proc/{pid}/cgroup")).ok()?;
     file.take(MAX_CGROUPS).read_to_end(&mut text).ok()?;
-    let [a, b, c, d, e, f, g, h, ..] = sha256(&text);
-    Some(u64::from_le_bytes([a, b, c, d, e, f, g, h]))
+    sha256(&text)
+        .first_chunk()
+        .map(|digest| u64::from_le_bytes(*digest))
 }
 
 /// An accepted connection.

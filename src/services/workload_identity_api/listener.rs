@@ -123,15 +123,25 @@ impl Listen {
         };
         match self {
             Self::Unix(path) => match sockets.unix(path, service) {
-                Some(listener) => {
-                    if *permissions != Permissions::default() {
-                        tracing::debug!(
+                Some(passed) => {
+                    let (listener, stored) =
+                        passed.map_err(failed("take over the socket that systemd passed"))?;
+                    if stored {
+                        // They may have changed since the process that bound it.
+                        permissions
+                            .apply(path)
+                            .map_err(|problem| ListenError::Permissions {
+                                path: path.clone(),
+                                problem,
+                            })?;
+                    } else if *permissions != Permissions::default() {
+                        tracing::warn!(
                             path = %path.display(),
-                            "The socket was passed by systemd and keeps its mode and its owner"
+                            "The socket is a socket unit's and keeps the mode and the owner that the \
+                             unit gives it (SocketMode=, SocketUser=): `socket` has no effect"
                         );
                     }
-                    listener
-                        .and_then(UnixListener::from_std)
+                    UnixListener::from_std(listener)
                         .map(|listener| Bound::Unix(Socket::passed(listener)))
                         .map_err(failed("take over the socket that systemd passed"))
                 }
