@@ -37,6 +37,11 @@ impl Followed {
         }
     }
 
+    /// What is known about the caller.
+    pub(super) fn attested(&self) -> &Attested {
+        &self.attested
+    }
+
     /// What is held now, which counts as looked at. An error ends the caller's stream.
     pub(super) fn state(&mut self) -> Result<State, Box<Status>> {
         match self.ended.take() {

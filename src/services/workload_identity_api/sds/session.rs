@@ -48,7 +48,6 @@ where
             requests,
             exchange: E::default(),
             svids: None,
-            attributes: Arc::default(),
             due: None,
             _permit: permit,
         }
@@ -148,7 +147,7 @@ where
             }
             State::Refused(why) => {
                 let refusal = Status::permission_denied(format!("no identity issued: {why}"));
-                let told = self.source.answered(Err(refusal), &self.attributes);
+                let told = self.source.answered(Err(refusal), svids.attested());
                 told.map_err(Box::new)
             }
             State::Unavailable(why) => Err(Box::new(Status::unavailable(&*why))),
