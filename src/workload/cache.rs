@@ -15,7 +15,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
 use super::Bundles;
-use super::issue::{IssueError, Issuer, Svid};
+use super::issue::{self, IssueError, Issuer, Svid};
 use super::memo::Memo;
 use super::outcome::Failures;
 use super::selector::Selector;
@@ -71,9 +71,15 @@ impl Answer {
         &self,
         bundles: &Arc<Bundles>,
         crl: Option<&Bytes>,
-        make: impl FnOnce() -> Bytes,
-    ) -> Bytes {
+        make: impl FnOnce() -> Option<Bytes>,
+    ) -> Option<Bytes> {
         self.memo.message(bundles, crl, make)
+    }
+
+    /// Whether each of them leads to the authorities of `bundles` (`X509-SVID.md` 5): nobody who has
+    /// those alone could verify another one.
+    pub fn lead_to(&self, bundles: &Bundles) -> bool {
+        self.svids.iter().all(|svid| issue::leads_to(svid, bundles))
     }
 }
 

@@ -370,6 +370,18 @@ pub(super) fn still_good(svid: &Svid, bundles: &Bundles, now: SystemTime) -> Res
     checked(credential, &key, &svid.key, bundles, now).map(drop)
 }
 
+/// Whether the authorities of `bundles` vouch for `svid`. Its issuer did when it came, but may be gone.
+pub(super) fn leads_to(svid: &Svid, bundles: &Bundles) -> bool {
+    let ders = x509::split(&svid.chain).unwrap_or_default();
+    let certificates: Result<Vec<_>, _> =
+        ders.iter().map(|der| Certificate::from_der(der)).collect();
+    certificates.is_ok_and(|certificates| {
+        certificates
+            .split_first()
+            .is_some_and(|(leaf, chain)| is_anchored(leaf, chain, bundles.authorities()))
+    })
+}
+
 fn in_domain(id: &SpiffeId, domain: &TrustDomain) -> Result<(), String> {
     if id.trust_domain() == domain {
         Ok(())

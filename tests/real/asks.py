@@ -41,14 +41,16 @@ def secrets(socket, *names):
     except grpc.RpcError as error:
         print(error.code(), error.details(), file=sys.stderr)
         sys.exit(3)
+    seen = []
     for number, value in fields(response):
         if number == 4:
-            print("type", value.decode())
+            seen.append(("type", value.decode()))
         if number == 2:
             resource = dict(fields(value))
             secret = dict(fields(resource[2]))
             form = min(set(secret) - {1})
-            print(resource[1].decode(), secret[1].decode(), form, sorted(dict(fields(secret[form]))))
+            seen.append((secret[1].decode(), resource[1].decode(), form, sorted(dict(fields(secret[form])))))
+    print(*sorted(seen), sep="\n")
 
 
 def bundle(path):

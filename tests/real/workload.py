@@ -1,5 +1,4 @@
 """Steps about what workloads get beside their own SVID: federated bundles, revocations, Envoy's form of all of it."""
-import datetime
 import json
 import subprocess
 
@@ -26,12 +25,8 @@ def revocation(t):
                              stdout=subprocess.PIPE)
     t.cluster.children.append(watch)
     serial = json.loads(watch.stdout.readline())["serial"]
-    now = datetime.datetime.now(datetime.timezone.utc)
-    stamp = lambda at: at.strftime("%Y-%m-%dT%H:%M:%SZ")
-    t.cluster.create(
-        "kind: workload_identity_x509_revocation\nversion: v1\n"
-        f"metadata: {{name: '{serial}', expires: '{stamp(now + datetime.timedelta(hours=1))}'}}\n"
-        f"spec: {{reason: compromised, revoked_at: '{stamp(now)}'}}\n")
+    t.cluster.tctl("workload-identity", "revocations", "add", "--type", "x509", "--serial", serial, "--reason",
+                   "compromised")
     while serial not in json.loads(watch.stdout.readline())["revoked"]:
         pass
     watch.terminate()

@@ -6,6 +6,7 @@ mod streams;
 
 use crate::attest::Attestors;
 use crate::clock::Clock;
+use crate::crypto::{KeyAlgorithm, PrivateKey};
 use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
 use crate::pb::workload_api::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use crate::pb::workload_api::{
@@ -91,6 +92,7 @@ impl TokenIssuer for FakeTokens {
 
 #[derive(Debug)]
 struct Fake {
+    leaf: bytes::Bytes,
     refuses: std::sync::atomic::AtomicBool,
     pids: std::sync::Mutex<Vec<i32>>,
 }
@@ -114,7 +116,7 @@ impl Issuer for Fake {
         }
         Ok(vec![Svid {
             id: "spiffe://example.org/svc/foo".parse().unwrap(),
-            chain: bytes::Bytes::from_static(b"chain"),
+            chain: self.leaf.clone(),
             key: format!("key {issued}").into(),
             hint: "hint".into(),
             issued_at: start(),
@@ -129,7 +131,11 @@ impl Issuer for Fake {
 impl World {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
+        let authority = Authority::new(DOMAIN);
+        let key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();
+        let leaf = authority.leaf(&key, &["spiffe://example.org/svc/foo"]);
         let issuer = Arc::new(Fake {
+            leaf: leaf.into(),
             refuses: false.into(),
             pids: std::sync::Mutex::default(),
         });
@@ -137,7 +143,7 @@ impl World {
         Self {
             path: directory.path().join("w.sock"),
             _directory: directory,
-            authority: Authority::new(DOMAIN),
+            authority,
             bundles: watch::Sender::new(None),
             revoked: watch::Sender::new(Crl::None),
             issuer,

@@ -1,7 +1,7 @@
 use super::*;
 use crate::pb::teleport::workloadidentity::v1::credential::Credential as Kind;
 use crate::pb::teleport::workloadidentity::v1::{Credential, X509svidCredential};
-use crate::workload::issue::accept;
+use crate::workload::issue::{accept, leads_to};
 use crate::workload::{Bundles, IssueError};
 
 const ID: &str = "spiffe://example.org/svc/foo";
@@ -45,6 +45,23 @@ fn a_sound_answer_is_taken() {
     assert_eq!(&svids[0].chain[..], leaf);
     assert_eq!(&svids[0].key[..], world.key.pkcs8_der().expose());
     assert_eq!(svids[0].not_after, start() + HOUR);
+}
+
+#[test]
+fn an_svid_leads_to_its_authority_as_long_as_the_bundle_has_it() {
+    let world = world();
+    let leaf = world.authority.leaf(&world.key, &[ID]);
+    let answer = vec![credential(ID, "", leaf, Vec::new())];
+    let svids = accept(answer, &world.key, &world.bundles, start()).unwrap();
+    let next = Authority::new(DOMAIN);
+    for (authorities, leads) in [
+        (&[&world.authority][..], true),
+        (&[&next, &world.authority], true),
+        (&[&next], false),
+    ] {
+        let bundles = Bundles::from_authority(&message(DOMAIN, authorities)).unwrap();
+        assert_eq!(leads_to(&svids[0], &bundles), leads);
+    }
 }
 
 #[test]

@@ -127,6 +127,8 @@ pub(super) fn whole(secrets: &Secrets, version_info: String, nonce: String) -> D
 /// The form in which each response holds what changed.
 #[derive(Debug, Default)]
 pub(super) struct Delta {
+    begun: bool,
+    /// None at all means everything; `None` means nothing.
     names: Option<Names>,
     /// Asked for by the last requests, and thus part of the next response even if nothing changed.
     wanted: Names,
@@ -142,18 +144,25 @@ impl Exchange for Delta {
         if let Some(problem) = &request.error_detail {
             rejected(problem);
         }
-        let first = self.names.is_none();
+        let first = !std::mem::replace(&mut self.begun, true);
         let added: Names = names(request.resource_names_subscribe)
             .into_iter()
             .filter(|name| name != "*")
             .collect();
-        let names = self.names.get_or_insert_default();
+        let mut names = self.names.take();
+        if first || !added.is_empty() {
+            names.get_or_insert_default().extend(added.iter().cloned());
+        }
         for name in &request.resource_names_unsubscribe {
-            names.remove(name);
             self.sent.remove(name);
             self.wanted.remove(name);
+            // Whoever lets go of the last name does not want everything instead.
+            names = names.filter(|names| names.len() != 1 || !names.contains(name));
+            if let Some(names) = &mut names {
+                names.remove(name);
+            }
         }
-        names.extend(added.iter().cloned());
+        self.names = names;
         let asks = first || !added.is_empty();
         self.wanted.extend(added);
         Ok(if asks { Step::Answer } else { Step::Nothing })

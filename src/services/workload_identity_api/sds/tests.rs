@@ -273,6 +273,13 @@ fn the_delta_form_sends_what_changed() {
     assert_eq!(exchange.names(), Some(&names(&["b"])));
     assert_eq!(respond(&mut exchange, &[("b", "2")], false), None);
     assert_eq!(respond(&mut exchange, &[], false), told("", "b"));
+    // Whoever lets go of the last name gets nothing more, whatever it acknowledges.
+    for request in [change(&[], &["b"], ""), change(&[], &[], "n")] {
+        assert_eq!(exchange.request(request).unwrap(), Step::Nothing);
+        assert_eq!(exchange.names(), None);
+    }
+    exchange.request(change(&["a"], &[], "")).unwrap();
+    assert_eq!(exchange.names(), Some(&names(&["a"])));
     // `*` and no name at all mean everything.
     let mut exchange = Delta::default();
     exchange.request(change(&["*"], &[], "")).unwrap();

@@ -29,13 +29,16 @@ impl Content for Svids {
     ) -> Result<Option<Bytes>, Box<Status>> {
         match self.0.state()? {
             state if !state.is_answer(source.clock.now()) => Ok(None),
-            State::Ready(svids) => Ok(Some(svids.message(bundles, crl, || {
-                packet(&X509svidResponse {
-                    svids: svids.iter().map(|svid| entry(svid, bundles)).collect(),
-                    crl: crl.cloned().into_iter().collect(),
-                    federated_bundles: federated(bundles).collect(),
+            // After a change of authorities, what they did not issue waits for its renewal.
+            State::Ready(svids) => Ok(svids.message(bundles, crl, || {
+                svids.lead_to(bundles).then(|| {
+                    packet(&X509svidResponse {
+                        svids: svids.iter().map(|svid| entry(svid, bundles)).collect(),
+                        crl: crl.cloned().into_iter().collect(),
+                        federated_bundles: federated(bundles).collect(),
+                    })
                 })
-            }))),
+            })),
             State::Refused(why) => {
                 let text = format!("no identity issued: {why}");
                 Err(Box::new(Status::permission_denied(text)))
@@ -64,14 +67,14 @@ impl Content for X509Bundles {
         bundles: &Arc<Bundles>,
         crl: Option<&Bytes>,
     ) -> Result<Option<Bytes>, Box<Status>> {
-        Ok(Some(source.x509_bundles.message(bundles, crl, || {
+        Ok(source.x509_bundles.message(bundles, crl, || {
             // The own trust domain wins over a federated one of the same name.
             let local = (bundles.trust_domain().id(), bundles.local().clone());
-            packet(&X509BundlesResponse {
+            Some(packet(&X509BundlesResponse {
                 crl: crl.cloned().into_iter().collect(),
                 bundles: federated(bundles).chain([local]).collect(),
-            })
-        })))
+            }))
+        }))
     }
 
     fn missing(&self) -> &'static str {
@@ -95,15 +98,15 @@ impl Content for JwtBundles {
         bundles: &Arc<Bundles>,
         _crl: Option<&Bytes>,
     ) -> Result<Option<Bytes>, Box<Status>> {
-        Ok(Some(source.jwt_bundles.message(bundles, None, || {
+        Ok(source.jwt_bundles.message(bundles, None, || {
             let local = (bundles.trust_domain(), bundles.jwt());
             let bundles = bundles.federated_jwt().chain([local]);
-            packet(&JwtBundlesResponse {
+            Some(packet(&JwtBundlesResponse {
                 bundles: bundles
                     .map(|(domain, keys)| (domain.id(), keys.jwks()))
                     .collect(),
-            })
-        })))
+            }))
+        }))
     }
 
     fn missing(&self) -> &'static str {
