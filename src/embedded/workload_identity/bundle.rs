@@ -33,17 +33,19 @@ pub fn issuer(public_addr: &str) -> String {
 /// key that goes.
 #[must_use]
 pub fn spiffe_bundle(authority: &Authority) -> Value {
-    let seconds = |time: std::time::SystemTime| {
+    let milliseconds = |time: std::time::SystemTime| {
         let since = time.duration_since(std::time::UNIX_EPOCH);
-        since.map_or(0, |since| since.as_secs())
+        since.map_or(0, |since| {
+            u64::try_from(since.as_millis()).unwrap_or_default()
+        })
     };
     let mut keys = Vec::new();
-    let mut newest = authority.changed.map_or(0, seconds);
+    let mut newest = authority.changed.map_or(0, milliseconds);
     for tls in authority.trusted_tls() {
         let Ok(certificate) = Certificate::from_der(&tls.certificate) else {
             continue;
         };
-        newest = newest.max(seconds(certificate.not_before()));
+        newest = newest.max(milliseconds(certificate.not_before()));
         let mut key = Map::new();
         key.insert("use".to_owned(), json!("x509-svid"));
         key.extend(public_key(&certificate.spki()));
