@@ -79,7 +79,8 @@ impl Rest {
                     }
                     found |= inside;
                     (dropping, after_key) = (false, false);
-                    push(part, text);
+                    // Indented, it would go on with the line before, which may be ours.
+                    push(part, text.trim_start());
                 }
                 Line::Key(name) => {
                     dropping = inside && KEYS.contains(&name);
