@@ -59,7 +59,7 @@ pub(crate) async fn ask_for_bytes<S>(
 where
     S: AsyncRead + AsyncWrite + Send + Unpin,
 {
-    ask(stream, request, |response| collected(response, limit)).await?
+    Box::pin(ask(stream, request, |response| collected(response, limit))).await?
 }
 
 async fn collected(

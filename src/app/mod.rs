@@ -28,6 +28,7 @@ use crate::cluster::ping::with_port;
 use crate::config::{Plan, Server as ClusterAddress};
 use crate::destination::Lock;
 use crate::diag;
+use crate::env::Env;
 use crate::health::Registry;
 use crate::identity::bot::{Bot, Settings};
 use crate::identity::store::Store;
@@ -103,6 +104,7 @@ impl Agent {
             bail!(missing.join("\n"));
         };
 
+        let join_method = method.method().name();
         let storage = plan.storage.build();
         // First of all: what looks like a leftover may be another agent's work of this moment.
         let lock = storage.lock().context("bot storage")?;
@@ -120,6 +122,7 @@ impl Agent {
         let bot = Bot::new(
             Settings {
                 method,
+                env: Env::of_process(),
                 token: plan.onboarding.token,
                 route: route(server),
                 trust: plan.onboarding.trust,
@@ -179,7 +182,7 @@ impl Agent {
             units,
             diag,
             heartbeat: heartbeat::Facts {
-                join_method: method.name(),
+                join_method,
                 one_shot: plan.oneshot,
                 started: clock.now(),
                 registry: registry.clone(),

@@ -7,6 +7,7 @@ use super::onboarding;
 use super::plan::{Onboarding, Server};
 use crate::destination::unescape;
 use crate::join::TokenSource;
+use crate::secret::Secret;
 
 /// How to write one, for hints.
 const FORM: &str = "tbot+<proxy|auth>+<join-method>://<token>@<host:port>";
@@ -16,7 +17,7 @@ struct Parts {
     proxy: bool,
     method: String,
     token: String,
-    has_parameter: bool,
+    parameter: Option<Secret<String>>,
     address: String,
 }
 
@@ -52,22 +53,27 @@ pub(super) fn apply(
             );
         }
     }
-    if parts.has_parameter {
-        fields.error(
-            KEY,
-            format!(
-                "join method {} takes no parameter after the token",
-                parts.method
-            ),
-            Some(&format!("write {FORM}")),
-        );
-    }
     *server = Some(if parts.proxy {
         Server::Proxy(parts.address)
     } else {
         Server::Auth(parts.address)
     });
-    onboarding.method = onboarding::method(fields, KEY, &parts.method);
+    onboarding.method = onboarding::method(fields, KEY, &parts.method).map(|method| {
+        let Some(parameter) = parts.parameter else {
+            return method.read(None);
+        };
+        method.with_parameter(parameter).unwrap_or_else(|| {
+            fields.error(
+                KEY,
+                format!(
+                    "join method {} takes no parameter after the token",
+                    method.name()
+                ),
+                Some(&format!("write {FORM}")),
+            );
+            method.read(None)
+        })
+    });
     onboarding.token = Some(TokenSource::new(parts.token));
 }
 
@@ -94,6 +100,15 @@ fn split(uri: &str) -> Result<Parts, String> {
     if token.is_empty() {
         return Err("it has no token before `@`".to_owned());
     }
+    let parameter = match parameter.filter(|parameter| !parameter.is_empty()) {
+        Some(parameter) => {
+            let parameter = unescape(parameter);
+            Some(Secret::new(
+                parameter.ok_or("its parameter is not URL-encoded text")?,
+            ))
+        }
+        None => None,
+    };
     let address = address.trim_end_matches('/');
     if !super::root::is_host_port(address) {
         return Err("its address is not host:port".to_owned());
@@ -102,7 +117,7 @@ fn split(uri: &str) -> Result<Parts, String> {
         proxy,
         method: method_name(method),
         token,
-        has_parameter: parameter.is_some_and(|parameter| !parameter.is_empty()),
+        parameter,
         address: address.to_owned(),
     })
 }
@@ -126,7 +141,7 @@ mod tests {
     #[test]
     fn parts() {
         let parts = split("tbot+proxy+bound-keypair://a%3Ab:secret@example.com:443").unwrap();
-        assert!(parts.proxy && parts.has_parameter);
+        assert!(parts.proxy && parts.parameter.is_some());
         assert_eq!(parts.method, "bound_keypair");
         assert_eq!(parts.token, "a:b");
         assert_eq!(parts.address, "example.com:443");

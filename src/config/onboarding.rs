@@ -1,16 +1,19 @@
 //! The `onboarding` section: how the bot joins and whom it believes while it has no identity.
 
+use std::sync::Arc;
+
 use crate::cluster::trust::{PIN_FORM, Trust, is_pin};
-use crate::join::{self, JoinMethod, METHODS, TokenSource};
+use crate::join::{self, JoinMethod, METHODS, Prover, TokenSource};
 use crate::yaml::Fields;
 
 use super::plan::Onboarding;
 
-/// Sections of upstream's other join methods. They are read by nobody while those methods do not
-/// exist here, and no mistake in a file that is shared with upstream.
-const OTHER_SECTIONS: &[&str] = &[
+/// Sections of upstream's join methods. Those of other methods than the configured one are read by
+/// nobody, and no mistake in a file that is shared.
+const SECTIONS: &[&str] = &[
     "azure",
     "bound_keypair",
+    "generic_oidc",
     "gitlab",
     "kubernetes",
     "terraform",
@@ -31,7 +34,8 @@ pub(super) fn read(root: &mut Fields<'_>, insecure: bool) -> Onboarding {
     onboarding.token = fields.string("token").map(TokenSource::new);
     onboarding.method = fields
         .string("join_method")
-        .and_then(|name| method(&fields, "join_method", &name));
+        .and_then(|name| method(&fields, "join_method", &name))
+        .map(|method| configured(method, &mut fields));
     onboarding.trust.ca_pins = fields.strings("ca_pins").unwrap_or_default();
     onboarding.trust.ca_path = fields.string("ca_path").map(Into::into);
     for (index, pin) in onboarding.trust.ca_pins.iter().enumerate() {
@@ -63,11 +67,21 @@ pub(super) fn read(root: &mut Fields<'_>, insecure: bool) -> Onboarding {
             Some("keep one of them"),
         );
     }
-    for section in OTHER_SECTIONS {
+    for section in SECTIONS {
         fields.ignore(section);
     }
     fields.finish();
     onboarding
+}
+
+/// The method with its own section, if it has one and it is there.
+fn configured(method: &'static dyn JoinMethod, fields: &mut Fields<'_>) -> Arc<dyn Prover> {
+    let Some(mut section) = method.section().and_then(|key| fields.section(key)) else {
+        return method.read(None);
+    };
+    let prover = method.read(Some(&mut section));
+    section.finish();
+    prover
 }
 
 /// The join method called `name`; reports at `key` if there is none.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::cluster::network::Settings;
 use crate::cluster::trust::Trust;
 use crate::destination::DestinationPlan;
-use crate::join::{JoinMethod, TokenSource};
+use crate::join::{Prover, TokenSource};
 use crate::services::{Lifetime, ServicePlan, reload};
 use crate::yaml::{Tree, duration, emit::emit};
 
@@ -23,7 +23,7 @@ pub enum Server {
 #[derive(Clone, Debug, Default)]
 pub struct Onboarding {
     /// `None` only for commands that do not join; [`Plan::for_start`] refuses it.
-    pub method: Option<&'static dyn JoinMethod>,
+    pub method: Option<Arc<dyn Prover>>,
     /// Needed by every method unless a stored identity is still valid.
     pub token: Option<TokenSource>,
     /// How the first connection is judged.
@@ -180,13 +180,17 @@ impl Onboarding {
         if token.is_none() && ca_path.is_none() && ca_pins.is_none() && self.method.is_none() {
             return None;
         }
-        let method = self.method.map_or("", |method| method.name());
-        Some(Tree::map([
+        let method = self.method.as_ref();
+        let name = method.map_or("", |prover| prover.method().name());
+        let section = method.and_then(|prover| Some((prover.method().section()?, prover.tree()?)));
+        let mut entries = vec![
             ("token", token),
             ("ca_path", ca_path),
             ("ca_pins", ca_pins),
-            ("join_method", Some(Tree::text(method))),
-        ]))
+            ("join_method", Some(Tree::text(name))),
+        ];
+        entries.extend(section.map(|(key, tree)| (key, Some(tree))));
+        Some(Tree::map(entries))
     }
 }
 

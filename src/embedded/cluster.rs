@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::admin::{self, AdminError};
 use super::audit::{Audit, AuditError};
-use super::auth::{self, StsError};
+use super::auth;
 use super::ca::{self, Authorities, AuthorityError, Step};
 use super::listener::{Port, Server, Sockets};
 use super::resources::{self, Applied, CreateError, Mode};
@@ -25,6 +25,7 @@ use super::web::{Ports, Web};
 use super::{ClusterState, SWEEP, federation, files, transport, workload_identity};
 use crate::clock::Clock;
 use crate::crypto::Suite;
+use crate::join::verify::WorldError;
 use crate::spiffe::TrustDomain;
 
 /// The most that is read of a resource file.
@@ -142,7 +143,7 @@ pub enum ClusterError {
     Audit(#[from] AuditError),
     /// The endpoint for IAM joins cannot be used.
     #[error(transparent)]
-    Sts(#[from] StsError),
+    World(#[from] WorldError),
     /// The authorities cannot be made or read.
     #[error(transparent)]
     Authorities(#[from] AuthorityError),

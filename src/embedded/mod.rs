@@ -10,7 +10,6 @@
 //! - [`discovery`]: EKS clusters that become resources.
 //! - [`expression`]: the grammar of the predicate language.
 //! - `federation`: the trust bundles of other trust domains.
-//! - [`outbound`]: requests to AWS and to bundle endpoints.
 //! - [`workload_identity`]: who may have which SVID, and the making of it.
 //! - [`audit`]: one JSON line for each join, certificate, refusal and administrative change.
 //! - [`auth`]: joins, certificates, authorities and what else agents call.
@@ -33,7 +32,6 @@ mod federation;
 mod files;
 pub mod instant;
 mod listener;
-pub mod outbound;
 mod pattern;
 pub mod resources;
 pub mod store;

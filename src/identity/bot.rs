@@ -17,8 +17,11 @@ use crate::cluster::dial::Dialer;
 use crate::cluster::trust::Trust;
 use crate::cluster::{Client, ClusterError, Credential, Disposition};
 use crate::crypto::{KeyError, PrivateKey, Purpose, jitter};
+use crate::env::Env;
 use crate::health::Reporter;
-use crate::join::{Hello, JoinError, JoinMethod, Older, Renewal, Session, TokenSource, token_hash};
+use crate::join::{
+    Hello, JoinError, Older, Prover, Renewal, Session, Surroundings, TokenSource, token_hash,
+};
 use crate::pb::proto::UserCertsRequest;
 use crate::renewal;
 
@@ -32,7 +35,9 @@ const ONESHOT_ATTEMPTS: u32 = 3;
 #[derive(Debug)]
 pub struct Settings {
     /// How the bot joins.
-    pub method: &'static dyn JoinMethod,
+    pub method: Arc<dyn Prover>,
+    /// The agent's environment variables, for join methods that look there.
+    pub env: Env,
     /// Its token; needed when nothing usable is stored.
     pub token: Option<TokenSource>,
     /// How the cluster is reached.
@@ -361,9 +366,17 @@ impl Bot {
             .as_ref()
             .ok_or(BotError::NoToken)?
             .resolve()?;
-        let method = self.settings.method;
+        let method = self.settings.method.method();
         let opening = async {
-            let proof = method.prepare().await?;
+            let proof = self
+                .settings
+                .method
+                .prepare(&Surroundings {
+                    env: &self.settings.env,
+                    clock: &self.clock,
+                    storage: self.store.destination(),
+                })
+                .await?;
             let hello = Hello {
                 method: method.name(),
                 token: token.clone(),
@@ -386,11 +399,15 @@ impl Bot {
             let key = new_key(session.suite(), Purpose::HostIdentity).await?;
             Ok((proof, session, key))
         };
-        let (proof, session, key) =
+        let (mut proof, session, key) =
             unless_stopped(opening, &self.clock, shutdown, Duration::ZERO).await?;
         self.store.begin(&key).await?;
         let expires = self.clock.now() + self.settings.ttl;
-        let joining = async { Ok(session.join(&key, expires, &proof, &self.clock).await?) };
+        let joining = async {
+            Ok(session
+                .join(&key, expires, &mut *proof, &self.clock)
+                .await?)
+        };
         let grace = match method.renewal() {
             // The token is used up by the request.
             Renewal::Certificate => GRACE,

@@ -17,7 +17,8 @@ fn bot() -> (Bot, Arc<dyn Destination>) {
     let place = from_uri("memory://").unwrap().build();
     let clock = Clock::simulated(start() + Duration::from_mins(30));
     let settings = Settings {
-        method: crate::join::method("token").unwrap(),
+        method: crate::join::method("token").unwrap().read(None),
+        env: crate::env::Env::default(),
         token: None,
         route: Route::Direct("nowhere:3025".to_owned()),
         trust: Trust::default(),

@@ -129,6 +129,11 @@ impl Store {
         }
     }
 
+    /// Where everything is kept.
+    pub fn destination(&self) -> &Arc<dyn Destination> {
+        &self.destination
+    }
+
     /// Reads everything there is. Damaged and unreadable parts are told and left alone.
     ///
     /// # Errors

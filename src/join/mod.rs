@@ -1,18 +1,22 @@
-//! How a bot proves to a cluster who it is: a trait, and one folder per join method.
+//! How a bot proves to a cluster who it is: a registry, and one folder per join method.
 //!
-//! [`session`] opens the connection that a join runs on and speaks one of two protocols there: the
-//! newer stream that all methods share, or the older calls. Each method's folder has both halves:
-//! `mod.rs` proves, `verify.rs` is the half of the embedded cluster and imports nothing of the agent.
+//! A [`JoinMethod`] reads its section of the configuration and becomes a [`Prover`], which makes a
+//! [`Proof`] for each join. [`session`] opens the connection that a join runs on and carries the
+//! proof there in one of two protocols: the newer stream that all methods share, or the older calls.
+//! Each method's folder has both halves: `mod.rs` proves, `verify.rs` is the half of the embedded
+//! cluster and imports nothing of the agent.
 
 pub mod iam;
 pub mod session;
 pub mod token;
+pub mod verify;
 
 mod older;
 mod secret;
 mod stream;
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use async_trait::async_trait;
@@ -20,8 +24,16 @@ use async_trait::async_trait;
 pub use secret::{TokenSource, token_hash};
 pub use session::{Hello, Older, Session};
 
+use crate::clock::Clock;
 use crate::cluster::{ClusterError, Disposition};
 use crate::crypto::KeyError;
+use crate::destination::Destination;
+use crate::env::Env;
+use crate::pb::teleport::join::v1::{
+    BoundKeypairResult, ClientParams, challenge, challenge_solution, join_request,
+};
+use crate::secret::Secret;
+use crate::yaml::{Fields, Tree};
 
 /// The join methods, by their YAML `join_method`.
 pub const METHODS: &[&dyn JoinMethod] = &[&iam::Iam, &token::Token];
@@ -61,35 +73,71 @@ pub enum Renewal {
     Rejoin,
 }
 
-/// One join method: the agent's half.
-#[async_trait]
+/// One join method: the agent's half, not configured yet.
 pub trait JoinMethod: Send + Sync + fmt::Debug {
     /// The YAML `join_method`.
     fn name(&self) -> &'static str;
     /// How its identities are kept alive.
-    fn renewal(&self) -> Renewal;
+    fn renewal(&self) -> Renewal {
+        Renewal::Rejoin
+    }
+    /// The key of its own section under `onboarding`, if it has one.
+    fn section(&self) -> Option<&'static str> {
+        None
+    }
+    /// Reads its own section, absent or not; problems go to `section`.
+    fn read(&self, section: Option<&mut Fields<'_>>) -> Arc<dyn Prover>;
+    /// The method with the parameter that a join URI has after the token; `None` if it takes none.
+    fn with_parameter(&self, _parameter: Secret<String>) -> Option<Arc<dyn Prover>> {
+        None
+    }
+    /// What to look at when a cluster refuses a join with the status `code`: a text in brackets that
+    /// begins with a blank, or nothing.
+    fn hint(&self, code: Option<tonic::Code>) -> &'static str;
+}
+
+/// What surrounds a proof.
+#[derive(Debug, Clone, Copy)]
+pub struct Surroundings<'a> {
+    /// The agent's environment variables.
+    pub env: &'a Env,
+    /// The program's clock.
+    pub clock: &'a Clock,
+    /// Where the bot keeps what it needs again: its own storage.
+    pub storage: &'a Arc<dyn Destination>,
+}
+
+/// A configured join method.
+#[async_trait]
+pub trait Prover: Send + Sync + fmt::Debug {
+    /// Which method it is of.
+    fn method(&self) -> &'static dyn JoinMethod;
+    /// Its own section as written in a configuration file; `None` if there is nothing to write.
+    fn tree(&self) -> Option<Tree> {
+        None
+    }
     /// Fetches what the proof needs. It may be slow, so it comes before the exchange, which the
     /// cluster bounds.
-    async fn prepare(&self) -> Result<Proof, JoinError>;
+    async fn prepare(&self, around: &Surroundings<'_>) -> Result<Box<dyn Proof>, JoinError>;
 }
 
-/// Signs a challenge, at a time, into the bytes of an AWS request.
-pub type SignIam = dyn Fn(&str, SystemTime) -> Result<Vec<u8>, JoinError> + Send + Sync;
-
-/// What a bot proves itself with; both protocols can carry each.
-pub enum Proof {
-    /// The token alone.
-    Token,
-    /// The cluster's challenge, signed with an AWS identity.
-    Iam(Box<SignIam>),
-}
-
-impl fmt::Debug for Proof {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Token => "Token",
-            Self::Iam(_) => "Iam",
-        })
+/// What a bot proves itself with in one join. The messages are those of the newer protocol; the
+/// older one carries the same in other forms.
+#[async_trait]
+pub trait Proof: Send + Sync + fmt::Debug {
+    /// The method's first message.
+    fn opening(&self, client_params: ClientParams) -> join_request::Payload;
+    /// Answers a question of the cluster, at a time. `None` if it is none of this method's.
+    async fn solve(
+        &mut self,
+        _challenge: challenge::Payload,
+        _now: SystemTime,
+    ) -> Result<Option<challenge_solution::Payload>, JoinError> {
+        Ok(None)
+    }
+    /// Keeps what comes beside the certificates, before they are used.
+    async fn settle(&mut self, _result: BoundKeypairResult) -> Result<(), JoinError> {
+        Ok(())
     }
 }
 
@@ -138,27 +186,12 @@ impl JoinError {
 }
 
 /// The remedy that goes with a refusal, by method.
-fn hint(source: &ClusterError, method: &str) -> &'static str {
+fn hint(source: &ClusterError, name: &str) -> &'static str {
     let told = source.remedy().is_some() || matches!(source, ClusterError::Trust(_));
     if told || source.disposition() != Disposition::Refused {
         return "";
     }
-    match method {
-        // The request itself is wrong: another token would not help.
-        "token" if source.code() == Some(tonic::Code::InvalidArgument) => {
-            " (check onboarding.join_method and onboarding.token)"
-        }
-        "iam" => {
-            " (check that onboarding.token names an iam token, that one of its allow rules has this \
-             machine's AWS account and role ARN as `aws sts get-caller-identity` prints them, and that \
-             the clock is right)"
-        }
-        "token" => {
-            " (a token of this method joins one bot once and expires: make a new one with \
-             `tctl tokens add --type=bot` or `tbot cluster tokens add --type=bot`)"
-        }
-        _ => "",
-    }
+    method(name).map_or("", |method| method.hint(source.code()))
 }
 
 #[cfg(test)]

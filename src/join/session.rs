@@ -124,7 +124,7 @@ impl Session {
         self,
         key: &PrivateKey,
         expires: SystemTime,
-        proof: &Proof,
+        proof: &mut dyn Proof,
         clock: &Clock,
     ) -> Result<Certs, JoinError> {
         if let Some(exchange) = self.exchange {

@@ -5,8 +5,8 @@
 //! | `ClientInit`: token, role, method | |
 //! | | `ServerInit`: method, suite |
 //! | the method's init: public keys, expiry | |
-//! | | `Challenge`, if the method has one |
-//! | `ChallengeSolution` | |
+//! | | `Challenge`, as many as the method has |
+//! | `ChallengeSolution` for each | |
 //! | | `Result`: certificates |
 //!
 //! Anything else ends the exchange: the client says `GivingUp` and why, as far as it still can. An
@@ -31,13 +31,14 @@ use crate::pb::teleport::join::v1::join_request::Payload as Say;
 use crate::pb::teleport::join::v1::join_response::Payload as Heard;
 use crate::pb::teleport::join::v1::join_service_client::JoinServiceClient;
 use crate::pb::teleport::join::v1::{
-    BotParams, Certificates, ChallengeSolution, ClientInit, ClientParams, GivingUp, IamChallenge,
-    IamChallengeSolution, IamInit, JoinRequest, JoinResponse, PublicKeys, TokenInit, challenge,
-    challenge_solution, client_params, result,
+    BotParams, Certificates, Challenge, ChallengeSolution, ClientInit, ClientParams, GivingUp,
+    JoinRequest, JoinResponse, PublicKeys, client_params, result,
 };
 
 /// The call, as errors name it.
 const METHOD: &str = "Join";
+/// More than any method has.
+const MAX_CHALLENGES: u32 = 8;
 /// For the end of a stream after the last message that matters: it only lets the other side see
 /// an end instead of an abort.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -111,7 +112,7 @@ impl Exchange {
         self,
         key: &PrivateKey,
         expires: SystemTime,
-        proof: &Proof,
+        proof: &mut dyn Proof,
         clock: &Clock,
     ) -> Result<Certs, JoinError> {
         let method = self.method;
@@ -124,59 +125,58 @@ impl Exchange {
     async fn prove(
         mut self,
         params: ClientParams,
-        proof: &Proof,
+        proof: &mut dyn Proof,
         clock: &Clock,
     ) -> Result<Certs, JoinError> {
         let wrap = JoinError::cluster(self.method);
-        let client_params = Some(params);
-        let init = match proof {
-            Proof::Token => Say::TokenInit(TokenInit { client_params }),
-            Proof::Iam(_) => Say::IamInit(IamInit { client_params }),
-        };
-        self.say(init).await;
-        if let Proof::Iam(sign) = proof {
-            let challenge = match self.next().await.map_err(&wrap)? {
-                Some(Heard::Challenge(challenge)) => match challenge.payload {
-                    Some(challenge::Payload::IamChallenge(IamChallenge { challenge }))
-                        if !challenge.is_empty() =>
-                    {
-                        challenge
+        self.say(proof.opening(params)).await;
+        let mut asked = 0;
+        let joined = loop {
+            match self.next().await.map_err(&wrap)? {
+                Some(Heard::Challenge(Challenge { payload })) if asked < MAX_CHALLENGES => {
+                    asked += 1;
+                    let solution = match payload {
+                        Some(payload) => proof.solve(payload, clock.now()).await,
+                        None => Ok(None),
+                    };
+                    match solution {
+                        Ok(Some(solution)) => {
+                            let payload = Some(solution);
+                            self.say(Say::Solution(ChallengeSolution { payload })).await;
+                        }
+                        Ok(None) => {
+                            let method = self.method;
+                            let problem =
+                                format!("it sent a challenge that is not of method {method}");
+                            let reason = Reason::UnsupportedMessageType;
+                            return Err(wrap(self.give_up(reason, problem).await));
+                        }
+                        Err(error) => {
+                            let reason = Reason::ChallengeSolutionFailed;
+                            drop(self.give_up(reason, error.to_string()).await);
+                            return Err(error);
+                        }
                     }
-                    _ => {
-                        let problem = "it sent a challenge that is not of method iam".to_owned();
-                        let reason = Reason::UnsupportedMessageType;
-                        return Err(wrap(self.give_up(reason, problem).await));
-                    }
-                },
-                other => return Err(wrap(self.unexpected(other.as_ref(), "a challenge").await)),
-            };
-            let solution = match sign(&challenge, clock.now()) {
-                Ok(sts_identity_request) => IamChallengeSolution {
-                    sts_identity_request,
-                },
-                Err(error) => {
-                    let reason = Reason::ChallengeSolutionFailed;
-                    drop(self.give_up(reason, error.to_string()).await);
-                    return Err(error);
                 }
-            };
-            self.say(Say::Solution(ChallengeSolution {
-                payload: Some(challenge_solution::Payload::IamChallengeSolution(solution)),
-            }))
-            .await;
-        }
-        let certificates = match self.next().await.map_err(&wrap)? {
-            Some(Heard::Result(result)) => match result.payload {
-                Some(result::Payload::BotResult(bot)) => bot.certificates,
-                None => None,
-            },
-            other => return Err(wrap(self.unexpected(other.as_ref(), "a result").await)),
+                Some(Heard::Result(result)) => break result,
+                other => {
+                    let wanted = "a challenge or a result";
+                    return Err(wrap(self.unexpected(other.as_ref(), wanted).await));
+                }
+            }
         };
         // The certificates are not to be lost while the other side takes its time.
         tokio::spawn(self.end());
         let unusable = |problem: &str| wrap(unusable(METHOD, problem));
-        let certificates =
-            certificates.ok_or_else(|| unusable("its result holds no certificates of a bot"))?;
+        let Some(result::Payload::BotResult(bot)) = joined.payload else {
+            return Err(unusable("its result is not one of a bot"));
+        };
+        let certificates = bot
+            .certificates
+            .ok_or_else(|| unusable("its result holds no certificates of a bot"))?;
+        if let Some(result) = bot.bound_keypair_result {
+            proof.settle(result).await?;
+        }
         certs(certificates).ok_or_else(|| unusable("its result holds an SSH key of no known form"))
     }
 
@@ -242,7 +242,7 @@ fn request(payload: Say) -> JoinRequest {
 }
 
 /// The key for both uses, in binary forms, and until when the bot wants its certificates.
-fn params(key: &PrivateKey, expires: SystemTime) -> Result<ClientParams, KeyError> {
+pub(super) fn params(key: &PrivateKey, expires: SystemTime) -> Result<ClientParams, KeyError> {
     let ssh = ssh::wire_of_line(&key.public_ssh_line()?).map_err(|_source| KeyError::Library)?;
     let bot = BotParams {
         public_keys: Some(PublicKeys {

@@ -17,14 +17,20 @@ use crate::clock::Clock;
 use crate::cluster::client::{Version, Versioned};
 use crate::crypto::{KeyAlgorithm, PrivateKey, Suite, pem, ssh};
 use crate::pb::proto::join_service_server as older;
-use crate::pb::proto::{Certs, RegisterUsingIamMethodRequest, RegisterUsingIamMethodResponse};
+use crate::pb::proto::{
+    Certs, RegisterUsingAzureMethodRequest, RegisterUsingAzureMethodResponse,
+    RegisterUsingBoundKeypairMethodRequest, RegisterUsingBoundKeypairMethodResponse,
+    RegisterUsingIamMethodRequest, RegisterUsingIamMethodResponse, RegisterUsingTpmMethodRequest,
+    RegisterUsingTpmMethodResponse,
+};
 use crate::pb::teleport::join::v1::giving_up::Reason;
 use crate::pb::teleport::join::v1::join_request::Payload as Said;
 use crate::pb::teleport::join::v1::join_response::Payload as Say;
 use crate::pb::teleport::join::v1::join_service_server as newer;
 use crate::pb::teleport::join::v1::{
-    BotResult, Certificates, Challenge, IamChallenge, JoinRequest, JoinResponse, Result as Joined,
-    ServerInit, challenge, challenge_solution, client_params, result,
+    BotResult, Certificates, Challenge, IamChallenge, IamChallengeSolution, IamInit, JoinRequest,
+    JoinResponse, Result as Joined, ServerInit, TokenInit, challenge, challenge_solution,
+    client_params, result,
 };
 use crate::pb::types::RegisterUsingTokenRequest;
 use crate::secret::Secret;
@@ -92,10 +98,10 @@ impl Fake {
     }
 
     /// A whole join by `method` with what `memory` knows of a cluster of `version`.
-    async fn join(&self, proof: &Proof, memory: &Older, version: &str) -> Result<Certs, JoinError> {
-        let method = match proof {
-            Proof::Token => "token",
-            Proof::Iam(_) => "iam",
+    async fn join(&self, by: By, memory: &Older, version: &str) -> Result<Certs, JoinError> {
+        let method = match by {
+            By::Token => "token",
+            By::Iam | By::Broken => "iam",
         };
         let hello = Hello {
             method,
@@ -106,7 +112,7 @@ impl Fake {
             .await
             .map_err(JoinError::cluster(method))?;
         session
-            .join(&key(), expires(), proof, &Clock::system())
+            .join(&key(), expires(), &mut by.clone(), &Clock::system())
             .await
     }
 
@@ -165,6 +171,9 @@ impl newer::JoinService for Fake {
     }
 }
 
+/// A stream that is never opened here.
+type Never<T> = tokio_stream::Empty<Result<T, Status>>;
+
 #[tonic::async_trait]
 impl older::JoinService for Fake {
     type RegisterUsingIAMMethodStream =
@@ -205,6 +214,33 @@ impl older::JoinService for Fake {
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 
+    type RegisterUsingAzureMethodStream = Never<RegisterUsingAzureMethodResponse>;
+
+    async fn register_using_azure_method(
+        &self,
+        _request: Request<Streaming<RegisterUsingAzureMethodRequest>>,
+    ) -> Result<Response<Self::RegisterUsingAzureMethodStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    type RegisterUsingBoundKeypairMethodStream = Never<RegisterUsingBoundKeypairMethodResponse>;
+
+    async fn register_using_bound_keypair_method(
+        &self,
+        _request: Request<Streaming<RegisterUsingBoundKeypairMethodRequest>>,
+    ) -> Result<Response<Self::RegisterUsingBoundKeypairMethodStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    type RegisterUsingTPMMethodStream = Never<RegisterUsingTpmMethodResponse>;
+
+    async fn register_using_tpm_method(
+        &self,
+        _request: Request<Streaming<RegisterUsingTpmMethodRequest>>,
+    ) -> Result<Response<Self::RegisterUsingTPMMethodStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
     async fn register_using_token(
         &self,
         request: Request<RegisterUsingTokenRequest>,
@@ -226,10 +262,46 @@ fn expires() -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(2_000_000_000)
 }
 
-fn iam() -> Proof {
-    Proof::Iam(Box::new(|challenge, _now| {
-        Ok(format!("signed {challenge}").into_bytes())
-    }))
+/// Proofs without a machine to prove.
+#[derive(Debug, Clone, Copy)]
+enum By {
+    Token,
+    Iam,
+    /// As `Iam`, on a machine that cannot sign.
+    Broken,
+}
+
+#[async_trait]
+impl Proof for By {
+    fn opening(&self, client_params: ClientParams) -> Said {
+        let client_params = Some(client_params);
+        match self {
+            Self::Token => Said::TokenInit(TokenInit { client_params }),
+            Self::Iam | Self::Broken => Said::IamInit(IamInit { client_params }),
+        }
+    }
+
+    async fn solve(
+        &mut self,
+        challenge: challenge::Payload,
+        _now: SystemTime,
+    ) -> Result<Option<challenge_solution::Payload>, JoinError> {
+        let challenge::Payload::IamChallenge(IamChallenge { challenge }) = challenge else {
+            return Ok(None);
+        };
+        match self {
+            Self::Token => Ok(None),
+            Self::Iam => Ok(Some(challenge_solution::Payload::IamChallengeSolution(
+                IamChallengeSolution {
+                    sts_identity_request: format!("signed {challenge}").into_bytes(),
+                },
+            ))),
+            Self::Broken => Err(JoinError::Proof {
+                method: "iam",
+                problem: "the clock of this machine stands still".to_owned(),
+            }),
+        }
+    }
 }
 
 fn init(method: &str) -> Step {
@@ -256,6 +328,7 @@ fn grant(ssh_cert: &[u8]) -> Step {
     Step::Say(Say::Result(Joined {
         payload: Some(result::Payload::BotResult(BotResult {
             certificates: Some(certificates),
+            bound_keypair_result: None,
         })),
     }))
 }
@@ -266,7 +339,7 @@ const SSH: &[u8] = b"\0\0\0\x07ssh-rsa and so on";
 async fn the_newer_stream_carries_a_signed_challenge() {
     let fake = Fake::saying(vec![Hear, init("iam"), Hear, ask("c"), Hear, grant(SSH)]);
     let certs = fake
-        .join(&iam(), &Older::default(), "18.5.0")
+        .join(By::Iam, &Older::default(), "18.5.0")
         .await
         .unwrap();
     let ders = |text: &[u8]| pem::certificates(std::str::from_utf8(text).unwrap()).unwrap();
@@ -315,7 +388,7 @@ async fn the_newer_stream_carries_a_signed_challenge() {
 #[tokio::test]
 async fn the_newer_stream_takes_a_token_alone() {
     let fake = Fake::saying(vec![Hear, init("token"), Hear, grant(SSH)]);
-    fake.join(&Proof::Token, &Older::default(), "18.5.0")
+    fake.join(By::Token, &Older::default(), "18.5.0")
         .await
         .unwrap();
     assert!(matches!(
@@ -328,8 +401,8 @@ async fn the_newer_stream_takes_a_token_alone() {
 async fn a_cluster_without_the_newer_service_is_asked_for_it_once() {
     let memory = Older::default();
     let old = Fake::default();
-    for proof in [&Proof::Token, &iam()] {
-        old.join(proof, &memory, "18.0.0").await.unwrap();
+    for by in [By::Token, By::Iam] {
+        old.join(by, &memory, "18.0.0").await.unwrap();
     }
     {
         let requests = old.older.lock().unwrap();
@@ -347,15 +420,9 @@ async fn a_cluster_without_the_newer_service_is_asked_for_it_once() {
     }
     // Of the same version: not asked again. After an upgrade it is.
     let upgraded = Fake::saying(vec![Hear, init("token"), Hear, grant(SSH)]);
-    upgraded
-        .join(&Proof::Token, &memory, "18.0.0")
-        .await
-        .unwrap();
+    upgraded.join(By::Token, &memory, "18.0.0").await.unwrap();
     assert_eq!(upgraded.said(), []);
-    upgraded
-        .join(&Proof::Token, &memory, "18.5.0")
-        .await
-        .unwrap();
+    upgraded.join(By::Token, &memory, "18.5.0").await.unwrap();
     assert_eq!(upgraded.said().len(), 2);
     assert_eq!(upgraded.older.lock().unwrap().len(), 1);
 }
@@ -367,7 +434,7 @@ async fn a_method_that_the_newer_service_lacks_joins_by_the_older_one() {
         vec![Hear, init("iam"), Hear, Refuse(Code::Unimplemented)],
     ] {
         let fake = Fake::saying(script);
-        fake.join(&iam(), &Older::default(), "18.2.0")
+        fake.join(By::Iam, &Older::default(), "18.2.0")
             .await
             .unwrap();
         assert_eq!(fake.older.lock().unwrap().len(), 1);
@@ -390,7 +457,7 @@ async fn a_refusal_is_final_and_one_line() {
     ] {
         let fake = Fake::saying(script);
         let error = fake
-            .join(&iam(), &Older::default(), "19.0.0")
+            .join(By::Iam, &Older::default(), "19.0.0")
             .await
             .unwrap_err();
         assert_eq!(error.disposition(), Disposition::Refused);
@@ -506,7 +573,7 @@ async fn a_cluster_that_breaks_the_order_gets_nothing_and_the_error_says_what_it
         let fake = Fake::saying(script.into_iter().chain(last).collect());
         let started = tokio::time::Instant::now();
         let error = fake
-            .join(&iam(), &Older::default(), "19.0.0")
+            .join(By::Iam, &Older::default(), "19.0.0")
             .await
             .unwrap_err();
         assert!(error.to_string().contains(text), "{text}: {error}");
@@ -520,10 +587,10 @@ async fn a_cluster_that_breaks_the_order_gets_nothing_and_the_error_says_what_it
 #[tokio::test(start_paused = true)]
 async fn an_older_service_that_never_comes_to_an_end_is_given_up() {
     for (proof, fault, text) in [
-        (iam(), Fault::Silent, "no answer within a minute"),
-        (iam(), Fault::Stuck, "no answer within a minute"),
-        (iam(), Fault::Asking, "holds no certificates"),
-        (Proof::Token, Fault::Silent, "Timeout expired"),
+        (By::Iam, Fault::Silent, "no answer within a minute"),
+        (By::Iam, Fault::Stuck, "no answer within a minute"),
+        (By::Iam, Fault::Asking, "holds no certificates"),
+        (By::Token, Fault::Silent, "Timeout expired"),
     ] {
         let fake = Fake {
             fault: Some(fault),
@@ -531,7 +598,7 @@ async fn an_older_service_that_never_comes_to_an_end_is_given_up() {
         };
         let started = tokio::time::Instant::now();
         let error = fake
-            .join(&proof, &Older::default(), "18.0.0")
+            .join(proof, &Older::default(), "18.0.0")
             .await
             .unwrap_err();
         assert!(error.to_string().contains(text), "{fault:?}: {error}");
@@ -547,7 +614,7 @@ async fn an_older_service_that_never_comes_to_an_end_is_given_up() {
 async fn what_comes_after_the_result_does_not_count() {
     for last in [Flood, Hang, init("iam"), Refuse(Code::Internal)] {
         let fake = Fake::saying(vec![Hear, init("token"), Hear, grant(SSH), last]);
-        fake.join(&Proof::Token, &Older::default(), "19.0.0")
+        fake.join(By::Token, &Older::default(), "19.0.0")
             .await
             .unwrap();
     }
@@ -556,14 +623,8 @@ async fn what_comes_after_the_result_does_not_count() {
 #[tokio::test]
 async fn a_proof_that_cannot_be_made_is_told_to_the_cluster() {
     let fake = Fake::saying(vec![Hear, init("iam"), Hear, ask("c"), Hear]);
-    let proof = Proof::Iam(Box::new(|_challenge, _now| {
-        Err(JoinError::Proof {
-            method: "iam",
-            problem: "the clock of this machine stands still".to_owned(),
-        })
-    }));
     let error = fake
-        .join(&proof, &Older::default(), "19.0.0")
+        .join(By::Broken, &Older::default(), "19.0.0")
         .await
         .unwrap_err();
     assert!(matches!(error, JoinError::Proof { .. }), "{error}");

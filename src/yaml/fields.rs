@@ -293,6 +293,17 @@ impl<'a> Fields<'a> {
         self.report(Severity::Error, key, message.into(), hint);
     }
 
+    /// Reports an error about the whole of the mapping.
+    pub fn error_here(&self, message: impl Into<String>, hint: &str) {
+        self.problems.push(Problem {
+            severity: Severity::Error,
+            span: (self.span().line > 0).then(|| self.span()),
+            path: self.path().to_owned(),
+            message: message.into(),
+            hint: Some(hint.to_owned()),
+        });
+    }
+
     /// As [`Fields::error`], but the file can still be used.
     pub fn warn(&self, key: &str, message: impl Into<String>, hint: Option<&str>) {
         self.report(Severity::Warning, key, message.into(), hint);

@@ -16,8 +16,10 @@ const RINGS: &[&[&str]] = &[
         "exchange",
         "fsx",
         "health",
+        "outbound",
         "pb",
         "query",
+        "refusal",
         "renewal",
         "secret",
         "spiffe",
@@ -144,7 +146,9 @@ fn forbidden(from: &str, file: &Path, path: &str) -> Option<String> {
     if from == to {
         return None;
     }
-    if file.ends_with("verify.rs") && from == "join" {
+    let verifies =
+        file.ends_with("verify.rs") || file.components().any(|c| c.as_os_str() == "verify");
+    if verifies && from == "join" {
         return (ring(to) != Some(0)).then(|| "a verifying half uses ring 0 only".to_owned());
     }
     if from == SIDE {

@@ -25,7 +25,11 @@ use tbot::health::Registry;
 use tbot::identity::Handle;
 use tbot::identity::bot::{Bot, Settings};
 use tbot::identity::store::Store;
-use tbot::join::{self, JoinError, JoinMethod, Proof, Renewal, TokenSource};
+use tbot::join::{self, JoinError, JoinMethod, Proof, Prover, Surroundings, TokenSource};
+use tbot::pb::teleport::join::v1::{
+    ClientParams, IamChallenge, IamChallengeSolution, IamInit, challenge, challenge_solution,
+    join_request,
+};
 use tbot::services::{Context, Lifetime, Service, output};
 use tbot::telemetry::metrics::Metrics;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -128,17 +132,18 @@ impl Setup {
 
     /// Starts a bot that keeps its identity in memory.
     async fn start(&self) -> (Handle, tokio::task::JoinHandle<()>) {
-        let method = join::method("token").unwrap();
+        let method = join::method("token").unwrap().read(None);
         self.start_with(method, "a-secret-of-the-test").await
     }
 
     async fn start_with(
         &self,
-        method: &'static dyn JoinMethod,
+        method: Arc<dyn Prover>,
         token: &str,
     ) -> (Handle, tokio::task::JoinHandle<()>) {
         let settings = Settings {
             method,
+            env: Env::default(),
             token: Some(TokenSource::new(token.to_owned())),
             route: Route::Direct("memory:3025".to_owned()),
             trust: Trust {
@@ -253,30 +258,48 @@ async fn a_cluster_with_the_older_join_service_only_is_joined_and_renewed_just_s
 struct Unsigned;
 
 #[async_trait]
-impl JoinMethod for Unsigned {
-    fn name(&self) -> &'static str {
-        "iam"
+impl Prover for Unsigned {
+    fn method(&self) -> &'static dyn JoinMethod {
+        join::method("iam").unwrap()
     }
 
-    fn renewal(&self) -> Renewal {
-        Renewal::Rejoin
+    async fn prepare(&self, _around: &Surroundings<'_>) -> Result<Box<dyn Proof>, JoinError> {
+        Ok(Box::new(Self))
+    }
+}
+
+#[async_trait]
+impl Proof for Unsigned {
+    fn opening(&self, client_params: ClientParams) -> join_request::Payload {
+        join_request::Payload::IamInit(IamInit {
+            client_params: Some(client_params),
+        })
     }
 
-    async fn prepare(&self) -> Result<Proof, JoinError> {
-        Ok(Proof::Iam(Box::new(|challenge, now| {
-            let now = time::OffsetDateTime::from(now);
-            let date =
-                time::macros::format_description!("[year][month][day]T[hour][minute][second]Z");
-            let request = format!(
-                "POST / HTTP/1.1\r\nHost: sts.us-east-1.amazonaws.com\r\n\
-                 Accept: application/json\r\nAuthorization: AWS4-HMAC-SHA256 \
-                 Credential=a/b/c/d/e, SignedHeaders=host;x-teleport-challenge, Signature=ab\r\n\
-                 Content-Length: 43\r\nX-Amz-Date: {}\r\nX-Teleport-Challenge: {challenge}\r\n\r\n\
-                 Action=GetCallerIdentity&Version=2011-06-15",
-                now.format(date).unwrap(),
-            );
-            Ok(request.into_bytes())
-        })))
+    async fn solve(
+        &mut self,
+        challenge: challenge::Payload,
+        now: SystemTime,
+    ) -> Result<Option<challenge_solution::Payload>, JoinError> {
+        let challenge::Payload::IamChallenge(IamChallenge { challenge }) = challenge else {
+            return Ok(None);
+        };
+        let now = time::OffsetDateTime::from(now);
+        let date = time::macros::format_description!("[year][month][day]T[hour][minute][second]Z");
+        let request = format!(
+            "POST / HTTP/1.1\r\nHost: sts.us-east-1.amazonaws.com\r\n\
+             Accept: application/json\r\nAuthorization: AWS4-HMAC-SHA256 \
+             Credential=a/b/c/d/e, SignedHeaders=host;x-teleport-challenge, Signature=ab\r\n\
+             Content-Length: 43\r\nX-Amz-Date: {}\r\nX-Teleport-Challenge: {challenge}\r\n\r\n\
+             Action=GetCallerIdentity&Version=2011-06-15",
+            now.format(date).unwrap(),
+        );
+        let solution = IamChallengeSolution {
+            sts_identity_request: request.into_bytes(),
+        };
+        Ok(Some(challenge_solution::Payload::IamChallengeSolution(
+            solution,
+        )))
     }
 }
 
@@ -312,7 +335,7 @@ async fn joining_again_keeps_the_instance_by_either_protocol() {
             config.sts_endpoint = Some(sts);
         })
         .await;
-        let (handle, running) = setup.start_with(&Unsigned, "proof").await;
+        let (handle, running) = setup.start_with(Arc::new(Unsigned), "proof").await;
         let first = handle.ready().await.unwrap();
         let mut identity = handle.identity();
         for generation in 2..5 {

@@ -184,7 +184,8 @@ fn new_bot(
     reloads: watch::Receiver<u64>,
 ) -> Bot {
     let settings = Settings {
-        method: join::method("token").unwrap(),
+        method: join::method("token").unwrap().read(None),
+        env: Env::default(),
         token: Some(TokenSource::new("a-secret-of-the-test".to_owned())),
         route: Route::Direct("memory:3025".to_owned()),
         trust: Trust {

@@ -5,17 +5,19 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use serde_json::{Value, json};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::Refusal;
 use super::certificate::PublicKeys;
 use super::instance::{Authentication, Presented};
+use super::join::Joined;
 use super::user_certs::{Issue, public_keys};
 use crate::embedded::ClusterState;
 use crate::embedded::caller::{Caller, Listener};
 use crate::embedded::instant::from_wire;
 use crate::embedded::resources::{bot_user_name, safe_name, spent};
 use crate::embedded::store::{Put, Resource, Tx};
+use crate::join::verify::{self, Seen};
 use crate::pb::proto::Certs;
 use crate::pb::types::RegisterUsingTokenRequest;
 
@@ -42,35 +44,33 @@ impl Default for Joins {
 }
 
 impl Joins {
-    /// Runs `join` when it is its turn.
+    /// Lets one more join in, until what comes back is dropped.
     ///
     /// # Errors
     /// Unavailable, if too many wait already; trying again later helps.
-    pub(super) async fn run<T>(
-        &self,
-        join: impl Future<Output = Result<T, Refusal>>,
-    ) -> Result<T, Refusal> {
-        let busy = || Refusal::unavailable("too many bots are joining at once, try again");
-        let _known = self.known.try_acquire().map_err(|_full| busy())?;
-        let _turn = self.working.acquire().await.map_err(|_closed| busy())?;
-        join.await
+    pub(super) fn enter(&self) -> Result<SemaphorePermit<'_>, Refusal> {
+        self.known.try_acquire().map_err(|_full| busy())
+    }
+
+    /// Waits for a turn at the disk.
+    ///
+    /// # Errors
+    /// Never, as long as the cluster runs.
+    pub(super) async fn turn(&self) -> Result<SemaphorePermit<'_>, Refusal> {
+        self.working.acquire().await.map_err(|_closed| busy())
     }
 }
 
-/// What a method's proof says about who joins.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Proof {
-    /// Names of the audit event, for example `Account`.
-    pub(super) metadata: Value,
-    /// The method's part of the join attributes, with its name.
-    pub(super) attributes: Option<(&'static str, Value)>,
+fn busy() -> Refusal {
+    Refusal::unavailable("too many bots are joining at once, try again")
 }
 
 /// One attempt to join, and what is known of it for the audit log.
 #[derive(Debug)]
 pub(super) struct Attempt {
     pub(super) request: RegisterUsingTokenRequest,
-    pub(super) proof: Proof,
+    /// What its proof says about who joins.
+    pub(super) seen: Seen,
     state: Arc<ClusterState>,
     caller: Caller,
     user_agent: String,
@@ -86,7 +86,7 @@ impl Attempt {
     ) -> Self {
         Self {
             request,
-            proof: Proof::default(),
+            seen: Seen::default(),
             state: Arc::clone(state),
             caller,
             user_agent,
@@ -110,9 +110,11 @@ impl Attempt {
             .map_or("", |token| token.spec_text("/bot_name"))
     }
 
-    /// The token's allow rules, if it has any.
-    pub(super) fn allow(&self) -> Option<&Value> {
-        self.token.as_ref()?.spec.get("allow")
+    /// The token's `spec`.
+    pub(super) fn spec(&self) -> &Value {
+        self.token
+            .as_ref()
+            .map_or(&Value::Null, |token| &token.spec)
     }
 
     /// The request's form, then the token, then whether it lets a bot in.
@@ -154,7 +156,7 @@ impl Attempt {
     }
 
     /// Issues the certificates, in one transaction with the end of the token and the record.
-    pub(super) fn issue(&self) -> Result<Certs, Refusal> {
+    pub(super) fn issue(&self) -> Result<Joined, Refusal> {
         let now = self.now();
         let method = self.method().to_owned();
         let keys = public_keys(&self.request.public_tls_key, &self.request.public_ssh_key)?;
@@ -185,17 +187,21 @@ impl Attempt {
             method: method.clone(),
             token: safe,
             public_key: first_key(&self.request, &keys),
-            metadata: self.proof.metadata.clone(),
+            metadata: self.seen.metadata.clone(),
             join_attributes: serde_json::from_str(&attributes).unwrap_or_default(),
             expires: now,
         };
-        issue.run(
+        let certs = issue.run(
             |_record, expires| Authentication {
                 expires,
                 ..by.clone()
             },
             |tx, instance| self.spend(tx, &method, instance),
-        )
+        )?;
+        Ok(Joined {
+            certs,
+            bound_keypair: None,
+        })
     }
 
     /// What the join proved, as certificates carry it: JSON with the members in the order that a
@@ -208,8 +214,14 @@ impl Attempt {
             let name = json!(self.request.token);
             format!("{{\"meta\":{{\"join_token_name\":{name},\"join_method\":{method}}}")
         };
-        if let Some((name, value)) = &self.proof.attributes {
-            text += &format!(",\"{name}\":{value}");
+        if let (Some(found), Some(verifier)) =
+            (&self.seen.attributes, verify::method(self.method()))
+        {
+            let members = found
+                .iter()
+                .map(|(key, value)| format!("{}:{value}", json!(key)));
+            let members: Vec<_> = members.collect();
+            text += &format!(",\"{}\":{{{}}}", verifier.attributes(), members.join(","));
         }
         text + "}"
     }
@@ -251,9 +263,9 @@ impl Attempt {
     }
 
     /// Writes how it ended into the audit log and passes it on.
-    pub(super) fn finish(&self, result: Result<Certs, Refusal>) -> Result<Certs, Refusal> {
+    pub(super) fn finish(&self, result: Result<Joined, Refusal>) -> Result<Joined, Refusal> {
         match &result {
-            Ok(certs) => self.joined(certs),
+            Ok(joined) => self.joined(&joined.certs),
             Err(refusal) => self.refused(refusal),
         }
         result
@@ -277,7 +289,8 @@ impl Attempt {
             "token_name": shown,
             "bot_name": self.bot(),
             "addr.remote": self.caller.addr.ip().to_string(),
-            "attributes": self.proof.metadata,
+            "attributes": self.seen.metadata,
+            "nearest_rule": self.seen.near,
         }));
     }
 
@@ -300,7 +313,7 @@ impl Attempt {
             "user_name": bot_user_name(self.bot()),
             "bot_instance_id": instance,
             "addr.remote": self.caller.addr.ip().to_string(),
-            "attributes": self.proof.metadata,
+            "attributes": self.seen.metadata,
         }));
     }
 }

@@ -12,9 +12,9 @@ use tonic::Status;
 
 use super::blocking;
 use super::locks::{self, Targets};
-use super::refusal::Refusal;
 use crate::embedded::ClusterState;
 use crate::embedded::caller::{Caller, Listener, TlsIdentity};
+use crate::refusal::Refusal;
 
 /// The identity of a caller that may make authorised calls.
 ///

@@ -7,7 +7,6 @@ use std::time::SystemTime;
 use serde_json::{Map, Value, json};
 use x509_cert::name::RdnSequence;
 
-use super::refusal::Refusal;
 use super::roles::RoleSet;
 use super::served::Routes;
 use crate::crypto::ssh::{Holder, NewCertificate};
@@ -19,6 +18,7 @@ use crate::embedded::ca::{Authorities, AuthorityType, BACKDATE, leaf_usage};
 use crate::embedded::caller::oid;
 use crate::embedded::instant::rfc3339;
 use crate::pb::proto::Certs;
+use crate::refusal::Refusal;
 
 /// A login that every bot certificate has, for joining through a proxy.
 const JOIN_LOGIN: &str = "-teleport-internal-join";

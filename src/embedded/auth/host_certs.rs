@@ -6,7 +6,6 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::Auth;
-use super::refusal::Refusal;
 use super::user_certs::{MAX_TTL, public_keys};
 use crate::crypto::random;
 use crate::crypto::ssh::{Holder, NewCertificate};
@@ -15,6 +14,7 @@ use crate::embedded::ca::{AuthorityType, BACKDATE};
 use crate::embedded::caller::TlsIdentity;
 use crate::embedded::instant::rfc3339;
 use crate::pb::teleport::trust::v1 as trust;
+use crate::refusal::Refusal;
 
 /// The only sort of server that bots make certificates for.
 const ROLE: &str = "Node";

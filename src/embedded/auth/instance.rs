@@ -6,9 +6,9 @@ use std::time::{Duration, SystemTime};
 use base64::Engine as _;
 use serde_json::{Value, json};
 
-use super::refusal::Refusal;
 use crate::embedded::instant::rfc3339;
 use crate::embedded::store::{Put, Resource, Tx};
+use crate::refusal::Refusal;
 
 /// The kind under which instances are stored.
 const KIND: &str = "bot_instance";

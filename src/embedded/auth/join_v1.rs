@@ -10,18 +10,18 @@ use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status};
 
 use super::attempt::Attempt;
+use super::join::{Door, unsupported};
 use super::{Auth, Refusal, blocking, caller, user_agent};
 use crate::crypto::{pem, ssh};
 use crate::embedded::caller::Caller;
-use crate::join::iam::verify as iam;
-use crate::join::token::verify::TokenError;
+use crate::join::verify::{self, Dialogue};
 use crate::pb::proto::Certs;
 use crate::pb::teleport::join::v1::join_request::Payload as Heard;
 use crate::pb::teleport::join::v1::join_response::Payload as Say;
 use crate::pb::teleport::join::v1::join_service_server::JoinService;
 use crate::pb::teleport::join::v1::{
-    BotResult, Certificates, Challenge, ClientParams, IamChallenge, JoinRequest, JoinResponse,
-    Result as Joined, ServerInit, challenge, challenge_solution, client_params, result,
+    BotResult, Certificates, Challenge, ClientParams, JoinRequest, JoinResponse, Result as Joined,
+    ServerInit, challenge, challenge_solution, client_params as params, result,
 };
 use crate::pb::types::RegisterUsingTokenRequest;
 
@@ -29,6 +29,9 @@ use crate::pb::types::RegisterUsingTokenRequest;
 const STREAM: Duration = Duration::from_mins(1);
 /// How much of a client's reason for giving up is kept, in characters.
 const MAX_REASON: usize = 512;
+
+/// What the client is to send after its first message, as a refusal names it.
+const FIRST: &str = "the init message of a join method";
 
 /// What a client sends.
 type Requests<'a> = Pin<&'a mut (dyn Stream<Item = Result<JoinRequest, Status>> + Send)>;
@@ -83,56 +86,30 @@ impl Auth {
         };
         say(responses, Say::Init(init)).await?;
 
-        let heard = next(&mut requests).await?;
-        let params = match (heard, attempt.method()) {
-            (Some(Heard::TokenInit(init)), "token") => init.client_params,
-            (Some(Heard::IamInit(init)), "iam") => init.client_params,
-            (heard, method) => {
-                let wanted = format!("the init message of method {method}");
-                return Err(refuse(attempt, unexpected(heard, &wanted)).await);
-            }
+        let Some(mut opening) = next(&mut requests).await? else {
+            return Err(refuse(attempt, unexpected(None, FIRST)).await);
         };
-        if let Err(refusal) = take(params, &mut attempt.request) {
+        let Some(params) = client_params(&mut opening) else {
+            return Err(refuse(attempt, unexpected(Some(opening), FIRST)).await);
+        };
+        if let Err(refusal) = take(params.take(), &mut attempt.request) {
             return Err(refuse(attempt, refusal).await);
         }
-        let certs = if attempt.method() == "iam" {
-            let challenge = iam::challenge();
-            let question = challenge::Payload::IamChallenge(IamChallenge {
-                challenge: challenge.clone(),
-            });
-            let question = Say::Challenge(Challenge {
-                payload: Some(question),
-            });
-            say(responses, question).await?;
-            let signed = match next(&mut requests).await? {
-                Some(Heard::Solution(solution)) => solution.payload,
-                heard => {
-                    let refusal = unexpected(heard, "the solution of the challenge");
-                    return Err(refuse(attempt, refusal).await);
-                }
-            };
-            let signed = match signed {
-                Some(challenge_solution::Payload::IamChallengeSolution(solution))
-                    if !solution.sts_identity_request.is_empty() =>
-                {
-                    solution.sts_identity_request
-                }
-                _ => {
-                    let refusal = Refusal::bad_parameter("missing parameter StsIdentityRequest");
-                    return Err(refuse(attempt, refusal).await);
-                }
-            };
-            self.by_iam(attempt, &challenge, &signed).await?
-        } else {
-            self.by_token(attempt).await?
+        let mut client = Client {
+            requests,
+            responses,
         };
+        let door = Door::Stream(Box::new(opening), verify::challenge());
+        let joined = self.by_method(attempt, door, &mut client).await?;
         let result = BotResult {
-            certificates: Some(binary(&certs)?),
+            certificates: Some(binary(&joined.certs)?),
+            bound_keypair_result: joined.bound_keypair,
         };
         let result = Joined {
             payload: Some(result::Payload::BotResult(result)),
         };
-        say(responses, Say::Result(result)).await
+        say(responses, Say::Result(result)).await?;
+        Ok(())
     }
 
     /// Looks at the token and at the method that the client insists on, before it shows a key.
@@ -141,7 +118,9 @@ impl Auth {
         mut attempt: Attempt,
         asked: Option<String>,
     ) -> Result<Attempt, Refusal> {
-        let look = blocking(move || {
+        let _known = self.joins.enter()?;
+        let _turn = self.joins.turn().await?;
+        blocking(move || {
             let found = attempt.look_up().and_then(|()| {
                 let method = attempt.method();
                 match asked.filter(|asked| !asked.is_empty()) {
@@ -149,11 +128,8 @@ impl Auth {
                         "client requested join method {asked}, provision token only supports \
                          method {method}"
                     ))),
-                    _ if ["iam", "token"].contains(&method) => Ok(()),
-                    _ => {
-                        let error = TokenError::Unverified(method.to_owned());
-                        Err(Refusal::denied(error.to_string()))
-                    }
+                    _ if verify::method(method).is_some() => Ok(()),
+                    _ => Err(Refusal::bad_parameter(unsupported(method))),
                 }
             });
             match found {
@@ -163,27 +139,65 @@ impl Auth {
                     Err(told.err().unwrap_or(refusal))
                 }
             }
-        });
-        self.joins.run(look).await
+        })
+        .await
     }
+}
+
+/// The client of one stream.
+struct Client<'a> {
+    requests: Requests<'a>,
+    responses: &'a Responses,
+}
+
+#[tonic::async_trait]
+impl Dialogue for Client<'_> {
+    async fn ask(
+        &mut self,
+        challenge: challenge::Payload,
+    ) -> Result<challenge_solution::Payload, Refusal> {
+        let payload = Some(challenge);
+        say(self.responses, Say::Challenge(Challenge { payload })).await?;
+        match next(&mut self.requests).await? {
+            Some(Heard::Solution(solution)) => solution
+                .payload
+                .ok_or_else(|| unexpected(None, "the solution of the challenge")),
+            heard => Err(unexpected(heard, "the solution of the challenge")),
+        }
+    }
+}
+
+/// The keys in a method's first message. `None` if it is none.
+fn client_params(opening: &mut Heard) -> Option<&mut Option<ClientParams>> {
+    Some(match opening {
+        Heard::TokenInit(init) => &mut init.client_params,
+        Heard::OidcInit(init) => &mut init.client_params,
+        Heard::IamInit(init) => &mut init.client_params,
+        Heard::AzureInit(init) => &mut init.client_params,
+        Heard::TpmInit(init) => &mut init.client_params,
+        Heard::OracleInit(init) => &mut init.client_params,
+        Heard::BoundKeypairInit(init) => &mut init.client_params,
+        Heard::ClientInit(_) | Heard::Solution(_) | Heard::GivingUp(_) => return None,
+    })
 }
 
 /// The next message; `None` in it is a kind that is not known here.
-async fn next(requests: &mut Requests<'_>) -> Result<Option<Heard>, Status> {
+async fn next(requests: &mut Requests<'_>) -> Result<Option<Heard>, Refusal> {
     match requests.next().await {
-        Some(message) => Ok(message?.payload),
-        None => Err(Status::cancelled("the client went away")),
+        Some(Ok(message)) => Ok(message.payload),
+        Some(Err(status)) => Err(Refusal::bad_parameter(status.message())),
+        None => Err(Refusal::cancelled()),
     }
 }
 
-async fn say(responses: &Responses, payload: Say) -> Result<(), Status> {
+async fn say(responses: &Responses, payload: Say) -> Result<(), Refusal> {
     let response = JoinResponse {
         payload: Some(payload),
     };
     responses
         .send(Ok(response))
         .await
-        .map_err(|_closed| Status::cancelled("the client went away"))
+        .map_err(|_closed| Refusal::cancelled())
 }
 
 /// Why `heard` ends the exchange: a client that gives up has a reason, any other one is out of order.
@@ -207,12 +221,11 @@ async fn refuse(attempt: Attempt, refusal: Refusal) -> Status {
 
 /// Puts what a bot asks for into the older form of the request, whose keys are texts.
 fn take(
-    params: Option<ClientParams>,
+    given: Option<ClientParams>,
     request: &mut RegisterUsingTokenRequest,
 ) -> Result<(), Refusal> {
     let missing = |what: &str| Refusal::bad_parameter(format!("{what} is required"));
-    let Some(client_params::Payload::BotParams(bot)) = params.and_then(|params| params.payload)
-    else {
+    let Some(params::Payload::BotParams(bot)) = given.and_then(|given| given.payload) else {
         return Err(missing("BotParams"));
     };
     let keys = bot.public_keys.unwrap_or_default();

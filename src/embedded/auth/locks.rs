@@ -2,10 +2,10 @@
 
 use serde_json::{Value, json};
 
-use super::refusal::Refusal;
 use crate::embedded::instant::rfc3339;
 use crate::embedded::resources::{SPENT_BY, spent};
 use crate::embedded::store::{Put, Resource, Tx};
+use crate::refusal::Refusal;
 use std::time::SystemTime;
 use uuid::Uuid;
 

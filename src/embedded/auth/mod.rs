@@ -9,7 +9,6 @@ mod authorize;
 mod certificate;
 mod heartbeat;
 mod host_certs;
-mod iam;
 mod instance;
 mod join;
 mod join_v1;
@@ -19,7 +18,6 @@ mod refusal;
 mod roles;
 mod served;
 mod services;
-mod sts;
 mod user_certs;
 mod version;
 mod watch;
@@ -30,12 +28,13 @@ use tonic::service::Routes;
 use tonic::{Request, Status};
 
 pub use authorize::{WhileAllowed, authorize};
-pub use refusal::Refusal;
-pub use sts::StsError;
 pub(super) use version::checked;
+
+pub use crate::refusal::Refusal;
 
 use super::ClusterState;
 use super::caller::Caller;
+use crate::join::verify::{World, WorldError};
 use crate::pb::proto::auth_service_server::AuthServiceServer;
 use crate::pb::proto::join_service_server::JoinServiceServer;
 use crate::pb::teleport::clusterconfig::v1::cluster_config_service_server::ClusterConfigServiceServer;
@@ -45,21 +44,20 @@ use crate::pb::teleport::machineid::v1::spiffe_federation_service_server::Spiffe
 use crate::pb::teleport::presence::v1::presence_service_server::PresenceServiceServer;
 use crate::pb::teleport::trust::v1::trust_service_server::TrustServiceServer;
 use attempt::Joins;
-use sts::Sts;
 
 /// The services of one cluster; clones share their state.
 #[derive(Debug, Clone)]
 struct Auth {
     state: Arc<ClusterState>,
-    sts: Sts,
+    world: World,
     joins: Arc<Joins>,
 }
 
 impl Auth {
-    fn new(state: &Arc<ClusterState>) -> Result<Self, StsError> {
+    fn new(state: &Arc<ClusterState>) -> Result<Self, WorldError> {
         Ok(Self {
             state: Arc::clone(state),
-            sts: Sts::new(state.sts_endpoint.as_deref())?,
+            world: World::new(state.sts_endpoint.as_deref())?,
             joins: Arc::default(),
         })
     }
@@ -91,12 +89,12 @@ pub struct AuthRoutes {
 /// 18.0.
 ///
 /// # Errors
-/// [`StsError::Endpoint`] if the configured STS endpoint is no URL.
+/// [`WorldError::Endpoint`] if the configured STS endpoint is no URL.
 pub fn routes(
     state: &Arc<ClusterState>,
     join_v1: bool,
     trust_v1: bool,
-) -> Result<AuthRoutes, StsError> {
+) -> Result<AuthRoutes, WorldError> {
     let auth = Auth::new(state)?;
     let join = JoinServiceServer::new(auth.clone()).max_decoding_message_size(MAX_JOIN);
     let stream = JoinV1Server::new(auth.clone()).max_decoding_message_size(MAX_JOIN);

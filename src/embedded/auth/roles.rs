@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::refusal::Refusal;
 use crate::embedded::pattern::fits;
 use crate::embedded::store::{Resource, Tx};
+use crate::refusal::Refusal;
 use crate::yaml;
 
 /// The longest session under a role that sets no limit, as upstream fills it in.

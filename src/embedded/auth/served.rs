@@ -4,7 +4,6 @@
 use prost::Message as _;
 
 use super::predicate::Predicate;
-use super::refusal::Refusal;
 use super::roles::RoleSet;
 use crate::crypto::random;
 use crate::embedded::access::Access;
@@ -15,6 +14,7 @@ use crate::pb::proto::{
     UserCertsRequest, paginated_resource,
 };
 use crate::pb::types as wire;
+use crate::refusal::Refusal;
 
 /// The largest page, in resources; also the page of a request that names no size.
 const MAX_PAGE: usize = 1000;

@@ -179,11 +179,12 @@ impl Lab {
     async fn iam(&self, by: Option<&Certs>, token: &str) -> Result<Certs, Status> {
         let caller = caller(&self.from(by, ())).unwrap();
         let (responses, mut answers) = tokio::sync::mpsc::channel(2);
-        let (requests, stream) = tokio::sync::mpsc::channel(1);
+        let (requests, stream) =
+            tokio::sync::mpsc::channel::<Result<RegisterUsingIamMethodRequest, Status>>(1);
         let auth = self.auth.clone();
         let exchange = tokio::spawn(async move {
             let stream = tokio_stream::wrappers::ReceiverStream::new(stream);
-            auth.iam_exchange(caller, "test".to_owned(), stream, &responses)
+            auth.exchange(caller, "test".to_owned(), stream, &responses)
                 .await
         });
         let challenge = answers.recv().await.unwrap().unwrap().challenge;

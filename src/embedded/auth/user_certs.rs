@@ -9,7 +9,6 @@ use uuid::Uuid;
 use super::certificate::{Identity, PublicKeys, logins};
 use super::instance::{self, Authentication, Decision, Presented};
 use super::locks::{self, Targets};
-use super::refusal::Refusal;
 use super::roles::{RoleSet, may_impersonate};
 use super::served::Routes;
 use super::{Auth, authorize};
@@ -20,6 +19,7 @@ use crate::embedded::instant::from_wire;
 use crate::embedded::resources::bot_user_name;
 use crate::embedded::store::{Resource, Tx};
 use crate::pb::proto::{Certs, UserCertsRequest};
+use crate::refusal::Refusal;
 
 /// The life of a certificate whose request names none.
 const DEFAULT_TTL: Duration = Duration::from_hours(1);

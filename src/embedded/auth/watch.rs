@@ -7,13 +7,13 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::refusal::Refusal;
 use super::services::no_secrets;
 use crate::embedded::ca::AuthorityType;
 use crate::embedded::store::{Change, Store, StoreError};
 use crate::embedded::{ClusterState, federation};
 use crate::pb::proto::{Event, Operation, Watch, event};
 use crate::pb::types;
+use crate::refusal::Refusal;
 
 /// Events that wait for a slow watcher before it is cut off.
 const BUFFER: usize = 16;

@@ -13,7 +13,7 @@ use http_body_util::Full;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use crate::embedded::outbound::{Outbound, OutboundError, Target};
+use crate::outbound::{Outbound, OutboundError, Target};
 use crate::query::encoded;
 
 /// The largest answer, in bytes: a description has a few KiB.

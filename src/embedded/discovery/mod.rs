@@ -19,12 +19,12 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::ClusterState;
-use super::outbound::{Outbound, OutboundError, Target};
 use super::resources::{Change, reconcile};
 use super::store::{Resource, StoreError};
 use crate::backoff::{Loudness, Repeated};
 use crate::crypto::jitter;
 use crate::env::Env;
+use crate::outbound::{Outbound, OutboundError, Target};
 use clusters::{Blind, KIND, Round};
 use config::{Config, Matcher};
 use eks::{Eks, EksError};

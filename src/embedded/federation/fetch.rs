@@ -10,7 +10,7 @@ use http_body_util::Full;
 
 use super::source::{Endpoint, SourceError};
 use super::verify;
-use crate::embedded::outbound::{Outbound, OutboundError};
+use crate::outbound::{Outbound, OutboundError};
 use crate::spiffe::SpiffeId;
 use crate::spiffe::bundle::MAX_DOCUMENT;
 

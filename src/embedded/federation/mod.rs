@@ -336,7 +336,7 @@ fn accept(
         });
         if source.get("static").is_none() {
             let next = now + schedule::interval(document.refresh_hint);
-            super::resources::set(&mut status, "next_sync_at", rfc3339(next));
+            crate::join::verify::set(&mut status, "next_sync_at", rfc3339(next));
         }
         resource.status = status;
         let revision = resource.revision.clone();

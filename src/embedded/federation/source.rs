@@ -3,7 +3,7 @@
 use http::Uri;
 use serde_json::Value;
 
-use crate::embedded::outbound::Target;
+use crate::outbound::Target;
 use crate::spiffe::SpiffeId;
 
 /// The longest URL that is taken, in bytes.

@@ -4,11 +4,12 @@ use std::time::SystemTime;
 
 use serde_json::{Value, json};
 
-use super::{METHODS, bot, role, set, token, view};
+use super::{bot, role, set, token, view};
 use crate::embedded::audit::Audit;
 use crate::embedded::federation;
 use crate::embedded::instant::rfc3339;
 use crate::embedded::store::{Put, Resource, Store, StoreError, Tx};
+use crate::join::verify;
 
 /// The label that ties a user or a role to its bot.
 const BOT_LABEL: &str = "teleport.internal/bot";
@@ -390,7 +391,7 @@ fn notes(tx: &Tx<'_>, resource: &Resource) -> Result<Vec<String>, StoreError> {
             ));
         }
         let method = resource.spec_text("/join_method");
-        if !METHODS.contains(&method) {
+        if verify::method(method).is_none() {
             notes.push(format!(
                 "this cluster does not verify the join method `{method}`: joining with this token \
                  is refused"

@@ -1,6 +1,6 @@
 //! `kind: workload_identity_x509_issuer_override`: SVIDs as part of another hierarchy.
 
-use super::{Resource, whole};
+use super::Resource;
 use crate::embedded::workload_identity::issuer_override::{NAME, read};
 use crate::yaml::Fields;
 
@@ -11,16 +11,13 @@ pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource) {
         }
     }
     if resource.name != NAME {
-        whole(
-            fields,
+        fields.error_here(
             format!("the name {:?} counts for nothing", resource.name),
             "the one that is used has the name `default`",
         );
     }
     if let Err(error) = read(&resource.spec) {
-        whole(
-            fields,
-            error.to_string(),
+        fields.error_here(error.to_string(),
             "write certificates as base64 of DER, the chain from the issuer on and without its root",
         );
     }

@@ -1,6 +1,6 @@
 //! `kind: lock`: whoever it targets is refused until it is removed or expires.
 
-use super::{Resource, set, time, whole};
+use super::{Resource, set, time};
 use crate::embedded::instant::rfc3339;
 use crate::yaml::Fields;
 
@@ -27,8 +27,7 @@ pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource) {
                 );
             }
             if given == 0 {
-                whole(
-                    &target,
+                target.error_here(
                     "locks nothing",
                     "name a user, role, bot_instance_id or join_token",
                 );

@@ -25,14 +25,15 @@ use serde_json::{Map, Value, json};
 
 use super::instant::{parse_rfc3339, rfc3339};
 use super::store::Resource;
-use crate::yaml::{self, Fields, Node, Problem, Problems, Severity};
+use crate::join::verify::set;
+use crate::yaml::{self, Fields, Node, Problems, Severity};
 
 pub use apply::{Applied, ApplyError, Mode, SPENT_BY, apply, remove, seed, spent};
 pub use bot::user_name as bot_user_name;
 pub use reconcile::{Change, reconcile};
 pub(in crate::embedded) use role::labels as selector;
 pub use served::is_label_key;
-pub use token::{METHODS, safe_name};
+pub use token::safe_name;
 
 /// A resource file that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -331,8 +332,7 @@ fn document(node: &Node, problems: &Problems, now: Option<SystemTime>) -> Option
             if let (Some(expires), Some(now)) = (resource.expires, now)
                 && expires <= now
             {
-                whole(
-                    &top,
+                top.error_here(
                     format!("the expiry {} is in the past", rfc3339(expires)),
                     "it would be gone at once; write a later time or leave it out",
                 );
@@ -441,27 +441,6 @@ fn bad_name(name: &str) -> Option<String> {
     name.chars()
         .find(|c| c.is_control() || "\\\"'<>|*?".contains(*c))
         .map(|c| format!("the name holds the character {c:?}"))
-}
-
-/// Puts `value` under `key` of the JSON object `object`, which is made if it is none.
-pub(super) fn set(object: &mut Value, key: &str, value: impl Into<Value>) {
-    if !object.is_object() {
-        *object = Value::Object(Map::new());
-    }
-    if let Value::Object(members) = object {
-        members.insert(key.to_owned(), value.into());
-    }
-}
-
-/// An error about the whole of a mapping.
-fn whole(fields: &Fields<'_>, message: impl Into<String>, hint: &str) {
-    fields.problems().push(Problem {
-        severity: Severity::Error,
-        span: (fields.span().line > 0).then(|| fields.span()),
-        path: fields.path().to_owned(),
-        message: message.into(),
-        hint: Some(hint.to_owned()),
-    });
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! `kind: workload_identity_x509_revocation`: an X.509-SVID that must not be trusted any more.
 
-use super::{Resource, set, time, whole};
+use super::{Resource, set, time};
 use crate::embedded::instant::rfc3339;
 use crate::yaml::Fields;
 
@@ -8,15 +8,13 @@ pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource) {
     let serial = &resource.name;
     let hex = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
     if serial.is_empty() || !serial.len().is_multiple_of(2) || !serial.bytes().all(hex) {
-        whole(
-            fields,
+        fields.error_here(
             format!("the name {serial:?} is no serial number"),
             "write the certificate's serial in lower-case hex, two digits a byte, no colons",
         );
     }
     if resource.expires.is_none() {
-        whole(
-            fields,
+        fields.error_here(
             "`metadata.expires` is required",
             "write the end of the certificate's life: until then it stays revoked",
         );

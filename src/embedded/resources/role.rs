@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{Resource, set, whole};
+use super::{Resource, set};
 use crate::embedded::pattern::is_clear;
 use crate::yaml::{self, Fields};
 
@@ -205,7 +205,7 @@ fn check_conditions(mut fields: Fields<'_>, deny: bool, conditions: &mut Value) 
             );
         }
         if deny && !impersonate.has("roles") && !impersonate.has("users") {
-            whole(&impersonate, "denies nothing", "list `roles` or `users`");
+            impersonate.error_here("denies nothing", "list `roles` or `users`");
         }
         impersonate.finish();
     }

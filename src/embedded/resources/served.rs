@@ -6,7 +6,7 @@
 
 use std::net::SocketAddr;
 
-use super::{Resource, whole};
+use super::Resource;
 use crate::yaml::Fields;
 
 /// The longest label of a DNS name, in bytes.
@@ -76,8 +76,7 @@ pub(super) fn check_app(fields: &mut Fields<'_>, resource: &mut Resource) {
     let name = &resource.name;
     let lower = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     if !name.chars().all(lower) || !is_dns_label(name) {
-        whole(
-            fields,
+        fields.error_here(
             format!("the name {name:?} cannot be part of a host name"),
             "an application is reached below the proxy's name: use up to 63 lower-case letters, \
              digits and `-`, a letter first",
@@ -101,8 +100,7 @@ pub(super) fn check_database(fields: &mut Fields<'_>, resource: &mut Resource) {
     let name = &resource.name;
     let plain = |c: char| c.is_ascii_alphanumeric() || c == '-';
     if !name.chars().all(plain) || !is_dns_label(name) {
-        whole(
-            fields,
+        fields.error_here(
             format!("the name {name:?} cannot name a database"),
             "use up to 63 letters, digits and `-`, a letter first",
         );
@@ -119,8 +117,7 @@ pub(super) fn check_kube_cluster(fields: &mut Fields<'_>, resource: &mut Resourc
     let name = &resource.name;
     let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     if !name.chars().all(plain) {
-        whole(
-            fields,
+        fields.error_here(
             format!("the name {name:?} cannot name a Kubernetes cluster"),
             "use letters, digits, `-`, `_` and `.`",
         );
@@ -140,8 +137,7 @@ pub(super) fn check_node(fields: &mut Fields<'_>, resource: &mut Resource) {
     const SUB_KINDS: &[&str] = &["", "teleport", "openssh", "openssh-ec2-ice"];
     check_labels(fields, resource);
     if !SUB_KINDS.contains(&resource.sub_kind.as_str()) {
-        whole(
-            fields,
+        fields.error_here(
             format!("{:?} is no sub_kind of a node", resource.sub_kind),
             "write `openssh`, or leave it out",
         );
@@ -175,8 +171,7 @@ pub fn is_label_key(key: &str) -> bool {
 
 fn check_labels(fields: &Fields<'_>, resource: &Resource) {
     for key in resource.labels.keys().filter(|key| !is_label_key(key)) {
-        whole(
-            fields,
+        fields.error_here(
             format!("{key:?} cannot be the key of a label"),
             "use letters, digits and `/._:*-`",
         );

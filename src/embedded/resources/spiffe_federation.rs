@@ -1,6 +1,6 @@
 //! `kind: spiffe_federation`: another trust domain, and where its bundle comes from.
 
-use super::{Resource, whole};
+use super::Resource;
 use crate::embedded::federation::source::Endpoint;
 use crate::spiffe::bundle::Document;
 use crate::spiffe::{SpiffeId, TrustDomain};
@@ -11,8 +11,7 @@ const SOURCES: &[&str] = &["static", "https_web", "https_spiffe"];
 
 pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource) {
     if TrustDomain::new(&resource.name).is_err() {
-        whole(
-            fields,
+        fields.error_here(
             format!("the name {:?} is no trust domain", resource.name),
             "write its bare name, without spiffe://: 1 to 255 of a-z, 0-9, '.', '-', '_'",
         );
@@ -30,8 +29,7 @@ pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource) {
         .filter(|key| source.has(key))
         .collect();
     if given.len() != 1 {
-        whole(
-            &source,
+        source.error_here(
             format!("{} sources are given", given.len()),
             "name exactly one of static, https_web and https_spiffe",
         );

@@ -1,13 +1,8 @@
 //! `kind: token`: who may join as which bot, and how it has to prove itself.
 
-use serde_json::{Value, json};
-
-use super::{Resource, set, whole};
+use super::{Resource, set};
+use crate::join::verify;
 use crate::yaml::Fields;
-
-/// Join methods that this cluster verifies. Tokens of other methods are stored, but joining with
-/// them is refused by name.
-pub const METHODS: &[&str] = &["token", "iam"];
 
 /// Join methods of Teleport's, in the order of its documentation.
 const KNOWN: &[&str] = &[
@@ -92,98 +87,19 @@ pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource) {
         );
     }
     set(&mut resource.spec, "bot_name", bot);
-    let allow = fields.sections("allow").unwrap_or_default();
     let method = if fields.has("join_method") {
         fields.one_of("join_method", KNOWN)
-    } else if allow.is_empty() {
+    } else if fields.list("allow").is_none_or(|rules| rules.is_empty()) {
         Some("token".to_owned())
     } else {
         Some("ec2".to_owned())
     };
     let Some(method) = method else { return };
-    let mut stored = Vec::new();
-    for mut rule in allow {
-        stored.push(check_rule(&mut rule, &method));
-        rule.finish();
-    }
-    match method.as_str() {
-        "iam" if stored.is_empty() && !fields.has("integration") => fields.error(
-            "allow",
-            "`allow` must have at least one rule for the join method `iam`",
-            Some("add `- aws_account: \"111111111111\"`"),
-        ),
-        "token" if !stored.is_empty() => fields.error(
-            "allow",
-            "allow rules mean nothing for the join method `token`",
-            Some("remove them, or write `join_method: iam`"),
-        ),
-        _ => {}
-    }
-    if !stored.is_empty() {
-        set(&mut resource.spec, "allow", stored);
+    match verify::method(&method) {
+        Some(verifier) => verifier.read(fields, &mut resource.spec),
+        None => fields.ignore("allow"),
     }
     set(&mut resource.spec, "join_method", method);
-}
-
-fn check_rule(rule: &mut Fields<'_>, method: &str) -> Value {
-    let mut stored = json!({});
-    for key in ["aws_account", "aws_arn", "aws_role", "aws_organization_id"] {
-        if let Some(text) = rule.string(key) {
-            set(&mut stored, key, text);
-        }
-    }
-    if let Some(regions) = rule.strings("aws_regions") {
-        set(&mut stored, "aws_regions", regions);
-    }
-    if let Some(mut units) = rule.section("aws_organizational_units") {
-        let (include, exclude) = (units.strings("include"), units.strings("exclude"));
-        units.finish();
-        set(
-            &mut stored,
-            "aws_organizational_units",
-            json!({"include": include.unwrap_or_default(), "exclude": exclude.unwrap_or_default()}),
-        );
-    }
-    if method != "iam" {
-        return stored;
-    }
-    for key in ["aws_role", "aws_regions"] {
-        if rule.has(key) {
-            rule.error(
-                key,
-                format!("`{key}` belongs to the join method `ec2`"),
-                Some("remove it; `aws_arn` limits the role"),
-            );
-        }
-    }
-    for key in ["aws_organization_id", "aws_organizational_units"] {
-        if rule.has(key) {
-            rule.error(
-                key,
-                "rules on AWS organizations are not supported by this cluster",
-                Some("use `aws_account` and `aws_arn`"),
-            );
-        }
-    }
-    let text = |key| stored.get(key).and_then(Value::as_str);
-    let account = text("aws_account");
-    if let Some(account) = account
-        && (account.len() != 12 || !account.bytes().all(|b| b.is_ascii_digit()))
-    {
-        rule.error(
-            "aws_account",
-            format!("{account:?} is no AWS account: it has to be 12 digits"),
-            Some("quote it, a leading 0 counts"),
-        );
-    }
-    if account.is_none() && text("aws_arn").is_none() {
-        whole(
-            rule,
-            "a rule needs `aws_account` or `aws_arn`",
-            "without one it would let in every AWS account",
-        );
-    }
-    stored
 }
 
 #[cfg(test)]

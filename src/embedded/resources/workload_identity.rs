@@ -1,6 +1,6 @@
 //! `kind: workload_identity`: a SPIFFE ID and who may have it.
 
-use super::{Resource, whole};
+use super::Resource;
 use crate::embedded::workload_identity::resource::{spec_from_json, spec_to_json};
 use crate::yaml::Fields;
 
@@ -10,8 +10,7 @@ pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource) {
     }
     match spec_from_json(&resource.spec) {
         Ok(spec) => resource.spec = spec_to_json(&spec),
-        Err(error) => whole(
-            fields,
+        Err(error) => fields.error_here(
             format!("`{}` {}", error.path, error.problem),
             "correct it as the reference of the resource says",
         ),

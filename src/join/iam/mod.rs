@@ -4,7 +4,8 @@
 mod sign;
 pub mod verify;
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use aws_config::{BehaviorVersion, Region, SdkConfig};
@@ -13,8 +14,13 @@ use aws_credential_types::provider::ProvideCredentials as _;
 
 pub(crate) use self::sign::domain;
 use self::sign::{Endpoint, Fips};
-use super::{JoinError, JoinMethod, Proof, Renewal};
+use super::{JoinError, JoinMethod, Proof, Prover, Surroundings};
 use crate::env::Env;
+use crate::pb::teleport::join::v1::{
+    ClientParams, IamChallenge, IamChallengeSolution, IamInit, challenge, challenge_solution,
+    join_request,
+};
+use crate::yaml::Fields;
 
 /// The region of the request where the machine names none. Right in the commercial partition only.
 const FALLBACK_REGION: &str = "us-east-1";
@@ -25,24 +31,70 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const DISABLE_FIPS: &str = "TELEPORT_UNSTABLE_DISABLE_AWS_FIPS";
 
 /// Join method `iam`.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub struct Iam;
 
-#[async_trait]
 impl JoinMethod for Iam {
     fn name(&self) -> &'static str {
         "iam"
     }
 
-    fn renewal(&self) -> Renewal {
-        Renewal::Rejoin
+    fn read(&self, _section: Option<&mut Fields<'_>>) -> Arc<dyn Prover> {
+        Arc::new(Self)
     }
 
-    async fn prepare(&self) -> Result<Proof, JoinError> {
-        let (credentials, endpoint) = in_time(Box::pin(aws_identity())).await?;
-        Ok(Proof::Iam(Box::new(move |challenge, now| {
-            sign::identity_request(&credentials, &endpoint, challenge, now)
-        })))
+    fn hint(&self, _code: Option<tonic::Code>) -> &'static str {
+        " (check that onboarding.token names an iam token, that one of its allow rules has this \
+         machine's AWS account and role ARN as `aws sts get-caller-identity` prints them, and that \
+         the clock is right)"
+    }
+}
+
+#[async_trait]
+impl Prover for Iam {
+    fn method(&self) -> &'static dyn JoinMethod {
+        &Self
+    }
+
+    async fn prepare(&self, around: &Surroundings<'_>) -> Result<Box<dyn Proof>, JoinError> {
+        let (credentials, endpoint) = in_time(Box::pin(aws_identity(around.env))).await?;
+        Ok(Box::new(Signer {
+            credentials,
+            endpoint,
+        }))
+    }
+}
+
+/// An AWS identity that signs the cluster's challenge.
+#[derive(Debug)]
+struct Signer {
+    credentials: Credentials,
+    endpoint: Endpoint,
+}
+
+#[async_trait]
+impl Proof for Signer {
+    fn opening(&self, client_params: ClientParams) -> join_request::Payload {
+        join_request::Payload::IamInit(IamInit {
+            client_params: Some(client_params),
+        })
+    }
+
+    async fn solve(
+        &mut self,
+        challenge: challenge::Payload,
+        now: SystemTime,
+    ) -> Result<Option<challenge_solution::Payload>, JoinError> {
+        let challenge::Payload::IamChallenge(IamChallenge { challenge }) = challenge else {
+            return Ok(None);
+        };
+        let sts_identity_request =
+            sign::identity_request(&self.credentials, &self.endpoint, &challenge, now)?;
+        Ok(Some(challenge_solution::Payload::IamChallengeSolution(
+            IamChallengeSolution {
+                sts_identity_request,
+            },
+        )))
     }
 }
 
@@ -59,9 +111,9 @@ async fn in_time<T>(work: impl Future<Output = Result<T, JoinError>>) -> Result<
 
 /// Credentials by AWS's standard chain (environment, profile, SSO, process, web identity, container
 /// endpoint, instance metadata), and where AWS is asked about them.
-async fn aws_identity() -> Result<(Credentials, Endpoint), JoinError> {
+async fn aws_identity(env: &Env) -> Result<(Credentials, Endpoint), JoinError> {
     let config = aws_config::load_defaults(BehaviorVersion::latest()).await;
-    let endpoint = endpoint_of(&config, &Env::of_process());
+    let endpoint = endpoint_of(&config, env);
     let provider = config
         .credentials_provider()
         .ok_or_else(|| proof("the AWS SDK offers no credential chain"))?;

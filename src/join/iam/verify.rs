@@ -1,18 +1,22 @@
-//! The verifying half of join method `iam`: pure, without a network.
+//! The verifying half of join method `iam`; what is in this file is pure, without a network.
 //!
 //! A bot proves its AWS identity with a signed `sts:GetCallerIdentity` request that it does not
 //! send. The cluster sends it, so everything that decides *where* and *what* is pinned here: the
 //! host must be one of AWS's, the challenge must be signed, and the request that goes out is
 //! rebuilt from an allow-list (facts: upstream `lib/auth/join_iam.go`).
 
+mod method;
+mod sts;
+
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
-use base64::Engine as _;
 use serde_json::Value;
 use time::{OffsetDateTime, PrimitiveDateTime, macros::format_description};
 
-use crate::crypto::{random, sha256};
+pub use method::Iam;
+
+use crate::crypto::sha256;
 
 /// The body of every request, byte for byte.
 pub const BODY: &str = "Action=GetCallerIdentity&Version=2011-06-15";
@@ -155,12 +159,6 @@ pub enum IamError {
     /// The identity is real, but no rule of the token lets it in.
     #[error("instance {0} did not match any allow rules")]
     NoRule(String),
-}
-
-/// A new challenge: 32 random bytes, base64 of the standard alphabet without padding.
-#[must_use]
-pub fn challenge() -> String {
-    base64::engine::general_purpose::STANDARD_NO_PAD.encode(random::<32>())
 }
 
 /// A checked request, ready to be sent to AWS.

@@ -1,4 +1,4 @@
-//! Requests to AWS and to bundle endpoints: one connection each, no redirects, bounded in time and
+//! Requests to other services over HTTP: one connection each, no redirects, bounded in time and
 //! size.
 
 use std::fmt;
@@ -7,16 +7,15 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request, StatusCode, Uri};
-use http_body_util::{BodyExt as _, Full, Limited};
-use hyper::client::conn::http1;
-use hyper_util::rt::TokioIo;
+use http_body_util::Full;
 use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
-use tokio_util::task::AbortOnDropHandle;
+
+use crate::exchange::ask_for_bytes;
 
 /// The longest that one answer may take, from connecting to the last byte.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -52,7 +51,7 @@ pub enum OutboundError {
 
 /// Where a request goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Target {
+pub struct Target {
     host: String,
     port: u16,
     secure: bool,
@@ -60,12 +59,12 @@ pub(super) struct Target {
 
 impl Target {
     /// The usual port of an HTTPS host.
-    pub(super) fn https(host: &str) -> Self {
+    pub(crate) fn https(host: &str) -> Self {
         Self::https_at(host, 443)
     }
 
     /// A port of an HTTPS host.
-    pub(super) fn https_at(host: &str, port: u16) -> Self {
+    pub(crate) fn https_at(host: &str, port: u16) -> Self {
         Self {
             host: host.to_owned(),
             port,
@@ -74,7 +73,7 @@ impl Target {
     }
 
     /// A configured endpoint: an http or https URL with a host and nothing behind it.
-    pub(super) fn parse(url: &str) -> Option<Self> {
+    pub(crate) fn parse(url: &str) -> Option<Self> {
         let uri: Uri = url.parse().ok()?;
         let secure = match uri.scheme_str()? {
             "https" => true,
@@ -93,7 +92,7 @@ impl Target {
     }
 
     /// What the `Host` header says: the port only if it is not the usual one.
-    pub(super) fn authority(&self) -> String {
+    pub(crate) fn authority(&self) -> String {
         match (self.secure, self.port) {
             (true, 443) | (false, 80) => self.host.clone(),
             (_, port) => format!("{}:{port}", self.host),
@@ -101,7 +100,7 @@ impl Target {
     }
 
     /// The URL of `path`, which begins with a slash.
-    pub(super) fn url(&self, path: &str) -> String {
+    pub(crate) fn url(&self, path: &str) -> String {
         let scheme = if self.secure { "https" } else { "http" };
         format!("{scheme}://{}{path}", self.authority())
     }
@@ -109,18 +108,18 @@ impl Target {
 
 /// An answer, whatever its status.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Answer {
+pub(crate) struct Answer {
     /// Its status.
-    pub(super) status: StatusCode,
+    pub(crate) status: StatusCode,
     /// Where it says to look instead.
-    pub(super) location: Option<String>,
+    pub(crate) location: Option<String>,
     /// Its body, whole.
-    pub(super) body: Bytes,
+    pub(crate) body: Bytes,
 }
 
 /// What sends requests; clones share it.
 #[derive(Clone)]
-pub(super) struct Outbound {
+pub struct Outbound {
     tls: Arc<ClientConfig>,
 }
 
@@ -135,7 +134,7 @@ impl Outbound {
     ///
     /// # Errors
     /// [`OutboundError::Answer`] if the TLS library refuses its own defaults.
-    pub(super) fn new() -> Result<Self, OutboundError> {
+    pub(crate) fn new() -> Result<Self, OutboundError> {
         let mut roots = RootCertStore::empty();
         let native = rustls_native_certs::load_native_certs();
         let (_, unusable) = roots.add_parsable_certificates(native.certs);
@@ -158,7 +157,7 @@ impl Outbound {
     }
 
     /// Uses a TLS configuration of the caller's.
-    pub(super) fn with(mut config: ClientConfig) -> Self {
+    pub(crate) fn with(mut config: ClientConfig) -> Self {
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         Self {
             tls: Arc::new(config),
@@ -169,7 +168,7 @@ impl Outbound {
     ///
     /// # Errors
     /// [`OutboundError`]; a status other than 200 is an answer.
-    pub(super) async fn send(
+    pub(crate) async fn send(
         &self,
         target: &Target,
         request: Request<Full<Bytes>>,
@@ -208,30 +207,19 @@ async fn exchange<S>(
     most: usize,
 ) -> Result<Answer, OutboundError>
 where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    S: AsyncRead + AsyncWrite + Unpin + Send,
 {
-    let unusable = |reason: String| OutboundError::Answer {
-        address: address.to_owned(),
-        reason,
-    };
-    let hyper = |source: hyper::Error| unusable(source.to_string());
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
+    let response = ask_for_bytes(stream, request, most)
         .await
-        .map_err(hyper)?;
-    let _driver = AbortOnDropHandle::new(tokio::spawn(connection));
-    let response = sender.send_request(request).await.map_err(hyper)?;
-    let status = response.status();
+        .map_err(|source| OutboundError::Answer {
+            address: address.to_owned(),
+            reason: source.to_string(),
+        })?;
     let location = response.headers().get(http::header::LOCATION);
-    let location = location.and_then(|value| value.to_str().ok().map(str::to_owned));
-    let body = Limited::new(response.into_body(), most)
-        .collect()
-        .await
-        .map_err(|source| unusable(source.to_string()))?
-        .to_bytes();
     Ok(Answer {
-        status,
-        location,
-        body,
+        status: response.status(),
+        location: location.and_then(|value| value.to_str().ok().map(str::to_owned)),
+        body: response.into_body(),
     })
 }
 

@@ -1,0 +1,175 @@
+//! The cluster's half of joining: a registry, and one folder per join method beside the agent's half.
+//!
+//! Nothing here or in a method's `verify.rs` imports anything of the agent's (ring 0 only), so that a
+//! mistake of one half cannot hide in the other. A [`Verifier`] reads what a token resource says of
+//! its method, and judges a proof. The messages are those of the newer protocol; whoever speaks the
+//! older one puts its forms into them.
+
+mod world;
+
+use std::fmt;
+use std::time::SystemTime;
+
+use async_trait::async_trait;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD_NO_PAD;
+use serde_json::{Map, Value};
+
+pub use world::{World, WorldError};
+
+use crate::crypto::random;
+use crate::pb::teleport::join::v1::{challenge, challenge_solution, join_request};
+use crate::refusal::Refusal;
+use crate::yaml::Fields;
+
+/// The join methods that a cluster verifies, by the `join_method` of a token.
+pub const VERIFIERS: &[&dyn Verifier] = &[&super::iam::verify::Iam, &super::token::verify::Token];
+
+/// The verifier of `join_method: name`.
+pub fn method(name: &str) -> Option<&'static dyn Verifier> {
+    VERIFIERS.iter().copied().find(|it| it.name() == name)
+}
+
+/// A new challenge: 32 random bytes, base64 of the standard alphabet without padding.
+#[must_use]
+pub fn challenge() -> String {
+    STANDARD_NO_PAD.encode(random::<32>())
+}
+
+/// Which messages carry a method's proof. In the older protocol each but the first two has a call of
+/// its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Carrier {
+    /// Nothing but the token.
+    Token,
+    /// An ID token of an OIDC issuer.
+    IdToken,
+    /// `IAMInit`.
+    Iam,
+    /// `AzureInit`.
+    Azure,
+    /// `TPMInit`.
+    Tpm,
+    /// `OracleInit`.
+    Oracle,
+    /// `BoundKeypairInit`.
+    BoundKeypair,
+}
+
+impl Carrier {
+    /// Which carrier a first message belongs to; `None` if it is none.
+    pub fn of(opening: &join_request::Payload) -> Option<Self> {
+        use join_request::Payload as Opening;
+        Some(match opening {
+            Opening::TokenInit(_) => Self::Token,
+            Opening::OidcInit(_) => Self::IdToken,
+            Opening::IamInit(_) => Self::Iam,
+            Opening::AzureInit(_) => Self::Azure,
+            Opening::TpmInit(_) => Self::Tpm,
+            Opening::OracleInit(_) => Self::Oracle,
+            Opening::BoundKeypairInit(_) => Self::BoundKeypair,
+            Opening::ClientInit(_) | Opening::Solution(_) | Opening::GivingUp(_) => return None,
+        })
+    }
+}
+
+/// One join, as far as a verifier may know it.
+#[derive(Debug, Clone, Copy)]
+pub struct Joining<'a> {
+    /// The token's name.
+    pub token: &'a str,
+    /// The token's `spec`, as [`Verifier::read`] left it.
+    pub spec: &'a Value,
+    /// The cluster's name.
+    pub cluster: &'a str,
+    /// When.
+    pub now: SystemTime,
+    /// The client's first message, of the verifier's carrier. The keys in it are none of its business.
+    pub opening: &'a join_request::Payload,
+    /// A fresh random text, for methods that have one signed.
+    pub challenge: &'a str,
+    /// Whom the cluster asks.
+    pub world: &'a World,
+}
+
+/// The client at the other end.
+#[async_trait]
+pub trait Dialogue: Send {
+    /// Asks, and waits for the answer.
+    ///
+    /// # Errors
+    /// The client has gone, gave up, or said something else.
+    async fn ask(
+        &mut self,
+        challenge: challenge::Payload,
+    ) -> Result<challenge_solution::Payload, Refusal>;
+}
+
+/// What became known of who joins, for whatever way it ends.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Seen {
+    /// `attributes` of the audit event, for example `Account`. No secrets.
+    pub metadata: Value,
+    /// The method's part of the join attributes, in the order of the protocol's fields; workload
+    /// identities see it as `join.<method>`.
+    pub attributes: Option<Map<String, Value>>,
+    /// For the audit log: which allow rule came how close. No secrets.
+    pub near: Option<String>,
+}
+
+/// One join method: the cluster's half.
+#[async_trait]
+pub trait Verifier: Send + Sync + fmt::Debug {
+    /// The token's `join_method`.
+    fn name(&self) -> &'static str;
+    /// Which messages carry its proof.
+    fn carrier(&self) -> Carrier;
+    /// The member of the join attributes that is the method's.
+    fn attributes(&self) -> &'static str {
+        self.name()
+    }
+    /// Reads what the `spec` of a token resource says of this method: problems go to `spec`, the
+    /// normal form into `stored`.
+    fn read(&self, spec: &mut Fields<'_>, stored: &mut Value);
+    /// Judges the proof, and whether a rule of the token lets its owner in. What becomes known goes
+    /// into `seen` as soon as it is known.
+    ///
+    /// # Errors
+    /// The refusal that the client gets.
+    async fn verify(
+        &self,
+        joining: &Joining<'_>,
+        dialogue: &mut dyn Dialogue,
+        seen: &mut Seen,
+    ) -> Result<(), Refusal>;
+}
+
+/// Writes `value` under `key` of a JSON object.
+pub fn set(object: &mut Value, key: &str, value: impl Into<Value>) {
+    if !object.is_object() {
+        *object = Value::Object(Map::new());
+    }
+    if let Value::Object(members) = object {
+        members.insert(key.to_owned(), value.into());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn agents_and_clusters_know_the_same_methods() {
+        let agents: Vec<_> = crate::join::METHODS.iter().map(|it| it.name()).collect();
+        let clusters: Vec<_> = VERIFIERS.iter().map(|it| it.name()).collect();
+        assert_eq!(agents, clusters);
+        assert!(clusters.is_sorted(), "{clusters:?}");
+    }
+
+    #[test]
+    fn challenges_are_new_each_time() {
+        assert_ne!(challenge(), challenge());
+        assert_eq!(challenge().len(), 43);
+        assert!(!challenge().contains('='));
+    }
+}
