@@ -147,7 +147,7 @@ impl Exchange {
                         Ok(None) => {
                             let method = self.method;
                             let problem =
-                                format!("it sent a challenge that is not of method {method}");
+                                format!("it sent a challenge that has no place in method {method}");
                             let reason = Reason::UnsupportedMessageType;
                             return Err(wrap(self.give_up(reason, problem).await));
                         }
@@ -169,7 +169,7 @@ impl Exchange {
         tokio::spawn(self.end());
         let unusable = |problem: &str| wrap(unusable(METHOD, problem));
         let Some(result::Payload::BotResult(bot)) = joined.payload else {
-            return Err(unusable("its result is not one of a bot"));
+            return Err(unusable("its result holds no certificates of a bot"));
         };
         let certificates = bot
             .certificates

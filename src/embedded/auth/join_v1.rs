@@ -14,7 +14,7 @@ use super::join::{Door, unsupported};
 use super::{Auth, Refusal, blocking, caller, user_agent};
 use crate::crypto::{pem, ssh};
 use crate::embedded::caller::Caller;
-use crate::join::verify::{self, Dialogue};
+use crate::join::verify::{self, Carrier, Dialogue, Verifier};
 use crate::pb::proto::Certs;
 use crate::pb::teleport::join::v1::join_request::Payload as Heard;
 use crate::pb::teleport::join::v1::join_response::Payload as Say;
@@ -29,9 +29,6 @@ use crate::pb::types::RegisterUsingTokenRequest;
 const STREAM: Duration = Duration::from_mins(1);
 /// How much of a client's reason for giving up is kept, in characters.
 const MAX_REASON: usize = 512;
-
-/// What the client is to send after its first message, as a refusal names it.
-const FIRST: &str = "the init message of a join method";
 
 /// What a client sends.
 type Requests<'a> = Pin<&'a mut (dyn Stream<Item = Result<JoinRequest, Status>> + Send)>;
@@ -86,13 +83,17 @@ impl Auth {
         };
         say(responses, Say::Init(init)).await?;
 
-        let Some(mut opening) = next(&mut requests).await? else {
-            return Err(refuse(attempt, unexpected(None, FIRST)).await);
+        let heard = next(&mut requests).await?;
+        let carrier = verify::method(attempt.method()).map(Verifier::carrier);
+        let mut opening = match heard {
+            Some(opening) if Carrier::of(&opening) == carrier => opening,
+            heard => {
+                let wanted = format!("the init message of method {}", attempt.method());
+                return Err(refuse(attempt, unexpected(heard, &wanted)).await);
+            }
         };
-        let Some(params) = client_params(&mut opening) else {
-            return Err(refuse(attempt, unexpected(Some(opening), FIRST)).await);
-        };
-        if let Err(refusal) = take(params.take(), &mut attempt.request) {
+        let params = client_params(&mut opening).and_then(Option::take);
+        if let Err(refusal) = take(params, &mut attempt.request) {
             return Err(refuse(attempt, refusal).await);
         }
         let mut client = Client {

@@ -68,8 +68,8 @@ spec:
 ---
 kind: token
 version: v2
-metadata: {name: hub}
-spec: {roles: [Bot], bot_name: example, join_method: github, github: {allow: [{repository: a/b}]}}
+metadata: {name: nodes}
+spec: {roles: [Bot], bot_name: example, join_method: ec2, allow: [{aws_account: "123456789012"}]}
 "#;
 
 struct Lab {
@@ -364,12 +364,9 @@ async fn joins_that_are_refused_leave_the_token() {
         text.contains("only valid for the iam join method"),
         "{text}"
     );
-    let (code, text) = send(&|request| request.token = "hub".to_owned()).await;
-    assert_eq!(code, Code::PermissionDenied);
-    assert!(
-        text.contains("does not verify the join method \"github\""),
-        "{text}"
-    );
+    let (code, text) = send(&|request| request.token = "nodes".to_owned()).await;
+    assert_eq!(code, Code::InvalidArgument);
+    assert_eq!(text, "unsupported join method \"ec2\" for bot");
     lab.join("once-and-never-again").await.unwrap();
 }
 

@@ -61,6 +61,7 @@ impl Prover for Iam {
         Ok(Box::new(Signer {
             credentials,
             endpoint,
+            signed: false,
         }))
     }
 }
@@ -70,6 +71,8 @@ impl Prover for Iam {
 struct Signer {
     credentials: Credentials,
     endpoint: Endpoint,
+    /// One join is worth one signature.
+    signed: bool,
 }
 
 #[async_trait]
@@ -88,6 +91,11 @@ impl Proof for Signer {
         let challenge::Payload::IamChallenge(IamChallenge { challenge }) = challenge else {
             return Ok(None);
         };
+        // Signing nothing would make a request that anybody could use again.
+        if challenge.is_empty() || self.signed {
+            return Ok(None);
+        }
+        self.signed = true;
         let sts_identity_request =
             sign::identity_request(&self.credentials, &self.endpoint, &challenge, now)?;
         Ok(Some(challenge_solution::Payload::IamChallengeSolution(

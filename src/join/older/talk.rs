@@ -71,7 +71,7 @@ impl<Q, A> Talk<Q, A> {
         proof
             .solve(challenge, now)
             .await?
-            .ok_or_else(|| self.unusable("it sent a challenge that is not of this method"))
+            .ok_or_else(|| self.unusable("it sent a challenge that has no place in this method"))
     }
 
     /// Why what was heard is of no use.
