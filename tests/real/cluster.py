@@ -38,7 +38,9 @@ def run(*command, env=None, check=True, data=None):
 
 
 class Cluster:
-    def __init__(self, binaries, directory, venv_python):
+    def __init__(self, binaries, directory, venv_python, issuers, documents):
+        """`issuers` are names of OIDC issuers; `documents` gives what one of them answers under a path."""
+        self.issuers, StsFront.documents = tuple(issuers), staticmethod(documents)
         self.bin, self.dir, self.python = Path(binaries), Path(directory), venv_python
         self.children = []
         self.bundle = self.dir / "bundle.pem"
@@ -94,7 +96,7 @@ class Cluster:
 
     def names(self):
         hosts = self.dir / "hosts"
-        names = ("localhost", *STS, PROXY.split(":")[0])
+        names = ("localhost", *STS, *self.issuers, PROXY.split(":")[0])
         hosts.write_text("".join(f"127.0.0.1 {name}\n" for name in names))
         run("mount", "--bind", hosts, "/etc/hosts")
         run("ip", "link", "set", "lo", "up")
@@ -103,7 +105,7 @@ class Cluster:
         d = self.dir
         run("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days",
             "2", "-keyout", d / "ca.key", "-out", d / "ca.crt", "-subj", "/CN=roots of the trial")
-        for name, sans in (("sts", STS), ("web", (PROXY.split(":")[0], "*." + PROXY.split(":")[0], "localhost"))):
+        for name, sans in (("sts", (*STS, *self.issuers)), ("web", (PROXY.split(":")[0], "*." + PROXY.split(":")[0], "localhost"))):
             names = ",".join(f"DNS:{san}" for san in sans)
             run("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days",
                 "2", "-CA", d / "ca.crt", "-CAkey", d / "ca.key", "-keyout", d / f"{name}.key", "-out",
@@ -264,6 +266,10 @@ class Kubernetes(Application):
 class StsFront(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
+    def do_GET(self):
+        found = self.documents(self.headers.get("host", ""), self.path)
+        self.answer(200 if found else 404, json.dumps(found))
+
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
         request = urllib.request.Request(MOTO + self.path, body, dict(self.headers), method="POST")
@@ -274,6 +280,9 @@ class StsFront(http.server.BaseHTTPRequestHandler):
             status, text = refusal.code, refusal.read().decode()
         if "json" in self.headers.get("accept", ""):
             text = json.dumps(as_json(status, text))
+        self.answer(status, text)
+
+    def answer(self, status, text):
         data = text.encode()
         self.send_response(status)
         self.send_header("content-type", "application/json")

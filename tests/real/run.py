@@ -19,6 +19,7 @@ if INSIDE not in os.environ:
     os.environ[INSIDE] = "1"
     os.execvp("unshare", ["unshare", "--mount", "--net", "--propagation=private", sys.executable, *sys.argv])
 
+import joining  # noqa: E402
 from cluster import Cluster, run, wait  # noqa: E402
 from steps import STEPS  # noqa: E402
 
@@ -99,7 +100,7 @@ def main():
     directory = chosen.keep or Path(tempfile.mkdtemp(prefix="tbot-real-"))
     directory.mkdir(parents=True, exist_ok=True)
     venv = Path(os.environ.get("TBOT_TEST_VENV", ROOT / "target/venv")) / "bin/python"
-    cluster = Cluster(chosen.binaries.resolve(), directory, venv)
+    cluster = Cluster(chosen.binaries.resolve(), directory, venv, joining.hosts(), joining.document)
     known = {function.__name__: function for function in STEPS}
     unknown = set(chosen.steps) - set(known)
     if unknown:

@@ -4,6 +4,7 @@ import re
 import signal
 import time
 
+import joining
 import outputs
 import ssh
 import workload
@@ -109,6 +110,10 @@ def token_join(t):
             agent.send_signal(signal.SIGHUP)
     finally:
         t.end(agent)
+
+
+for function in joining.STEPS:
+    step(function)
 
 
 @step
