@@ -1,8 +1,10 @@
 //! Keys, certificates and their encodings, over the one crypto provider of the program.
 //!
 //! [`PrivateKey`] makes and holds keys, [`suite`] says which algorithm a cluster asks for,
-//! [`x509`] reads certificates, [`ssh`] reads and writes OpenSSH's forms, [`pem`] frames DER.
+//! [`x509`] reads certificates, [`ssh`] reads and writes OpenSSH's forms, [`pem`] frames DER, `jws`
+//! verifies signed JSON.
 
+pub(crate) mod jws;
 mod key;
 pub mod pem;
 pub mod ssh;

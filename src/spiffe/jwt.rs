@@ -2,27 +2,14 @@
 
 use std::time::{Duration, SystemTime};
 
-use aws_lc_rs::signature::{
-    ECDSA_P256_SHA256_FIXED, ECDSA_P384_SHA384_FIXED, ECDSA_P521_SHA512_FIXED,
-    RSA_PKCS1_2048_8192_SHA256, RSA_PKCS1_2048_8192_SHA384, RSA_PKCS1_2048_8192_SHA512,
-    RSA_PSS_2048_8192_SHA256, RSA_PSS_2048_8192_SHA384, RSA_PSS_2048_8192_SHA512,
-    UnparsedPublicKey, VerificationAlgorithm,
-};
-use base64::Engine as _;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use der::asn1::UintRef;
-use der::{Decode as _, Encode as _};
-use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use x509_cert::spki::SubjectPublicKeyInfoRef;
 
 use super::{SpiffeId, TrustDomain};
-use crate::crypto::{sha256, spki_from_pem};
+use crate::crypto::jws::{JwsError, Kind, PublicKey, Token};
+use crate::crypto::spki_from_pem;
 
 /// How far two clocks may differ.
 const LEEWAY: Duration = Duration::from_mins(1);
-/// The longest token that is looked at, in bytes.
-const MAX_TOKEN: usize = 64 * 1024;
 
 /// Why a JWT-SVID or a key is not accepted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -57,28 +44,10 @@ pub enum JwtError {
     Key,
 }
 
-/// A key that verifies JWT-SVIDs.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Key {
-    kid: String,
-    kind: Kind,
-    /// PKCS#1 for RSA, the uncompressed point for ECDSA: what the crypto library reads.
-    bytes: Vec<u8>,
-    jwk: Map<String, Value>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Rsa,
-    P256,
-    P384,
-    P521,
-}
-
 /// The JWT keys of one trust domain.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct JwtBundle {
-    keys: Vec<Key>,
+    keys: Vec<PublicKey>,
 }
 
 impl JwtBundle {
@@ -86,7 +55,10 @@ impl JwtBundle {
     pub fn from_pems<'a>(pems: impl IntoIterator<Item = &'a str>) -> Result<Self, JwtError> {
         let keys = pems
             .into_iter()
-            .map(|pem| Key::new(&spki_from_pem(pem).map_err(|_source| JwtError::Key)?))
+            .map(|pem| {
+                let spki = spki_from_pem(pem).map_err(|_source| JwtError::Key)?;
+                PublicKey::from_spki(&spki).ok_or(JwtError::Key)
+            })
             .collect::<Result<_, _>>()?;
         Ok(Self { keys })
     }
@@ -95,14 +67,17 @@ impl JwtBundle {
     /// passed over.
     #[must_use]
     pub fn from_jwks<'a>(keys: impl IntoIterator<Item = &'a Map<String, Value>>) -> Self {
-        let keys = keys.into_iter().filter_map(Key::from_jwk).collect();
-        Self { keys }
+        let keys = keys.into_iter().filter_map(PublicKey::from_jwk);
+        let keys = keys.filter(|key| !key.kid().is_empty() && key.kind() != Kind::Ed25519);
+        Self {
+            keys: keys.collect(),
+        }
     }
 
     /// A JWK Set with `kid` and without `use`, as the Workload API sends it.
     #[must_use]
     pub fn jwks(&self) -> Vec<u8> {
-        let keys: Vec<&Map<String, Value>> = self.keys.iter().map(|key| &key.jwk).collect();
+        let keys: Vec<&Map<String, Value>> = self.keys.iter().map(PublicKey::jwk).collect();
         json!({ "keys": keys }).to_string().into_bytes()
     }
 
@@ -117,111 +92,6 @@ impl JwtBundle {
     pub fn is_empty(&self) -> bool {
         self.keys.is_empty()
     }
-}
-
-/// An RSA public key (PKCS#1).
-#[derive(der::Sequence)]
-struct RsaKey<'a> {
-    n: UintRef<'a>,
-    e: UintRef<'a>,
-}
-
-/// The curves of JWT-SVIDs: their names, and the bytes of a coordinate.
-const CURVES: &[(&str, Kind, usize)] = &[
-    ("P-256", Kind::P256, 32),
-    ("P-384", Kind::P384, 48),
-    ("P-521", Kind::P521, 66),
-];
-
-fn encode(bytes: &[u8]) -> String {
-    URL_SAFE_NO_PAD.encode(bytes)
-}
-
-impl Key {
-    fn new(spki: &[u8]) -> Result<Self, JwtError> {
-        let info = SubjectPublicKeyInfoRef::from_der(spki).map_err(|_source| JwtError::Key)?;
-        let bytes = info.subject_public_key.as_bytes().ok_or(JwtError::Key)?;
-        // The key ID is computed, not sent: over PKCS#1 for RSA, over the SPKI for the others.
-        if let Ok(key) = RsaKey::from_der(bytes) {
-            return Self::rsa(encode(&sha256(bytes)), &key).ok_or(JwtError::Key);
-        }
-        let point = bytes.strip_prefix(&[4]).ok_or(JwtError::Key)?;
-        let (x, y) = point.split_at(point.len() / 2);
-        let curve = CURVES.iter().find(|(_, _, length)| *length == x.len());
-        let curve = curve.ok_or(JwtError::Key)?;
-        Self::ec(encode(&sha256(spki)), curve, x, y).ok_or(JwtError::Key)
-    }
-
-    /// A key of a JWK Set; `None` if it lacks something, or signs no JWT-SVIDs.
-    fn from_jwk(jwk: &Map<String, Value>) -> Option<Self> {
-        let text = |name: &str| jwk.get(name).and_then(Value::as_str);
-        let bytes = |name: &str| URL_SAFE_NO_PAD.decode(text(name)?).ok();
-        let kid = text("kid").filter(|kid| !kid.is_empty())?.to_owned();
-        match text("kty")? {
-            "RSA" => {
-                let (n, e) = (bytes("n")?, bytes("e")?);
-                let (n, e) = (UintRef::new(&n).ok()?, UintRef::new(&e).ok()?);
-                Self::rsa(kid, &RsaKey { n, e })
-            }
-            "EC" => {
-                let name = text("crv")?;
-                let curve = CURVES.iter().find(|(known, ..)| *known == name)?;
-                Self::ec(kid, curve, &bytes("x")?, &bytes("y")?)
-            }
-            _ => None,
-        }
-    }
-
-    fn rsa(kid: String, key: &RsaKey<'_>) -> Option<Self> {
-        let (n, e) = (encode(key.n.as_bytes()), encode(key.e.as_bytes()));
-        let jwk = [("kty", "RSA".to_owned()), ("n", n), ("e", e)];
-        let bytes = key.to_der().ok()?;
-        Some(Self::of(kid, Kind::Rsa, bytes, jwk))
-    }
-
-    fn ec(
-        kid: String,
-        (name, kind, length): &(&str, Kind, usize),
-        x: &[u8],
-        y: &[u8],
-    ) -> Option<Self> {
-        if x.len() != *length || y.len() != *length {
-            return None;
-        }
-        let jwk = [
-            ("kty", "EC".to_owned()),
-            ("crv", (*name).to_owned()),
-            ("x", encode(x)),
-            ("y", encode(y)),
-        ];
-        Some(Self::of(kid, *kind, [&[4], x, y].concat(), jwk))
-    }
-
-    fn of(
-        kid: String,
-        kind: Kind,
-        bytes: Vec<u8>,
-        jwk: impl IntoIterator<Item = (&'static str, String)>,
-    ) -> Self {
-        let members = jwk.into_iter().chain([("kid", kid.clone())]);
-        let jwk = members
-            .map(|(name, text)| (name.to_owned(), Value::String(text)))
-            .collect();
-        Self {
-            kid,
-            kind,
-            bytes,
-            jwk,
-        }
-    }
-}
-
-#[derive(Deserialize)]
-struct Header {
-    alg: String,
-    kid: Option<String>,
-    typ: Option<String>,
-    crit: Option<Value>,
 }
 
 /// A verified JWT-SVID.
@@ -254,18 +124,15 @@ pub fn validate<'a>(
     now: SystemTime,
     bundle: impl FnOnce(&TrustDomain) -> Option<&'a JwtBundle>,
 ) -> Result<JwtSvid, JwtError> {
-    if token.len() > MAX_TOKEN {
-        return Err(JwtError::Malformed);
+    let token = Token::parse(token)?;
+    if token.header.alg == "EdDSA" || token.header.alg == "Ed25519" {
+        return Err(JwtError::Algorithm(token.header.alg));
     }
-    let (signed, signature) = token.rsplit_once('.').ok_or(JwtError::Malformed)?;
-    let (header, payload) = signed.split_once('.').ok_or(JwtError::Malformed)?;
-    let header: Header = json_part(header)?;
-    let (kind, algorithm) = algorithm(&header.alg)?;
-    // JWT-SVID.md 2.3, RFC 7515 4.1.11: whoever does not know an extension refuses the token.
-    if header.crit.is_some() || !matches!(header.typ.as_deref(), None | Some("JWT" | "JOSE")) {
+    // JWT-SVID.md 2.3.
+    if !matches!(token.header.typ.as_deref(), None | Some("JWT" | "JOSE")) {
         return Err(JwtError::Header);
     }
-    let claims: Map<String, Value> = json_part(payload)?;
+    let claims = &token.claims;
     let id: SpiffeId = claims
         .get("sub")
         .and_then(Value::as_str)
@@ -273,16 +140,9 @@ pub fn validate<'a>(
         .ok_or(JwtError::Subject)?;
     let untrusted = || JwtError::Untrusted(id.trust_domain().to_string());
     let keys = &bundle(id.trust_domain()).ok_or_else(untrusted)?.keys;
-    let signature = URL_SAFE_NO_PAD
-        .decode(signature)
-        .map_err(|_source| JwtError::Malformed)?;
     keys.iter()
-        .filter(|key| key.kind == kind && header.kid.as_ref() == Some(&key.kid))
-        .find(|key| {
-            UnparsedPublicKey::new(algorithm, &key.bytes)
-                .verify(signed.as_bytes(), &signature)
-                .is_ok()
-        })
+        .filter(|key| token.header.kid.as_deref() == Some(key.kid()))
+        .find(|key| token.is_signed_by(key))
         .ok_or_else(untrusted)?;
     let expires = claims.get("exp").and_then(time).ok_or(JwtError::Expired)?;
     if expires <= now - LEEWAY {
@@ -295,7 +155,7 @@ pub fn validate<'a>(
     }
     let svid = JwtSvid {
         id,
-        claims,
+        claims: token.claims,
         expires,
     };
     if !svid.is_for(audience) {
@@ -310,30 +170,21 @@ fn time(seconds: &Value) -> Option<SystemTime> {
     SystemTime::UNIX_EPOCH.checked_add(since)
 }
 
-fn json_part<T: serde::de::DeserializeOwned>(part: &str) -> Result<T, JwtError> {
-    let bytes = URL_SAFE_NO_PAD
-        .decode(part)
-        .map_err(|_source| JwtError::Malformed)?;
-    serde_json::from_slice(&bytes).map_err(|_source| JwtError::Malformed)
-}
-
-fn algorithm(name: &str) -> Result<(Kind, &'static dyn VerificationAlgorithm), JwtError> {
-    Ok(match name {
-        "RS256" => (Kind::Rsa, &RSA_PKCS1_2048_8192_SHA256),
-        "RS384" => (Kind::Rsa, &RSA_PKCS1_2048_8192_SHA384),
-        "RS512" => (Kind::Rsa, &RSA_PKCS1_2048_8192_SHA512),
-        "PS256" => (Kind::Rsa, &RSA_PSS_2048_8192_SHA256),
-        "PS384" => (Kind::Rsa, &RSA_PSS_2048_8192_SHA384),
-        "PS512" => (Kind::Rsa, &RSA_PSS_2048_8192_SHA512),
-        "ES256" => (Kind::P256, &ECDSA_P256_SHA256_FIXED),
-        "ES384" => (Kind::P384, &ECDSA_P384_SHA384_FIXED),
-        "ES512" => (Kind::P521, &ECDSA_P521_SHA512_FIXED),
-        other => return Err(JwtError::Algorithm(other.to_owned())),
-    })
+impl From<JwsError> for JwtError {
+    fn from(error: JwsError) -> Self {
+        match error {
+            JwsError::Malformed => Self::Malformed,
+            JwsError::Algorithm(name) => Self::Algorithm(name),
+            JwsError::Critical => Self::Header,
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use base64::Engine as _;
+    use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+
     use super::*;
     use crate::crypto::{KeyAlgorithm, PrivateKey};
 
@@ -352,7 +203,7 @@ mod tests {
 
     fn good(key: &PrivateKey) -> (Value, Value) {
         (
-            json!({ "alg": "RS256", "kid": bundle(key).keys[0].kid, "typ": "JWT" }),
+            json!({ "alg": "RS256", "kid": bundle(key).keys[0].kid(), "typ": "JWT" }),
             json!({ "sub": "spiffe://td/a", "aud": "x", "exp": 100 }),
         )
     }
@@ -415,7 +266,7 @@ mod tests {
             assert_eq!(check(&header, &claims, NOW), Err(JwtError::Header));
         }
         for alg in ["none", "HS256", "EdDSA", ""] {
-            let header = json!({ "alg": alg, "kid": bundle.keys[0].kid });
+            let header = json!({ "alg": alg, "kid": bundle.keys[0].kid() });
             assert_eq!(
                 check(&header, &claims, NOW),
                 Err(JwtError::Algorithm(alg.to_owned()))
