@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-pub(crate) use directory::unescape;
+pub(crate) use crate::query::unescape;
 pub(crate) use kubernetes_secret::{Secrets, label_problem, manifest, namespace_problem};
 
 use crate::secret::Secret;

@@ -6,8 +6,17 @@
 //! Each method's folder has both halves: `mod.rs` proves, `verify.rs` is the half of the embedded
 //! cluster and imports nothing of the agent.
 
+pub mod azure_devops;
+pub mod bitbucket;
+pub mod circleci;
+pub mod env0;
+pub mod github;
+pub mod gitlab;
 pub mod iam;
+mod id_token;
 pub mod session;
+pub mod spacelift;
+pub mod terraform_cloud;
 pub mod token;
 pub mod verify;
 
@@ -36,7 +45,18 @@ use crate::secret::Secret;
 use crate::yaml::{Fields, Tree};
 
 /// The join methods, by their YAML `join_method`.
-pub const METHODS: &[&dyn JoinMethod] = &[&iam::Iam, &token::Token];
+pub const METHODS: &[&dyn JoinMethod] = &[
+    &azure_devops::AzureDevops,
+    &bitbucket::Bitbucket,
+    &circleci::Circleci,
+    &env0::Env0,
+    &github::Github,
+    &gitlab::Gitlab,
+    &iam::Iam,
+    &spacelift::Spacelift,
+    &terraform_cloud::TerraformCloud,
+    &token::Token,
+];
 
 /// Methods that upstream has, so that one missing here is refused by its name.
 pub const UPSTREAM: &[&str] = &[

@@ -160,28 +160,12 @@ fn path_of(rest: &str) -> Result<PathBuf, String> {
         }
     };
     let path = path.split(['?', '#']).next().unwrap_or_default();
-    let path = unescape(path).ok_or_else(|| format!("{path:?} has a malformed %-escape"))?;
+    let path =
+        crate::query::unescape(path).ok_or_else(|| format!("{path:?} has a malformed %-escape"))?;
     if path.is_empty() {
         return Err("the path must not be empty".to_owned());
     }
     Ok(PathBuf::from(path))
-}
-
-/// Resolves the `%xx` of URLs; `None` if an escape is malformed or the result is no text.
-pub(crate) fn unescape(text: &str) -> Option<String> {
-    let mut out = Vec::with_capacity(text.len());
-    let mut bytes = text.bytes();
-    while let Some(byte) = bytes.next() {
-        if byte == b'%' {
-            let pair = [bytes.next()?, bytes.next()?];
-            let mut decoded = [0];
-            hex::decode_to_slice(pair, &mut decoded).ok()?;
-            out.extend(decoded);
-        } else {
-            out.push(byte);
-        }
-    }
-    String::from_utf8(out).ok()
 }
 
 impl fmt::Display for Settings {

@@ -1,6 +1,7 @@
 //! One attempt to join, whatever the protocol and the method: the token that is named, what was
 //! proved, the certificates, and the line in the audit log.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -96,6 +97,11 @@ impl Attempt {
 
     pub(super) fn now(&self) -> SystemTime {
         self.state.clock.now()
+    }
+
+    /// The address that the caller connects from.
+    pub(super) fn address(&self) -> IpAddr {
+        self.caller.addr.ip()
     }
 
     pub(super) fn method(&self) -> &str {
@@ -246,7 +252,7 @@ impl Attempt {
 
     /// The instance that the caller's own certificate names. What the request says of it counts
     /// for nothing.
-    fn presented(&self) -> Option<Presented> {
+    pub(super) fn presented(&self) -> Option<Presented> {
         self.caller
             .identity
             .as_ref()

@@ -17,6 +17,7 @@ use time::{OffsetDateTime, PrimitiveDateTime, macros::format_description};
 pub use method::Iam;
 
 use crate::crypto::sha256;
+use crate::join::verify::glob;
 
 /// The body of every request, byte for byte.
 pub const BODY: &str = "Action=GetCallerIdentity&Version=2011-06-15";
@@ -450,40 +451,6 @@ impl AwsIdentity {
                 _ => false,
             })
     }
-}
-
-/// `*` is any run of characters, `?` exactly one, neither of them a line feed; all else is itself.
-fn glob(pattern: &str, text: &str) -> bool {
-    let (pattern, text): (Vec<char>, Vec<char>) =
-        (pattern.chars().collect(), text.chars().collect());
-    // `reached[i]`: the pattern so far matches the first `i` characters.
-    let mut reached = vec![false; text.len() + 1];
-    if let Some(first) = reached.first_mut() {
-        *first = true;
-    }
-    for symbol in pattern {
-        let mut next = vec![false; text.len() + 1];
-        let mut run = false;
-        for (at, slot) in next.iter_mut().enumerate() {
-            let before = at.checked_sub(1);
-            let character = before.and_then(|before| text.get(before));
-            let from = before
-                .and_then(|before| reached.get(before))
-                .copied()
-                .unwrap_or(false);
-            *slot = match symbol {
-                '*' => {
-                    run = run && character != Some(&'\n');
-                    run |= reached.get(at).copied().unwrap_or(false);
-                    run
-                }
-                '?' => from && character != Some(&'\n'),
-                literal => from && character == Some(&literal),
-            };
-        }
-        reached = next;
-    }
-    reached.last().copied().unwrap_or(false)
 }
 
 #[cfg(test)]

@@ -5,9 +5,12 @@
 //! its method, and judges a proof. The messages are those of the newer protocol; whoever speaks the
 //! older one puts its forms into them.
 
+mod glob;
+pub mod oidc;
 mod world;
 
 use std::fmt;
+use std::net::IpAddr;
 use std::time::SystemTime;
 
 use async_trait::async_trait;
@@ -15,6 +18,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD_NO_PAD;
 use serde_json::{Map, Value};
 
+pub(crate) use glob::glob;
 pub use world::{World, WorldError};
 
 use crate::crypto::random;
@@ -23,7 +27,18 @@ use crate::refusal::Refusal;
 use crate::yaml::Fields;
 
 /// The join methods that a cluster verifies, by the `join_method` of a token.
-pub const VERIFIERS: &[&dyn Verifier] = &[&super::iam::verify::Iam, &super::token::verify::Token];
+pub const VERIFIERS: &[&dyn Verifier] = &[
+    &super::azure_devops::verify::AzureDevops,
+    &super::bitbucket::verify::Bitbucket,
+    &super::circleci::verify::Circleci,
+    &super::env0::verify::Env0,
+    &super::github::verify::Github,
+    &super::gitlab::verify::Gitlab,
+    &super::iam::verify::Iam,
+    &super::spacelift::verify::Spacelift,
+    &super::terraform_cloud::verify::TerraformCloud,
+    &super::token::verify::Token,
+];
 
 /// The verifier of `join_method: name`.
 pub fn method(name: &str) -> Option<&'static dyn Verifier> {
@@ -88,6 +103,10 @@ pub struct Joining<'a> {
     pub opening: &'a join_request::Payload,
     /// A fresh random text, for methods that have one signed.
     pub challenge: &'a str,
+    /// The address that the client connects from.
+    pub address: IpAddr,
+    /// Whether it is connected with a valid certificate of the token's bot: it joined before.
+    pub again: bool,
     /// Whom the cluster asks.
     pub world: &'a World,
 }

@@ -1,5 +1,10 @@
 //! Whom a cluster asks about a proof.
 
+use std::sync::Arc;
+
+use super::oidc::Web;
+use super::oidc::issuers::Issuers;
+use super::oidc::used::Used;
 use crate::outbound::{Outbound, OutboundError, Target};
 
 /// Why the cluster cannot ask anybody.
@@ -21,6 +26,10 @@ pub struct World {
     pub outbound: Outbound,
     /// Asked in place of AWS's STS, whatever the host; only there plain HTTP is possible.
     pub sts: Option<Target>,
+    /// The issuers of ID tokens.
+    pub issuers: Arc<Issuers>,
+    /// The ID tokens that were seen.
+    pub used: Arc<Used>,
 }
 
 impl World {
@@ -31,9 +40,13 @@ impl World {
     pub fn new(sts: Option<&str>) -> Result<Self, WorldError> {
         let parse =
             |url: &str| Target::parse(url).ok_or_else(|| WorldError::Endpoint(url.to_owned()));
+        let outbound = Outbound::new()?;
+        let issuers = Issuers::new(Arc::new(Web(outbound.clone())));
         Ok(Self {
-            outbound: Outbound::new()?,
+            outbound,
             sts: sts.map(parse).transpose()?,
+            issuers: Arc::new(issuers),
+            used: Arc::default(),
         })
     }
 }

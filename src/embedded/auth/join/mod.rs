@@ -69,6 +69,8 @@ impl Auth {
                     now: attempt.now(),
                     opening: &opening,
                     challenge: &challenge,
+                    address: attempt.address(),
+                    again: attempt.presented().is_some(),
                     world: &self.world,
                 };
                 let mut seen = verify::Seen::default();
