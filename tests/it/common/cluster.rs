@@ -65,6 +65,8 @@ pub(crate) struct Cluster<'a> {
     name: String,
     arguments: Vec<String>,
     environment: Vec<(String, String)>,
+    /// The hosts file that it alone sees.
+    hosts: Option<PathBuf>,
     process: Option<Process>,
     port: u16,
     /// The address that it advertises.
@@ -136,6 +138,22 @@ impl<'a> Cluster<'a> {
         cluster
     }
 
+    /// Starts one with more environment variables and arguments of `serve`, which finds the names of
+    /// `hosts` in place of those of the machine.
+    pub(crate) fn start_among(
+        sandbox: &'a Sandbox,
+        resources: &str,
+        hosts: PathBuf,
+        environment: &[(String, String)],
+        arguments: &[&str],
+    ) -> Self {
+        let mut cluster = Self::stopped(sandbox, resources, free_port(), arguments);
+        cluster.hosts = Some(hosts);
+        cluster.environment = environment.to_vec();
+        cluster.resume();
+        cluster
+    }
+
     /// Starts one on `port` that advertises `public`, with more arguments of `serve`.
     pub(crate) fn start_at(
         sandbox: &'a Sandbox,
@@ -157,6 +175,7 @@ impl<'a> Cluster<'a> {
             name: Self::NAME.to_owned(),
             arguments: arguments.iter().map(|&text| text.to_owned()).collect(),
             environment: Vec::new(),
+            hosts: None,
             process: None,
             port,
             public: format!("localhost:{port}"),
@@ -176,7 +195,19 @@ impl<'a> Cluster<'a> {
 
     /// Serves again, on the same ports and the same state.
     pub(crate) fn resume(&mut self) {
-        let mut command = self.sandbox.tbot(["cluster", "serve"]);
+        let mut command = match &self.hosts {
+            None => self.sandbox.tbot(["cluster", "serve"]),
+            Some(hosts) => {
+                let mut command = self.sandbox.command("unshare");
+                let inside = "mount --bind \"$0\" /etc/hosts && exec \"$@\"";
+                command
+                    .args(["--mount", "sh", "-c", inside])
+                    .arg(hosts)
+                    .arg(env!("CARGO_BIN_EXE_tbot"))
+                    .args(["cluster", "serve"]);
+                command
+            }
+        };
         command
             .arg("--data-dir")
             .arg(self.sandbox.path("cluster"))
