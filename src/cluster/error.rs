@@ -86,6 +86,18 @@ impl ClusterError {
         }
     }
 
+    /// Whether the cluster itself answered with the code that stands for everything without one: a
+    /// refusal as often as not (an 18.0 cluster says it of every ID token that it does not believe).
+    pub fn is_unexplained(&self) -> bool {
+        match self {
+            // What went wrong on the way has a cause on this side.
+            Self::Call { status, .. } => {
+                status.code() == Code::Unknown && std::error::Error::source(&**status).is_none()
+            }
+            _ => false,
+        }
+    }
+
     /// What a person has to do about a refusal that a cluster tells in words only; `None` if it is
     /// none of those. It is part of the error's text.
     pub fn remedy(&self) -> Option<&'static str> {

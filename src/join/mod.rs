@@ -208,7 +208,8 @@ impl JoinError {
 /// The remedy that goes with a refusal, by method.
 fn hint(source: &ClusterError, name: &str) -> &'static str {
     let told = source.remedy().is_some() || matches!(source, ClusterError::Trust(_));
-    if told || source.disposition() != Disposition::Refused {
+    let refused = source.disposition() == Disposition::Refused || source.is_unexplained();
+    if told || !refused {
         return "";
     }
     method(name).map_or("", |method| method.hint(source.code()))

@@ -450,6 +450,24 @@ async fn a_method_that_the_newer_service_lacks_joins_by_the_older_one() {
 }
 
 #[tokio::test]
+async fn an_answer_without_a_code_of_its_own_is_tried_again_and_says_what_to_look_at() {
+    for (code, told) in [(Code::Unknown, true), (Code::Unavailable, false)] {
+        let fake = Fake::saying(vec![Hear, init("iam"), Hear, Refuse(code)]);
+        let error = fake
+            .join(By::Iam, &Older::default(), "19.0.0")
+            .await
+            .unwrap_err();
+        assert_eq!(error.disposition(), Disposition::Retry);
+        let text = error.to_string();
+        assert_eq!(
+            text.contains("(check that onboarding.token"),
+            told,
+            "{text}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn a_refusal_is_final_and_one_line() {
     for script in [
         vec![Hear, Refuse(Code::PermissionDenied)],
