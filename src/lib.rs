@@ -16,6 +16,7 @@ pub mod diag;
 pub mod embedded;
 pub mod env;
 mod exchange;
+pub mod expression;
 pub mod fsx;
 pub mod health;
 pub mod identity;

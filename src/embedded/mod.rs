@@ -8,7 +8,6 @@
 //! - [`store`]: resources in SQLite, with revisions, expiry and transactions.
 //! - [`resources`]: resource files, checked and applied as `tctl create` does.
 //! - [`discovery`]: EKS clusters that become resources.
-//! - [`expression`]: the grammar of the predicate language.
 //! - `federation`: the trust bundles of other trust domains.
 //! - [`workload_identity`]: who may have which SVID, and the making of it.
 //! - [`audit`]: one JSON line for each join, certificate, refusal and administrative change.
@@ -27,7 +26,6 @@ pub mod ca;
 pub mod caller;
 mod cluster;
 pub mod discovery;
-pub mod expression;
 mod federation;
 mod files;
 pub mod instant;

@@ -14,6 +14,7 @@ const RINGS: &[&[&str]] = &[
         "crypto",
         "env",
         "exchange",
+        "expression",
         "fsx",
         "health",
         "outbound",

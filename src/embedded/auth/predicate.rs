@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::embedded::expression::{ParseError, Raw, RawKind, parse};
+use crate::expression::{ParseError, Raw, RawKind, parse};
 
 /// A parsed filter.
 #[derive(Debug, Clone, PartialEq, Eq)]

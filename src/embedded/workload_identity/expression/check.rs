@@ -2,9 +2,9 @@
 
 use super::functions::{FUNCTIONS, Function, METHODS, RULE_FUNCTIONS, Signature};
 use super::{Mode, ParseError, Type, Value};
-use crate::embedded::expression::{Raw, RawKind};
 use crate::embedded::workload_identity::attrs::resolve;
 use crate::embedded::workload_identity::attrs::schema::Kind;
+use crate::expression::{Raw, RawKind};
 
 /// A checked node.
 #[derive(Debug, Clone, PartialEq)]

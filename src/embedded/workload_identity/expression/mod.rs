@@ -1,6 +1,6 @@
 //! The expressions of rules and templates: Teleport's predicate language over attributes.
 //!
-//! The grammar is in [`crate::embedded::expression`]; here names are attributes and functions.
+//! The grammar is in [`crate::expression`]; here names are attributes and functions.
 //! An expression is checked when it is parsed: unknown attributes and functions and wrong types
 //! are found when a resource is written, not when a workload asks.
 //!
@@ -17,8 +17,8 @@ use std::fmt;
 use time::OffsetDateTime;
 
 use super::attrs::Attrs;
-pub use crate::embedded::expression::ParseError;
-use crate::embedded::expression::parse;
+pub use crate::expression::ParseError;
+use crate::expression::parse;
 use check::Node;
 
 /// The longest text that evaluation makes, in bytes.

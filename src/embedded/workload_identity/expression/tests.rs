@@ -3,8 +3,8 @@ use std::collections::{BTreeMap, HashMap};
 use serde_json::json;
 
 use super::*;
-use crate::embedded::expression::MAX_SOURCE;
 use crate::embedded::workload_identity::attrs::UserFacts;
+use crate::expression::MAX_SOURCE;
 use crate::pb::teleport::workloadidentity::v1 as wire;
 
 fn attrs() -> Attrs {

@@ -5,15 +5,15 @@ use super::{MAX_DEPTH, ParseError};
 
 /// A node of the syntax tree, where it starts, and how deep it is.
 #[derive(Debug)]
-pub(in crate::embedded) struct Raw {
+pub(crate) struct Raw {
     /// The character where it starts, from 1.
-    pub(in crate::embedded) at: usize,
-    pub(in crate::embedded) kind: RawKind,
+    pub(crate) at: usize,
+    pub(crate) kind: RawKind,
     depth: usize,
 }
 
 #[derive(Debug)]
-pub(in crate::embedded) enum RawKind {
+pub(crate) enum RawKind {
     Text(String),
     Integer(i64),
     Name(String),
@@ -32,7 +32,7 @@ pub(in crate::embedded) enum RawKind {
 
 impl Raw {
     /// The names of `a.b.c`; `None` for anything else.
-    pub(in crate::embedded) fn dotted(&self) -> Option<Vec<&str>> {
+    pub(crate) fn dotted(&self) -> Option<Vec<&str>> {
         match &self.kind {
             RawKind::Name(name) => Some(vec![name]),
             RawKind::Member(object, name) => {

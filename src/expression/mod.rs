@@ -8,7 +8,7 @@
 mod lexer;
 mod parser;
 
-pub(super) use parser::{Raw, RawKind};
+pub(crate) use parser::{Raw, RawKind};
 
 /// The longest expression, in bytes.
 pub const MAX_SOURCE: usize = 4096;
@@ -57,7 +57,7 @@ pub enum ParseError {
 ///
 /// # Errors
 /// [`ParseError::TooLong`], [`ParseError::TooDeep`] or [`ParseError::Syntax`].
-pub(super) fn parse(source: &str) -> Result<Raw, ParseError> {
+pub(crate) fn parse(source: &str) -> Result<Raw, ParseError> {
     if source.len() > MAX_SOURCE {
         return Err(ParseError::TooLong);
     }
