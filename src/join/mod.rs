@@ -10,6 +10,7 @@ pub mod azure_devops;
 pub mod bitbucket;
 pub mod circleci;
 pub mod env0;
+pub mod generic_oidc;
 pub mod github;
 pub mod gitlab;
 pub mod iam;
@@ -50,6 +51,7 @@ pub const METHODS: &[&dyn JoinMethod] = &[
     &bitbucket::Bitbucket,
     &circleci::Circleci,
     &env0::Env0,
+    &generic_oidc::GenericOidc,
     &github::Github,
     &gitlab::Gitlab,
     &iam::Iam,

@@ -32,6 +32,7 @@ pub const VERIFIERS: &[&dyn Verifier] = &[
     &super::bitbucket::verify::Bitbucket,
     &super::circleci::verify::Circleci,
     &super::env0::verify::Env0,
+    &super::generic_oidc::verify::GenericOidc,
     &super::github::verify::Github,
     &super::gitlab::verify::Gitlab,
     &super::iam::verify::Iam,

@@ -59,7 +59,7 @@ pub(super) fn split(url: &str, insecure: bool) -> Option<(Target, String)> {
 }
 
 /// A TLS configuration that believes the authorities of `pem` alone.
-pub(crate) fn trusting(pem: &str) -> Result<ClientConfig, String> {
+pub(super) fn trusting(pem: &str) -> Result<ClientConfig, String> {
     let certificates = pem::certificates(pem).map_err(|error| error.to_string())?;
     let mut roots = RootCertStore::empty();
     let count = certificates.len();

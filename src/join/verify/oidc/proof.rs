@@ -4,7 +4,7 @@
 use serde_json::Value;
 
 use super::attributes::{Attribute, attributes, metadata};
-use super::fetch::split;
+use super::fetch::{split, trusting};
 use super::issuers::Issuer;
 use super::keys::KeySet;
 use super::rules::Rules;
@@ -172,4 +172,18 @@ pub(crate) fn url(section: &mut Fields<'_>, key: &str, insecure: bool) -> Option
         );
     }
     Some(url)
+}
+
+/// Reads `tls_ca`, which has to hold certificates.
+pub(crate) fn tls_ca(section: &mut Fields<'_>) -> Option<String> {
+    const KEY: &str = "tls_ca";
+    let pem = section.string(KEY)?;
+    if let Err(problem) = trusting(&pem) {
+        section.error(
+            KEY,
+            problem,
+            Some("paste the issuer's authority as `tls_ca: |`"),
+        );
+    }
+    Some(pem)
 }
