@@ -43,15 +43,28 @@ type Prepare = fn(&Sandbox) -> Case;
 
 /// A case for every method.
 const CASES: &[(&str, Prepare)] = &[
-    ("azure_devops", join_oidc::azure_devops),
-    ("bitbucket", join_oidc::bitbucket),
-    ("circleci", join_oidc::circleci),
-    ("env0", join_oidc::env0),
-    ("github", join_oidc::github),
-    ("gitlab", join_oidc::gitlab),
+    ("azure_devops", |sandbox| {
+        join_oidc::prepare("azure_devops", sandbox)
+    }),
+    ("bitbucket", |sandbox| {
+        join_oidc::prepare("bitbucket", sandbox)
+    }),
+    ("circleci", |sandbox| {
+        join_oidc::prepare("circleci", sandbox)
+    }),
+    ("env0", |sandbox| join_oidc::prepare("env0", sandbox)),
+    ("generic_oidc", |sandbox| {
+        join_oidc::prepare("generic_oidc", sandbox)
+    }),
+    ("github", |sandbox| join_oidc::prepare("github", sandbox)),
+    ("gitlab", |sandbox| join_oidc::prepare("gitlab", sandbox)),
     ("iam", iam),
-    ("spacelift", join_oidc::spacelift),
-    ("terraform_cloud", join_oidc::terraform_cloud),
+    ("spacelift", |sandbox| {
+        join_oidc::prepare("spacelift", sandbox)
+    }),
+    ("terraform_cloud", |sandbox| {
+        join_oidc::prepare("terraform_cloud", sandbox)
+    }),
     ("token", |_| Case::default()),
 ];
 
