@@ -184,6 +184,15 @@ pub enum JoinError {
         /// What is missing and what to do.
         problem: String,
     },
+    /// This process will never have what the proof is made of: a variable of its environment is not
+    /// set, or the configuration does not say where to look.
+    #[error("join method {method}: {problem}")]
+    Missing {
+        /// The join method.
+        method: &'static str,
+        /// What is missing and what to do.
+        problem: String,
+    },
     /// The join token could not be read.
     #[error("join token: {0}")]
     Token(String),
@@ -202,6 +211,7 @@ impl JoinError {
     pub fn disposition(&self) -> Disposition {
         match self {
             Self::Cluster { source, .. } => source.disposition(),
+            Self::Missing { .. } => Disposition::Refused,
             Self::Proof { .. } | Self::Token(_) | Self::Key(_) => Disposition::Retry,
         }
     }

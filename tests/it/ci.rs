@@ -225,6 +225,10 @@ fn a_job_that_cannot_have_a_token_is_told_why() {
         let (code, log) = runner.step(&[], &[name]);
         assert_eq!(code, Some(1), "{log}");
         assert!(
+            !log.contains("retry_in"),
+            "it is not worth waiting for: {log}"
+        );
+        assert!(
             log.contains(name) && log.contains("id-token: write"),
             "{log}"
         );

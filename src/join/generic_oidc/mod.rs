@@ -84,9 +84,12 @@ impl Prover for Nowhere {
     }
 
     async fn prepare(&self, _around: &Surroundings<'_>) -> Result<Box<dyn Proof>, JoinError> {
-        Err(problem(
-            "onboarding.generic_oidc has to say where the ID token comes from: `env` or `command`",
-        ))
+        let problem =
+            "onboarding.generic_oidc has to say where the ID token comes from: `env` or `command`";
+        Err(JoinError::Missing {
+            method: GenericOidc.name(),
+            problem: problem.to_owned(),
+        })
     }
 }
 
@@ -115,18 +118,14 @@ impl Prover for Program {
         let home = around.env.get("HOME").unwrap_or("/");
         let timeout = self.timeout.unwrap_or(TIMEOUT);
         let token = command::run(&self.command, home, timeout).await;
-        let token = token.map_err(|error| problem(&error.to_string()))?;
+        let token = token.map_err(|error| JoinError::Proof {
+            method: GenericOidc.name(),
+            problem: error.to_string(),
+        })?;
         Ok(IdToken::proof(
             GenericOidc.name(),
             token,
             around.clock.now(),
         ))
-    }
-}
-
-fn problem(text: &str) -> JoinError {
-    JoinError::Proof {
-        method: GenericOidc.name(),
-        problem: text.to_owned(),
     }
 }

@@ -85,6 +85,13 @@ impl Verifier for Github {
                 Some("keep one: a slug is of an enterprise on github.com"),
             );
         }
+        if slug.as_ref().is_some_and(|slug| slug.contains('/')) {
+            section.error(
+                SLUG,
+                "it is the enterprise's name in URLs, without slashes",
+                Some("write what stands behind `github.com/enterprises/`"),
+            );
+        }
         let texts = [
             (HOST, host),
             (SLUG, slug),

@@ -127,7 +127,7 @@ pub(super) fn variable<'a>(
     name: &str,
     remedy: &str,
 ) -> Result<&'a str, JoinError> {
-    around.env.get(name).ok_or_else(|| JoinError::Proof {
+    around.env.get(name).ok_or_else(|| JoinError::Missing {
         method,
         problem: format!("the environment variable {name} is not set: {remedy}"),
     })

@@ -370,7 +370,7 @@ fn generic_oidc(sandbox: &Sandbox) -> Job {
         spec(elsewhere),
     )
     .with(
-        ", generic_oidc: {env: SOME_TOKEN}",
+        ", generic_oidc: {command: [printenv, SOME_TOKEN], timeout: 30s}",
         "/generic_oidc/claims/env",
         "prod",
     );

@@ -391,6 +391,11 @@ const WRONG: &[(&str, &str, &str)] = &[
         "`project_name` or `project_id`",
     ),
     (
+        "github",
+        "{github: {enterprise_slug: a/b, allow: [{sub: y}]}}",
+        "without slashes",
+    ),
+    (
         "generic_oidc",
         "{generic_oidc: {issuer: 'https://x', audience: y}}",
         "has to compare a claim",
