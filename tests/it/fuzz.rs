@@ -16,6 +16,8 @@ use tbot::embedded::workload_identity::expression::{Expression, Mode};
 use tbot::embedded::workload_identity::resource;
 use tbot::embedded::workload_identity::template::Template;
 use tbot::join::iam::verify::AwsIdentity;
+use tbot::join::verify::oidc::keys::KeySet;
+use tbot::join::verify::oidc::{self, Expected};
 use tbot::pb::teleport::workloadidentity::v1 as wire;
 use tbot::spiffe::bundle::Document;
 use tbot::spiffe::jwt::{self, JwtBundle};
@@ -116,6 +118,34 @@ fn fuzz_jwt_svids() {
         assert!(jwt::validate(&token, "x", now, |_| Some(&bundle)).is_err());
     });
     assert_eq!(json_part(&part(&header)), header);
+}
+
+#[test]
+fn fuzz_id_tokens() {
+    let key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();
+    let bundle = JwtBundle::from_pems([key.public_pem().as_str()]).unwrap();
+    let published = bundle.jwks();
+    let keys = KeySet::parse(&published).unwrap();
+    let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
+    let header = json!({"alg": "ES256", "typ": "JWT"});
+    let claims = json!({"iss": "https://i", "sub": "a", "aud": ["x"], "exp": 100, "iat": 0});
+    let expected = Expected {
+        issuer: Some("https://i"),
+        audience: "x",
+        authorized_party: true,
+    };
+    let check = |token: &str| oidc::verify(token, &keys, &expected, SystemTime::UNIX_EPOCH);
+    bolero::check!().with_type::<Vec<Edit>>().for_each(|edits| {
+        // Nothing is signed, so nothing may be believed, whatever the claims say.
+        let inner = mutilated(claims.to_string().as_bytes(), edits);
+        let inner = URL_SAFE_NO_PAD.encode(inner);
+        let token = format!("{}.{inner}.{}", part(&header), "A".repeat(86));
+        assert!(check(&token).is_err());
+        let outer = mutilated(token.as_bytes(), edits);
+        assert!(check(&String::from_utf8_lossy(&outer)).is_err());
+        // An issuer's keys are read or refused.
+        drop(KeySet::parse(&mutilated(&published, edits)));
+    });
 }
 
 #[test]
