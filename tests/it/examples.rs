@@ -69,6 +69,18 @@ fn token_join() {
 }
 
 #[test]
+fn ci() {
+    let sandbox = Sandbox::new();
+    let Some(example) = Example::new(&sandbox, "ci", &["openssl"]) else {
+        return;
+    };
+    let log = example.run();
+    assert!(log.contains("CN=bot-ci"), "{log}");
+    assert!(log.contains("the nearest rule differs in ref"), "{log}");
+    assert!(log.contains("ref is"), "{log}");
+}
+
+#[test]
 fn fluentd_event_handler() {
     let sandbox = Sandbox::new();
     let Some(example) = Example::new(&sandbox, "fluentd-event-handler", &[]) else {
