@@ -17,7 +17,6 @@ use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::net::UnixStream;
 use tokio::time::Instant;
 
 use super::attested::{Attested, Process};
@@ -80,7 +79,7 @@ impl Peer {
     /// lives in another PID namespace.
     ///
     /// Must run inside the runtime that will wait for the peer.
-    pub fn of(stream: &UnixStream) -> Result<Option<Self>, PeerError> {
+    pub fn of(stream: &impl AsFd) -> Result<Option<Self>, PeerError> {
         let credentials = getsockopt(stream, PeerCredentials).map_err(unknown("SO_PEERCRED"))?;
         let pid = credentials.pid();
         if pid <= 0 {
@@ -97,7 +96,7 @@ impl Peer {
                     started: start_time(pid),
                     accepted,
                     owners: owners(pid),
-                    hung_up: has_hung_up(stream),
+                    hung_up: Self::has_hung_up(stream),
                     alive: !has_exited(&pidfd),
                 };
                 if !facts.name_the_caller(credentials.uid(), credentials.gid()) {
@@ -112,6 +111,17 @@ impl Peer {
             Err(source) => return Err(unknown("SO_PEERPIDFD")(source)),
         };
         Self::pinned(pid, credentials.uid(), credentials.gid(), pidfd).map(Some)
+    }
+
+    /// The user who connected `stream`, without a look at the process; `None` if the kernel cannot tell.
+    pub fn user_of(stream: &impl AsFd) -> Option<u32> {
+        let credentials = getsockopt(stream, PeerCredentials).ok()?;
+        (credentials.pid() > 0).then(|| credentials.uid())
+    }
+
+    /// Whether nobody holds the other end of a connection any more.
+    pub fn has_hung_up(stream: &impl AsFd) -> bool {
+        now_ready(stream.as_fd(), PollFlags::HUP, PollFlags::HUP)
     }
 
     /// Pins a running process by its ID, for callers that know it is the right one.
@@ -331,11 +341,6 @@ fn parse_owners(status: &str) -> Option<(u32, u32)> {
     Some((effective("Uid:")?, effective("Gid:")?))
 }
 
-/// Whether nobody holds the other end of a connection any more.
-fn has_hung_up(stream: &UnixStream) -> bool {
-    now_ready(stream.as_fd(), PollFlags::HUP, PollFlags::HUP)
-}
-
 /// Opens a pidfd by ID and checks by the start time that the ID named one process all the while.
 fn open_checked(pid: i32) -> Result<OwnedFd, PeerError> {
     let gone = || PeerError::Gone { pid };
@@ -391,6 +396,8 @@ impl AsFd for Peer {
 
 #[cfg(test)]
 mod tests {
+    use tokio::net::UnixStream;
+
     use super::*;
 
     #[test]
@@ -530,9 +537,9 @@ mod tests {
     async fn a_closed_end_is_seen_before_anything_is_read() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         theirs.try_write(b"x").unwrap();
-        assert!(!has_hung_up(&ours));
+        assert!(!Peer::has_hung_up(&ours));
         drop(theirs);
-        assert!(has_hung_up(&ours));
+        assert!(Peer::has_hung_up(&ours));
     }
 
     #[tokio::test]

@@ -21,9 +21,14 @@ def literal(name, value):
 HEADERS = b"".join(literal(name, value) for name, value in (
     (b":method", b"POST"), (b":scheme", b"http"), (b":authority", b"localhost"), (b":path", b"/SpiffeWorkloadAPI/FetchX509SVID"),
     (b"content-type", b"application/grpc"), (b"te", b"trailers"), (b"workload.spiffe.io", b"true")))
-REQUESTS = b"".join(
-    frame(1, 4, stream, HEADERS) + frame(0, 1, stream, b"\0\0\0\0\0") for stream in range(1, 100, 2))
-BYTES = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0) + REQUESTS
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0)
+
+
+def call(stream):
+    return frame(1, 4, stream, HEADERS) + frame(0, 1, stream, b"\0\0\0\0\0")
+
+
+BYTES = PREFACE + b"".join(call(stream) for stream in range(1, 100, 2))
 
 
 def flood(path, end, count):
@@ -35,15 +40,20 @@ def flood(path, end, count):
                 connection.sendall(BYTES)
         except OSError:
             time.sleep(0.001)
-        count.value += 1
+        with count.get_lock():
+            count.value += 1
 
 
-path, seconds = sys.argv[1], float(sys.argv[2])
-counts = [multiprocessing.Value("L", 0) for _ in range(4)]
-end = time.monotonic() + seconds
-workers = [multiprocessing.Process(target=flood, args=(path, end, count)) for count in counts]
-for worker in workers:
-    worker.start()
-for worker in workers:
-    worker.join()
-print(sum(count.value for count in counts))
+def main(path, seconds):
+    count = multiprocessing.Value("L", 0)
+    end = time.monotonic() + seconds
+    workers = [multiprocessing.Process(target=flood, args=(path, end, count)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    print(count.value)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], float(sys.argv[2]))

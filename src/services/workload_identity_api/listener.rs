@@ -141,8 +141,8 @@ impl Listen {
                              unit gives it (SocketMode=, SocketUser=): `socket` has no effect"
                         );
                     }
-                    UnixListener::from_std(listener)
-                        .map(|listener| Bound::Unix(Socket::passed(listener)))
+                    Socket::passed(listener)
+                        .map(Bound::Unix)
                         .map_err(failed("take over the socket that systemd passed"))
                 }
                 None => Ok(Bound::Unix(Socket::bind(path, permissions, sockets).await?)),
@@ -191,15 +191,23 @@ pub(super) enum Bound {
 #[derive(Debug)]
 pub(super) struct Socket {
     listener: UnixListener,
+    /// The same for who does not wait.
+    plain: std::os::unix::net::UnixListener,
     file: Option<(PathBuf, FileId)>,
 }
 
 impl Socket {
-    fn passed(listener: UnixListener) -> Self {
-        Self {
-            listener,
+    fn passed(listener: std::os::unix::net::UnixListener) -> io::Result<Self> {
+        Ok(Self {
+            plain: listener.try_clone()?,
+            listener: UnixListener::from_std(listener)?,
             file: None,
-        }
+        })
+    }
+
+    fn of(mut self, file: Option<(PathBuf, FileId)>) -> Self {
+        self.file = file;
+        self
     }
 
     async fn bind(
@@ -242,14 +250,17 @@ impl Socket {
         let listener = socket.listen(BACKLOG).map_err(io("listen"))?;
         let file = file_at(path).map(|file| (path.to_owned(), file));
         let stays = sockets.keep(path, &listener);
-        Ok(Self {
-            listener,
-            file: file.filter(|_| !stays),
-        })
+        let socket = listener.into_std().and_then(Self::passed);
+        let socket = socket.map_err(io("listen"))?;
+        Ok(socket.of(file.filter(|_| !stays)))
     }
 
     pub(super) fn listener(&self) -> &UnixListener {
         &self.listener
+    }
+
+    pub(super) fn plain(&self) -> &std::os::unix::net::UnixListener {
+        &self.plain
     }
 }
 

@@ -10,12 +10,14 @@
 //! [`crate::workload`]'s.
 
 mod authority;
+mod door;
 mod feed;
 mod followed;
 mod grpc;
 mod incoming;
 mod inspect;
 mod limits;
+mod lines;
 mod listener;
 mod message;
 mod permissions;

@@ -97,7 +97,11 @@ pub(super) async fn serve(
         }
     }
     router
-        .serve_with_incoming_shutdown(incoming::accept(bound, clock), shutdown.cancelled_owned())
+        .serve_with_incoming_shutdown(
+            incoming::accept(bound, clock, shutdown),
+            // Who had connected by the shutdown is served, then nobody comes any more.
+            std::future::pending(),
+        )
         .await
 }
 

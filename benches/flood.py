@@ -1,0 +1,130 @@
+"""What a flood by one user does to another one: the 99th percentile of the time that a connection, its
+attestation and the first SVID take, in calm, while the flood goes to a socket that has nothing to do with
+the agent (so that only the processor is missing), and while it goes to the agent. Needs root.
+
+usage: flood.py TBOT [SECONDS]
+"""
+import multiprocessing
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.argv, arguments = [sys.argv[0]], sys.argv[1:]
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests/support"))
+from flood import PREFACE, call, flood  # noqa: E402
+
+NOBODY, FLOODERS, ROUNDS = 65534, 4, 3
+ONE = PREFACE + call(1)
+
+
+def ask(path):
+    """One call on a connection of its own; returns when the message is there."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        # Without a time-out, connecting waits while the socket's queue is full.
+        connection.connect(path)
+        connection.settimeout(30)
+        connection.sendall(ONE)
+        heard = b""
+        while True:
+            more = connection.recv(65536)
+            assert more, "hung up on"
+            heard += more
+            at = 0
+            while len(heard) >= at + 9:
+                length, kind = int.from_bytes(heard[at:at + 3]), heard[at + 3]
+                if kind == 0 and len(heard) >= at + 9 + length:
+                    return
+                at += 9 + length
+
+
+def times(path, seconds):
+    taken, end = [], time.monotonic() + seconds
+    while time.monotonic() < end:
+        begun = time.monotonic()
+        ask(path)
+        taken.append(time.monotonic() - begun)
+        time.sleep(0.001)
+    return taken
+
+
+def flooding(path, seconds):
+    """Starts the flood as somebody else."""
+    def run():
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        flood(path, time.monotonic() + seconds, count)
+    count = multiprocessing.Value("L", 0)
+    workers = [multiprocessing.Process(target=run) for _ in range(FLOODERS)]
+    for worker in workers:
+        worker.start()
+    return workers, count
+
+
+def decoy(path):
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    os.chmod(path, 0o777)
+    listener.listen(4096)
+    while True:
+        listener.accept()[0].close()
+
+
+def show(name, taken, beside=None):
+    taken.sort()
+    p50, p99 = (taken[len(taken) * percent // 100] * 1e3 for percent in (50, 99))
+    ratio = f"   p99 {p99 / beside:5.2f} times" if beside else ""
+    print(f"{name:<28} {len(taken):6} calls   p50 {p50:8.2f} ms   p99 {p99:8.2f} ms{ratio}", flush=True)
+    return p99
+
+
+def main(binary, seconds=4.0):
+    with tempfile.TemporaryDirectory() as home:
+        os.chmod(home, 0o755)
+        subprocess.run([binary, "quickstart", "--once", "--dir", home], check=True, stdout=subprocess.DEVNULL)
+        config = pathlib.Path(home, "tbot.yaml").read_text()
+        address = next(line.split(": ", 1)[1] for line in config.splitlines() if line.startswith("auth_server: "))
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        started = [
+            subprocess.Popen([binary, "cluster", "serve", "--listen", "127.0.0.1:0", "--auth-listen", address,
+                              "--data-dir", f"{home}/cluster"], **quiet),
+            subprocess.Popen([binary, "start", "-c", f"{home}/tbot.yaml"], **quiet)]
+        elsewhere, ours = f"{home}/decoy.sock", f"{home}/workload.sock"
+        sink = multiprocessing.Process(target=decoy, args=(elsewhere,))
+        sink.start()
+        try:
+            for _ in range(600):
+                try:
+                    ask(ours)
+                    break
+                except (OSError, AssertionError):
+                    time.sleep(0.05)
+            found = {"calm": [], "flood elsewhere": [], "flood": []}
+            connections = {"flood elsewhere": 0, "flood": 0}
+            for _ in range(ROUNDS):
+                found["calm"] += times(ours, seconds)
+                for name, path in ("flood elsewhere", elsewhere), ("flood", ours):
+                    workers, count = flooding(path, seconds + 1)
+                    time.sleep(0.5)
+                    found[name] += times(ours, seconds)
+                    for worker in workers:
+                        worker.join()
+                    connections[name] += count.value
+            calm = show("calm", found["calm"])
+            busy = show("flood elsewhere", found["flood elsewhere"], calm)
+            show("flood", found["flood"], busy)
+            for name, count in connections.items():
+                print(f"{name}: {count / ROUNDS / (seconds + 1):.0f} connections/s")
+        finally:
+            sink.terminate()
+            for process in started:
+                process.send_signal(signal.SIGTERM)
+                process.wait()
+
+
+main(arguments[0], *map(float, arguments[1:2]))
