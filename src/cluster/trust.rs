@@ -6,10 +6,11 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
-use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{Resumption, WantsClientCert};
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{
     CertificateError, ClientConfig, ConfigBuilder, DigitallySignedStruct, RootCertStore,
     SignatureScheme, WantsVerifier,
@@ -21,6 +22,7 @@ use super::credential::API_DOMAIN;
 use crate::clock::Clock;
 use crate::crypto::x509::Certificate;
 use crate::crypto::{pem, sha256_hex};
+use crate::secret::Secret;
 
 /// How a first connection is judged.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -51,7 +53,7 @@ impl Trust {
         protocols: &[&[u8]],
     ) -> Result<Arc<ClientConfig>, ClusterError> {
         let config = if self.insecure {
-            without_verification(clock)?
+            believing(clock, None)?.with_no_client_auth()
         } else {
             builder(clock)?
                 .with_root_certificates(system_roots()?.as_ref().clone())
@@ -87,12 +89,28 @@ impl Trust {
         roots: Option<RootCertStore>,
         protocols: &[&[u8]],
     ) -> Result<Arc<ClientConfig>, ClusterError> {
-        let config = match roots {
-            Some(roots) => builder(clock)?
-                .with_root_certificates(roots)
-                .with_no_client_auth(),
-            None => without_verification(clock)?,
-        };
+        let config = believing(clock, roots)?.with_no_client_auth();
+        Ok(with_alpn(config, protocols))
+    }
+
+    /// The same for a server that wants to see a certificate: `chain` is PEM, `key` in any form that
+    /// TLS libraries write.
+    pub(crate) fn with_certificate(
+        clock: &Clock,
+        roots: Option<RootCertStore>,
+        chain: &str,
+        key: &Secret<String>,
+        protocols: &[&[u8]],
+    ) -> Result<Arc<ClientConfig>, ClusterError> {
+        let unusable =
+            |problem: String| ClusterError::Trust(format!("client certificate: {problem}"));
+        let chain = pem::certificates(chain).map_err(|source| unusable(source.to_string()))?;
+        let chain = chain.into_iter().map(CertificateDer::from).collect();
+        let key = PrivateKeyDer::from_pem_slice(key.expose().as_bytes())
+            .map_err(|_contents| unusable("its private key is no PEM of a private key".into()))?;
+        let config = believing(clock, roots)?
+            .with_client_auth_cert(chain, key)
+            .map_err(|source| unusable(source.to_string()))?;
         Ok(with_alpn(config, protocols))
     }
 }
@@ -187,15 +205,21 @@ pub(super) fn builder(
     .map_err(|source| ClusterError::Trust(source.to_string()))
 }
 
-fn without_verification(clock: &Clock) -> Result<ClientConfig, ClusterError> {
-    let provider = Arc::new(aws_lc_rs::default_provider());
-    Ok(builder(clock)?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Anyone {
-            provider,
-            named: None,
-        }))
-        .with_no_client_auth())
+/// Believes who has a certificate of `roots`; with `None`, anyone.
+fn believing(
+    clock: &Clock,
+    roots: Option<RootCertStore>,
+) -> Result<ConfigBuilder<ClientConfig, WantsClientCert>, ClusterError> {
+    let builder = builder(clock)?;
+    Ok(match roots {
+        Some(roots) => builder.with_root_certificates(roots),
+        None => builder
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Anyone {
+                provider: Arc::new(aws_lc_rs::default_provider()),
+                named: None,
+            })),
+    })
 }
 
 /// Believes every issuer, but still makes the server prove that it holds its key.

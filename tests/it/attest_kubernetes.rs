@@ -1,7 +1,7 @@
 //! The `kubernetes` attestor: real cgroups, and a kubelet that is late and wrong.
 
 use crate::attest_docker::{agent, bridged, resources};
-use crate::common::{Cgroup, Cluster, Kubelet, Sandbox, identity, skip};
+use crate::common::{Cgroup, Cluster, Kubelet, Sandbox, SelfSigned, identity, skip};
 
 /// The list of a kubelet with one pod, whose second container has this ID.
 fn list(uid: &str, container: &str) -> String {
@@ -83,4 +83,47 @@ async fn pods_are_told_by_the_kubelet_and_by_where_they_are() {
     assert_eq!(again.unwrap(), expected);
     assert_eq!(kubelet.tokens().pop().unwrap().unwrap(), "Bearer second");
     agent.wait_for_log("Attestation works again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kubelet_is_shown_a_certificate_where_one_is_configured() {
+    let uid = uuid::Uuid::new_v4().to_string();
+    let id = "41b03e3ae01980e8fcc9dc82e0682994d23bd9ac4d1766ffa298b937ff6a1573";
+    let Some(pod) = Cgroup::make(&format!("kubepods/burstable/pod{uid}/{id}")) else {
+        return skip("making cgroups needs root and cgroups of version 2");
+    };
+    let sandbox = Sandbox::new();
+    let client = SelfSigned::new(&sandbox, "client", "DNS:tbot");
+    let kubelet = Kubelet::start_for(&sandbox, Some(&client.certificate)).await;
+    kubelet.answer(&[(OK, &list(&uid, id))]);
+    let cluster = Cluster::start(
+        &sandbox,
+        &resources("/k8s/{{workload.kubernetes.pod_name}}"),
+    );
+    let certificate = sandbox.path("current.crt");
+    let attestor = format!(
+        "kubernetes: {{enabled: true, kubelet: {{secure_port: {}, ca_path: '{}', certificate_path: '{}', \
+         private_key_path: '{}'}}}}",
+        kubelet.port(),
+        kubelet.authority().display(),
+        certificate.display(),
+        client.key.display()
+    );
+    let node = [("TELEPORT_NODE_NAME", "localhost")];
+    let mut agent = agent(&sandbox, &cluster, &attestor, &node);
+    let (_web, web) = bridged(&sandbox, "web", Some(&pod));
+    // The files are read each time, also one that is not there yet.
+    assert!(identity(&web).await.is_err());
+    agent.wait_for_log("current.crt: No such file");
+    std::fs::copy(&client.certificate, &certificate).unwrap();
+    let mut told = identity(&web).await;
+    while told.is_err() {
+        told = identity(&web).await;
+    }
+    assert_eq!(
+        told.unwrap(),
+        format!("spiffe://{}/k8s/web-0", Cluster::NAME)
+    );
+    agent.wait_for_log("Attestation works again");
+    assert!(kubelet.tokens().iter().all(Option::is_none), "no token too");
 }

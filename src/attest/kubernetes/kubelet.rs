@@ -52,6 +52,13 @@ pub(super) enum KubeletError {
         #[source]
         source: io::Error,
     },
+    /// The client's certificate, or its key, cannot be used.
+    #[error("{}: {source}", path.display())]
+    Certificate {
+        path: PathBuf,
+        #[source]
+        source: ClusterError,
+    },
     /// No connection, or an authority that cannot be used.
     #[error("the kubelet cannot be asked: {0}")]
     Unreachable(#[source] ClusterError),
@@ -79,15 +86,9 @@ pub(super) enum KubeletError {
         #[source]
         source: hyper::Error,
     },
-    /// The kubelet does not know the token.
-    #[error(
-        "the kubelet at {address} does not accept {} (401 Unauthorized)",
-        token.as_ref().map_or("questions without a token".to_owned(), |path| format!("the token in {}", path.display()))
-    )]
-    Unauthorized {
-        address: String,
-        token: Option<PathBuf>,
-    },
+    /// The kubelet does not know the token, or the authority of the certificate.
+    #[error("the kubelet at {address} does not accept {shown} (401 Unauthorized)")]
+    Unauthorized { address: String, shown: String },
     /// The account may not ask.
     #[error(
         "the kubelet at {address} refuses its list of pods (403 Forbidden): the agent's service \
@@ -177,13 +178,23 @@ impl Kubelet {
         }
     }
 
-    /// Whom to believe, read anew: authorities are exchanged too.
+    /// Whom to believe and what to show, read anew: authorities are exchanged too.
     async fn tls(&self) -> Result<Arc<ClientConfig>, KubeletError> {
         let roots = match self.settings.authority() {
             Some(path) => Some(roots_of(&[read(&path).await?])?),
             None => None,
         };
-        Ok(Trust::auth(&self.clock, roots, &[b"http/1.1"])?)
+        let protocols: &[&[u8]] = &[b"http/1.1"];
+        let Some((certificate, key)) = self.settings.certificate() else {
+            return Ok(Trust::auth(&self.clock, roots, protocols)?);
+        };
+        // Read anew too: the kubelet's own client certificate, for one, is exchanged every few months.
+        let (chain, key) = (read(&certificate).await?, Secret::new(read(&key).await?));
+        let config = Trust::with_certificate(&self.clock, roots, &chain, &key, protocols);
+        config.map_err(|source| KubeletError::Certificate {
+            path: certificate,
+            source,
+        })
     }
 
     async fn exchange<S>(&self, stream: S, address: &str) -> Result<Pods, KubeletError>
@@ -198,7 +209,12 @@ impl Kubelet {
             request = request.header(http::header::AUTHORIZATION, bearer(path).await?);
         }
         let request = request.body(Full::default()).unwrap_or_default();
-        exchange::ask(stream, request, |response| pods(response, address, token))
+        let shown = match (token, self.settings.certificate()) {
+            (Some(path), _) => format!("the token in {}", path.display()),
+            (None, Some((path, _))) => format!("the certificate in {}", path.display()),
+            (None, None) => "questions without a token".to_owned(),
+        };
+        exchange::ask(stream, request, |response| pods(response, address, shown))
             .await
             .map_err(|source| KubeletError::Http {
                 address: address.to_owned(),
@@ -243,12 +259,12 @@ async fn read(path: &Path) -> Result<String, KubeletError> {
 async fn pods(
     response: Response<Incoming>,
     address: &str,
-    token: Option<PathBuf>,
+    shown: String,
 ) -> Result<Pods, KubeletError> {
     let address = address.to_owned();
     match response.status() {
         StatusCode::OK => {}
-        StatusCode::UNAUTHORIZED => return Err(KubeletError::Unauthorized { address, token }),
+        StatusCode::UNAUTHORIZED => return Err(KubeletError::Unauthorized { address, shown }),
         StatusCode::FORBIDDEN => return Err(KubeletError::Forbidden { address }),
         status => return Err(KubeletError::Status { address, status }),
     }

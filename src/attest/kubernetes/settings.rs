@@ -18,6 +18,8 @@ pub(super) struct Settings {
     ca_path: Option<String>,
     skip_verify: bool,
     anonymous: bool,
+    certificate_path: Option<String>,
+    private_key_path: Option<String>,
 }
 
 /// The kubelet's port, and how it is spoken to there.
@@ -71,7 +73,15 @@ impl Settings {
             ca_path: fields.string("ca_path"),
             skip_verify: fields.bool("skip_verify").unwrap_or(false),
             anonymous: fields.bool("anonymous").unwrap_or(false),
+            certificate_path: fields.string("certificate_path"),
+            private_key_path: fields.string("private_key_path"),
         };
+        if let Some((key, problem)) = settings.contradiction() {
+            let remedy = "set `certificate_path` with `private_key_path`, or `token_path`, or \
+                          `anonymous`";
+            fields.error(key, problem, Some(remedy));
+            sound = false;
+        }
         fields.finish();
         sound.then_some(settings)
     }
@@ -83,9 +93,36 @@ impl Settings {
         }
     }
 
+    /// What does not go together in who the agent says it is: a key, and why.
+    fn contradiction(&self) -> Option<(&'static str, &'static str)> {
+        let (certificate, key) = (&self.certificate_path, &self.private_key_path);
+        match (certificate, key) {
+            (None, None) => None,
+            (Some(_), None) => Some(("certificate_path", "its private key is missing")),
+            (None, Some(_)) => Some(("private_key_path", "its certificate is missing")),
+            _ if self.anonymous => Some(("anonymous", "a certificate is not anonymous")),
+            _ if self.token_path.is_some() => {
+                Some(("token_path", "a certificate stands in for a token"))
+            }
+            _ if self.read_only_port.is_some() => Some((
+                "read_only_port",
+                "a port without TLS asks for no certificate",
+            )),
+            _ => None,
+        }
+    }
+
+    /// Where the client's certificate and its key are; `None` without one.
+    pub(super) fn certificate(&self) -> Option<(PathBuf, PathBuf)> {
+        let certificate = self.certificate_path.as_ref()?;
+        Some((certificate.into(), self.private_key_path.as_ref()?.into()))
+    }
+
     /// Where the token is; `None` for questions without one.
     pub(super) fn token(&self) -> Option<PathBuf> {
-        let secret = !self.anonymous && matches!(self.port(), Port::Secure(_));
+        let secret = !self.anonymous
+            && self.certificate_path.is_none()
+            && matches!(self.port(), Port::Secure(_));
         secret.then(|| path(self.token_path.as_deref(), "token"))
     }
 
@@ -105,6 +142,14 @@ impl Settings {
             ("ca_path", self.ca_path.as_ref().map(Tree::text)),
             ("skip_verify", flag(self.skip_verify)),
             ("anonymous", flag(self.anonymous)),
+            (
+                "certificate_path",
+                self.certificate_path.as_ref().map(Tree::text),
+            ),
+            (
+                "private_key_path",
+                self.private_key_path.as_ref().map(Tree::text),
+            ),
         ];
         let kubelet = (*self != Self::default()).then(|| Tree::map(kubelet));
         Tree::map([("enabled", Some(Tree::Bool(true))), ("kubelet", kubelet)])
@@ -159,6 +204,13 @@ mod tests {
             settings
         );
 
+        let source = "kubelet:\n  certificate_path: /c\n  private_key_path: /k\n";
+        let settings = read(source).0.unwrap();
+        assert_eq!(settings.token(), None, "one of both is enough");
+        let files = ("/c".into(), "/k".into());
+        assert_eq!(settings.certificate(), Some(files));
+        assert!(emit::emit(&settings.emit()).contains("private_key_path: /k"));
+
         let settings = read("kubelet: {read_only_port: 10255}").0.unwrap();
         assert_eq!(settings.port(), Port::ReadOnly(10255));
         assert_eq!(settings.token(), None, "a secret is not sent in clear");
@@ -170,6 +222,26 @@ mod tests {
             (
                 "kubelet: {read_only_port: 1, secure_port: 2}",
                 "kubelet.read_only_port: the kubelet is asked on one port",
+            ),
+            (
+                "kubelet: {certificate_path: /c}",
+                "kubelet.certificate_path: its private key is missing",
+            ),
+            (
+                "kubelet: {private_key_path: /k}",
+                "kubelet.private_key_path: its certificate is missing",
+            ),
+            (
+                "kubelet: {certificate_path: /c, private_key_path: /k, anonymous: true}",
+                "kubelet.anonymous: a certificate is not anonymous",
+            ),
+            (
+                "kubelet: {certificate_path: /c, private_key_path: /k, token_path: /t}",
+                "kubelet.token_path: a certificate stands in for a token",
+            ),
+            (
+                "kubelet: {certificate_path: /c, private_key_path: /k, read_only_port: 1}",
+                "kubelet.read_only_port: a port without TLS",
             ),
             ("kubelet: {secure_port: 65536}", "65536 is no port"),
             ("kubelet: {secure_port: -1}", "-1 is no port"),

@@ -17,12 +17,8 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::rustls::ServerConfig;
-use tokio_rustls::rustls::pki_types::pem::PemObject as _;
-use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
-use super::{OutputText as _, Sandbox};
+use super::{Sandbox, SelfSigned};
 
 /// What the API server accepts as a bearer token.
 const TOKEN: &str = "token-of-the-service-account-canary";
@@ -90,39 +86,8 @@ impl KubeApi {
     pub(crate) const NAMESPACE: &'static str = "bots";
 
     pub(crate) fn start(sandbox: &Sandbox) -> Self {
-        let (certificate, key) = (sandbox.path("kube.crt"), sandbox.path("kube.key"));
-        let mut openssl = sandbox.command("openssl");
-        openssl
-            .args([
-                "req",
-                "-x509",
-                "-newkey",
-                "ec",
-                "-pkeyopt",
-                "ec_paramgen_curve:P-256",
-                "-nodes",
-                "-days",
-                "2",
-                "-subj",
-                "/CN=kube",
-                "-addext",
-                "basicConstraints=critical,CA:FALSE",
-                "-addext",
-                "subjectAltName=DNS:localhost,IP:127.0.0.1",
-                "-keyout",
-            ])
-            .arg(&key)
-            .arg("-out")
-            .arg(&certificate);
-        openssl.output().unwrap().success();
-        let config = ServerConfig::builder()
-            .with_no_client_auth()
-            .with_single_cert(
-                vec![CertificateDer::from_pem_file(&certificate).unwrap()],
-                PrivateKeyDer::from_pem_file(&key).unwrap(),
-            )
-            .unwrap();
-        let acceptor = TlsAcceptor::from(Arc::new(config));
+        let tls = SelfSigned::new(sandbox, "kube", "DNS:localhost,IP:127.0.0.1");
+        let acceptor = tls.acceptor(None);
         let state = Arc::new(Mutex::new(State {
             verbs: BTreeSet::from(["get", "create", "patch", "update"]),
             ..State::default()
@@ -161,7 +126,7 @@ impl KubeApi {
         Self {
             _stop: stop,
             port,
-            authority: certificate,
+            authority: tls.certificate,
             state,
         }
     }

@@ -7,12 +7,8 @@ use std::sync::{Arc, Mutex};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::rustls::ServerConfig;
-use tokio_rustls::rustls::pki_types::pem::PemObject as _;
-use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
-use super::{OutputText as _, Sandbox};
+use super::{Sandbox, SelfSigned};
 
 /// What it is asked and what it answers.
 #[derive(Debug, Default)]
@@ -31,34 +27,16 @@ pub(crate) struct Kubelet {
 }
 
 impl Kubelet {
-    /// Serves on a port of its own.
+    /// Serves on a port of its own whoever asks.
     pub(crate) async fn start(sandbox: &Sandbox) -> Self {
-        let (certificate, key) = (sandbox.path("kubelet.crt"), sandbox.path("kubelet.key"));
-        let mut openssl = sandbox.command("openssl");
-        openssl
-            .args([
-                "req",
-                "-x509",
-                "-newkey",
-                "ec",
-                "-pkeyopt",
-                "ec_paramgen_curve:P-256",
-            ])
-            .args(["-nodes", "-days", "2", "-subj", "/CN=system:node:n1"])
-            .args(["-addext", "basicConstraints=critical,CA:FALSE"])
-            .args(["-addext", "subjectAltName=DNS:localhost", "-keyout"])
-            .arg(&key)
-            .arg("-out")
-            .arg(&certificate);
-        openssl.output().unwrap().success();
-        let config = ServerConfig::builder()
-            .with_no_client_auth()
-            .with_single_cert(
-                vec![CertificateDer::from_pem_file(&certificate).unwrap()],
-                PrivateKeyDer::from_pem_file(&key).unwrap(),
-            )
-            .unwrap();
-        let acceptor = TlsAcceptor::from(Arc::new(config));
+        Self::start_for(sandbox, None).await
+    }
+
+    /// Serves only those who show a certificate of an authority, if there is one.
+    pub(crate) async fn start_for(sandbox: &Sandbox, clients: Option<&Path>) -> Self {
+        let tls = SelfSigned::new(sandbox, "kubelet", "DNS:localhost");
+        let acceptor = tls.acceptor(clients);
+        let strict = clients.is_some();
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let state = Arc::new(Mutex::new(State::default()));
@@ -71,7 +49,12 @@ impl Kubelet {
                     let mut request = vec![0; 16 * 1024];
                     let length = stream.read(&mut request).await?;
                     let request = String::from_utf8_lossy(&request[..length]).into_owned();
-                    let answer = answer(&mut state.lock().unwrap(), &request);
+                    let known = stream.get_ref().1.peer_certificates().is_some();
+                    let answer = if strict && !known {
+                        "HTTP/1.1 401 Unauthorized\r\ncontent-length: 0\r\n\r\n".to_owned()
+                    } else {
+                        answer(&mut state.lock().unwrap(), &request)
+                    };
                     stream.write_all(answer.as_bytes()).await?;
                     stream.shutdown().await
                 });
@@ -79,7 +62,7 @@ impl Kubelet {
         });
         Self {
             port,
-            authority: certificate,
+            authority: tls.certificate,
             state,
         }
     }

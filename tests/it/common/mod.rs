@@ -10,6 +10,7 @@ mod moto;
 mod oidc;
 mod sandbox;
 mod systemd;
+mod tls;
 mod workload;
 
 use std::path::PathBuf;
@@ -25,6 +26,7 @@ pub(crate) use moto::Moto;
 pub(crate) use oidc::{Key, Mood, Oidc, time, unsigned};
 pub(crate) use sandbox::{OutputText, Process, Sandbox, free_port};
 pub(crate) use systemd::Systemd;
+pub(crate) use tls::SelfSigned;
 pub(crate) use workload::{Workload, decode, first};
 
 /// How long [`eventually`] waits. `TBOT_TEST_PATIENCE` (seconds) overrules it on slow machines.
