@@ -32,10 +32,11 @@ use crate::env::Env;
 use crate::health::Registry;
 use crate::identity::bot::{Bot, Settings};
 use crate::identity::store::Store;
+use crate::join::{TokenSource, token_hash};
 use crate::services::{Context, Sockets, Trust};
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::one_line;
-use crate::workload::Shelf;
+use crate::workload::{Origin, Shelf};
 
 use pid_file::PidFile;
 use supervisor::Supervisor;
@@ -116,7 +117,8 @@ impl Agent {
         let shelf = if plan.oneshot {
             Shelf::default()
         } else {
-            Shelf::open(Arc::clone(&storage), clock.clone()).await
+            let origin = origin(server, plan.onboarding.token.as_ref());
+            Shelf::open(Arc::clone(&storage), clock.clone(), origin).await
         };
         let network = Network::new(network, plan.onboarding.trust.clone(), clock.clone());
         let bot = Bot::new(
@@ -323,6 +325,17 @@ fn route(server: &ClusterAddress) -> Route {
     match server {
         ClusterAddress::Proxy(address) => Route::Proxy(with_port(address, "443")),
         ClusterAddress::Auth(address) => Route::Direct(with_port(address, "3025")),
+    }
+}
+
+/// What tells SVIDs of this bot of this cluster from others in the same storage.
+fn origin(server: &ClusterAddress, token: Option<&TokenSource>) -> Origin {
+    let token = token.and_then(|token| token.resolve().ok());
+    Origin {
+        server: match route(server) {
+            Route::Proxy(address) | Route::Direct(address) => address,
+        },
+        token: token.as_ref().map(token_hash).unwrap_or_default(),
     }
 }
 

@@ -31,5 +31,5 @@ pub use jwt::{JwtIssuer, TokenIssuer};
 pub use legacy::{LegacyIssuer, PathRequest};
 pub use memo::Memo;
 pub use selector::Selector;
-pub use shelf::{Beside, Shelf};
+pub use shelf::{Beside, Origin, Shelf};
 pub use tokens::{Issued, Tokens};

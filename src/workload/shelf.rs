@@ -8,7 +8,8 @@
 //!
 //! Nothing of it is believed unchecked: SVIDs are held against their key and the bundle each time
 //! they are taken, and given only to the process that they were issued to, told by its attributes,
-//! its ID, the moment in which it began and the boot of the machine.
+//! its ID, the moment in which it began and the boot of the machine. An agent that is pointed elsewhere
+//! meanwhile, or joins with another token, begins with an empty shelf.
 
 mod record;
 
@@ -17,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
@@ -65,6 +67,25 @@ pub struct Beside {
     pub crl: Option<Bytes>,
 }
 
+/// Whom what is kept comes from, as the configuration names it: the cluster's address, and a hash of the
+/// token that says which bot this is; empty where it cannot be read now.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// Where the cluster is.
+    pub server: String,
+    /// A hash of the join token.
+    pub token: String,
+}
+
+impl Origin {
+    /// Whether both may mean the same bot of the same cluster.
+    fn matches(&self, other: &Self) -> bool {
+        let tokens = [&self.token, &other.token];
+        self.server == other.server
+            && (self.token == other.token || tokens.iter().any(|token| token.is_empty()))
+    }
+}
+
 #[derive(Debug, Default, Clone)]
 struct Content {
     kept: HashMap<Mark, Kept>,
@@ -82,24 +103,26 @@ pub struct Shelf {
 struct Inner {
     content: Mutex<Content>,
     changed: Notify,
+    origin: Origin,
 }
 
 impl Shelf {
-    /// A shelf in `storage`, with what an earlier agent left there. It writes until the last clone
+    /// A shelf in `storage`, with what an earlier agent of this `origin` left there. It writes until the last clone
     /// is dropped.
     ///
     /// Only a directory of this machine is used: keys of workloads do not leave it. With any other
     /// storage, the shelf forgets with the agent.
-    pub async fn open(storage: Arc<dyn Destination>, clock: Clock) -> Self {
+    pub async fn open(storage: Arc<dyn Destination>, clock: Clock, origin: Origin) -> Self {
         let lasts = storage.is_persistent() && storage.directory().is_some();
         let storage = Some(storage).filter(|_| lasts);
         let content = match &storage {
-            Some(storage) => load(storage.as_ref(), clock.now()).await,
+            Some(storage) => load(storage.as_ref(), &origin, clock.now()).await,
             None => Content::default(),
         };
         let inner = Arc::new(Inner {
             content: Mutex::new(content),
             changed: Notify::new(),
+            origin,
         });
         let keeper = tokio::spawn(keep(Arc::clone(&inner), storage, clock));
         Self {
@@ -201,12 +224,19 @@ impl Inner {
 }
 
 /// What an earlier agent left; nothing if that is of no use.
-async fn load(storage: &dyn Destination, now: SystemTime) -> Content {
+async fn load(storage: &dyn Destination, origin: &Origin, now: SystemTime) -> Content {
     let content = match storage.read(FILE).await {
-        Ok(None) => Ok(Content::default()),
+        Ok(None) => Ok(<(Origin, Content)>::default()),
         Ok(Some(bytes)) => record::decode(&bytes, now).map_err(str::to_owned),
         Err(error) => Err(error.to_string()),
     };
+    let content = content.and_then(|(from, content)| {
+        if content.kept.is_empty() || from.matches(origin) {
+            Ok(content)
+        } else {
+            Err("they are of another cluster or another join token".to_owned())
+        }
+    });
     match content {
         Ok(content) => {
             if !content.kept.is_empty() {
@@ -243,7 +273,7 @@ async fn keep(inner: Arc<Inner>, storage: Option<Arc<dyn Destination>>, clock: C
         let changed = tokio::task::spawn_blocking(move || {
             let changed = sweeping.sweep(now) || told;
             let content = (changed && lasting).then(|| sweeping.content().clone());
-            content.map(|content| record::encode(&content))
+            content.map(|content| record::encode(&sweeping.origin, &content))
         });
         let (Ok(Some(bytes)), Some(storage)) = (changed.await, &storage) else {
             continue;

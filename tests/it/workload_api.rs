@@ -208,3 +208,85 @@ fn a_program_that_took_the_callers_place_gets_nothing_of_what_was_meant_for_it()
         "it was renewed"
     );
 }
+
+/// An agent that has kept this process's SVID, and was killed; with its configuration and its socket.
+async fn kept(sandbox: &Sandbox, cluster: &Cluster<'_>) -> (PathBuf, PathBuf) {
+    let (config, socket) = configured(sandbox, cluster);
+    let mut agent = started(sandbox, &config);
+    agent.wait_for_log("The bot has a fresh identity");
+    let workload = Workload::connect(&socket).await;
+    let svid = workload.first("FetchX509SVID", &X509svidRequest {}).await;
+    svid.unwrap();
+    eventually("the SVID is stored", || {
+        let text = std::fs::read_to_string(sandbox.path("bot/.svids")).unwrap_or_default();
+        text.contains("svc/foo").then_some(()).ok_or(text)
+    });
+    agent.signal("KILL");
+    agent.wait();
+    (config, socket)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn svids_of_another_cluster_in_the_same_storage_are_not_served() {
+    let (sandbox, elsewhere) = (Sandbox::new(), Sandbox::new());
+    let cluster = Cluster::start(&sandbox, RECORDED);
+    let (config, socket) = kept(&sandbox, &cluster).await;
+    let mut other = Cluster::start_named(&elsewhere, "other.example.org", RECORDED);
+    let text = std::fs::read_to_string(&config).unwrap();
+    let (_, services) = text.split_once("services:").unwrap();
+    let head = other.config(&other.invite("example", "10m"), "bot");
+    let storages = [&elsewhere, &sandbox].map(|home| home.path("bot").display().to_string());
+    let [there, here] = &storages;
+    let head = head.replace(there, here);
+    let config = sandbox.write("tbot.yaml", format!("{head}services:{services}"));
+    other.stop();
+    let mut agent = started(&sandbox, &config);
+    agent.wait_for_log("they are of another cluster or another join token");
+    let workload = Workload::connect(&socket).await;
+    let refused = workload.first("FetchX509SVID", &X509svidRequest {}).await;
+    assert_eq!(refused.unwrap_err().code(), Code::Unavailable);
+    let refused = workload.first("FetchX509Bundles", &X509BundlesRequest {});
+    assert_eq!(refused.await.unwrap_err().code(), Code::Unavailable);
+
+    other.resume();
+    agent.wait_for_log("The bot has a fresh identity");
+    let workload = Workload::connect(&socket).await;
+    let svids: X509svidResponse = workload
+        .fetch("FetchX509SVID", &X509svidRequest {})
+        .await
+        .unwrap();
+    let id = &svids.svids[0].spiffe_id;
+    assert_eq!(id, "spiffe://other.example.org/svc/foo");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_svids_of_before_are_told_of_and_made_anew() {
+    let sandbox = Sandbox::new();
+    let cluster = Cluster::start(&sandbox, RECORDED);
+    let (config, socket) = kept(&sandbox, &cluster).await;
+    let path = sandbox.path("bot/.svids");
+    let whole = std::fs::read(&path).unwrap();
+    let mut flipped = whole.clone();
+    flipped[whole.len() / 2] ^= 1;
+    for (what, bytes) in [
+        ("torn", whole[..whole.len() / 2].to_vec()),
+        ("empty", Vec::new()),
+        ("one bit is another", flipped),
+        ("somebody else's", b"hello\n".to_vec()),
+    ] {
+        std::fs::write(&path, &bytes).unwrap();
+        let mut agent = started(&sandbox, &config);
+        agent.wait_for_log("SVIDs of before the restart are not used; workloads get new ones");
+        let workload = Workload::connect(&socket).await;
+        let svid = workload.first("FetchX509SVID", &X509svidRequest {}).await;
+        assert!(svid.is_ok(), "{what}: {svid:?}");
+        eventually("the file is good again", || {
+            let text = std::fs::read(&path).unwrap();
+            let text = String::from_utf8_lossy(&text).into_owned();
+            let good = text.starts_with("tbot-svids-2 ") && text.contains("svc/foo");
+            good.then_some(()).ok_or(text)
+        });
+        agent.signal("KILL");
+        agent.wait();
+    }
+}

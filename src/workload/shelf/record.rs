@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
 use super::super::{Bundles, Federated, Svid};
-use super::{Beside, Content, Kept, MAX};
+use super::{Beside, Content, Kept, MAX, Origin};
 use crate::attest::Process;
 use crate::crypto::sha256_hex;
 use crate::crypto::x509::Certificate;
@@ -20,10 +20,11 @@ use crate::spiffe::TrustDomain;
 use crate::spiffe::jwt::JwtBundle;
 
 /// The first word and the version of the form.
-const MAGIC: &str = "tbot-svids-1";
+const MAGIC: &str = "tbot-svids-2";
 
 #[derive(Serialize, Deserialize)]
 struct Record {
+    origin: Origin,
     bundles: StoredBundles,
     crl: Option<Blob>,
     answers: Vec<Answer>,
@@ -83,8 +84,9 @@ impl<'de> Deserialize<'de> for Blob {
 #[derive(Serialize, Deserialize, Zeroize, ZeroizeOnDrop)]
 struct SecretBlob(String);
 
-pub(super) fn encode(content: &Content) -> Secret<Vec<u8>> {
+pub(super) fn encode(origin: &Origin, content: &Content) -> Secret<Vec<u8>> {
     let record = content.beside.as_ref().map(|beside| Record {
+        origin: origin.clone(),
         bundles: stored(&beside.bundles),
         crl: beside.crl.clone().map(Blob),
         answers: content
@@ -144,7 +146,10 @@ fn answer(mark: &[u8; 32], kept: &Kept) -> Option<Answer> {
 
 /// Reads what [`encode`] wrote; of the answers, those that may be good at `now`. An error says what
 /// is wrong, without secrets.
-pub(super) fn decode(bytes: &Secret<Vec<u8>>, now: SystemTime) -> Result<Content, &'static str> {
+pub(super) fn decode(
+    bytes: &Secret<Vec<u8>>,
+    now: SystemTime,
+) -> Result<(Origin, Content), &'static str> {
     const TORN: &str = "it is torn or not this agent's";
     let bytes = bytes.expose();
     let end = bytes.iter().position(|byte| *byte == b'\n').ok_or(TORN)?;
@@ -155,7 +160,7 @@ pub(super) fn decode(bytes: &Secret<Vec<u8>>, now: SystemTime) -> Result<Content
     }
     let record: Option<Record> = serde_json::from_slice(body).map_err(|_foreign| TORN)?;
     let Some(record) = record else {
-        return Ok(Content::default());
+        return Ok(<(Origin, Content)>::default());
     };
     let bundles = bundles(&record.bundles).ok_or("its trust bundles cannot be read")?;
     let kept = record
@@ -168,13 +173,14 @@ pub(super) fn decode(bytes: &Secret<Vec<u8>>, now: SystemTime) -> Result<Content
             (kept.not_after() > now).then_some((mark, kept))
         })
         .collect();
-    Ok(Content {
+    let content = Content {
         kept,
         beside: Some(Beside {
             bundles: Arc::new(bundles),
             crl: record.crl.map(|crl| crl.0),
         }),
-    })
+    };
+    Ok((record.origin, content))
 }
 
 fn bundles(stored: &StoredBundles) -> Option<Bundles> {

@@ -32,6 +32,13 @@ fn bundles(authority: &Authority) -> Arc<Bundles> {
     Arc::new(Bundles::from_authority(&message(DOMAIN, &[authority])).unwrap())
 }
 
+fn origin(server: &str, token: &str) -> Origin {
+    Origin {
+        server: server.to_owned(),
+        token: token.to_owned(),
+    }
+}
+
 async fn storage(path: &std::path::Path) -> Arc<dyn Destination> {
     let storage = from_uri(path.to_str().unwrap()).unwrap().build();
     storage.init().await.unwrap();
@@ -55,7 +62,7 @@ async fn a_restart_loses_nothing_that_is_still_good() {
     let clock = Clock::simulated(start());
     let authority = Authority::new(DOMAIN);
     let svids = svids(&authority);
-    let shelf = Shelf::open(Arc::clone(&storage), clock.clone()).await;
+    let shelf = Shelf::open(Arc::clone(&storage), clock.clone(), origin("a", "t")).await;
     assert!(shelf.get(&MARK, start()).is_none());
     let list = Bytes::from_static(b"list");
     shelf.tell(&bundles(&authority), &Crl::Signed(list.clone()));
@@ -63,9 +70,9 @@ async fn a_restart_loses_nothing_that_is_still_good() {
     let file = written(&storage, b"").await;
     drop(shelf);
     let text = String::from_utf8_lossy(file.expose());
-    assert!(text.starts_with("tbot-svids-1 "), "{text}");
+    assert!(text.starts_with("tbot-svids-2 "), "{text}");
 
-    let again = Shelf::open(Arc::clone(&storage), clock.clone()).await;
+    let again = Shelf::open(Arc::clone(&storage), clock.clone(), origin("a", "t")).await;
     let kept = again.get(&MARK, start()).unwrap();
     assert_eq!(format!("{kept:?}"), format!("{svids:?}"));
     assert_eq!(kept[0].key, svids[0].key);
@@ -80,8 +87,46 @@ async fn a_restart_loses_nothing_that_is_still_good() {
     assert!(again.get(&MARK, start()).is_none(), "and gone");
 
     let late = Clock::simulated(start() + HOUR);
-    let late = Shelf::open(storage, late).await;
+    let late = Shelf::open(storage, late, origin("a", "t")).await;
     assert!(late.inner.content().kept.is_empty());
+}
+
+#[tokio::test]
+async fn what_another_cluster_or_bot_was_issued_is_not_used() {
+    let directory = tempfile::tempdir().unwrap();
+    let storage = storage(&directory.path().canonicalize().unwrap()).await;
+    let clock = Clock::simulated(start());
+    let authority = Authority::new(DOMAIN);
+    let content = Content {
+        kept: HashMap::from([(
+            MARK,
+            Kept {
+                process: own(),
+                svids: svids(&authority),
+            },
+        )]),
+        beside: Some(Beside {
+            bundles: bundles(&authority),
+            crl: None,
+        }),
+    };
+    for (written, configured, used) in [
+        (("a", "t"), ("a", "t"), true),
+        (("a", "t"), ("b", "t"), false),
+        (("a", "t"), ("a", "u"), false),
+        // A token that cannot be read at this moment is no other one.
+        (("a", "t"), ("a", ""), true),
+        (("a", ""), ("a", "t"), true),
+        (("", ""), ("a", "t"), false),
+    ] {
+        let bytes = record::encode(&origin(written.0, written.1), &content);
+        let file = FileSet::from([(FILE.to_owned(), bytes)]);
+        storage.write(file).await.unwrap();
+        let configured = origin(configured.0, configured.1);
+        let shelf = Shelf::open(Arc::clone(&storage), clock.clone(), configured).await;
+        assert_eq!(shelf.get(&MARK, start()).is_some(), used, "{written:?}");
+        assert_eq!(shelf.beside(start()).is_some(), used, "{written:?}");
+    }
 }
 
 #[tokio::test]
@@ -138,10 +183,10 @@ async fn damaged_files_are_ignored_and_replaced() {
             crl: None,
         }),
     };
-    let good = record::encode(&content).expose().clone();
+    let good = record::encode(&origin("a", "t"), &content).expose().clone();
     let sealed = |body: &[u8]| {
         let sum = crate::crypto::sha256_hex(body);
-        [format!("tbot-svids-1 {sum}\n").as_bytes(), body].concat()
+        [format!("tbot-svids-2 {sum}\n").as_bytes(), body].concat()
     };
     let mut flipped = good.clone();
     *flipped.last_mut().unwrap() ^= 1;
@@ -155,11 +200,12 @@ async fn damaged_files_are_ignored_and_replaced() {
             "no bundle",
             sealed(br#"{"bundles":{"trust_domain":"x","own":{"x509":"","jwt":""},"federated":{}},"crl":null,"answers":[]}"#),
         ),
+        ("of a former form", [b"tbot-svids-1", &good["tbot-svids-2".len()..]].concat()),
         ("foreign", b"hello\n".to_vec()),
     ] {
         let file = FileSet::from([(FILE.to_owned(), Secret::new(bytes.clone()))]);
         storage.write(file).await.unwrap();
-        let shelf = Shelf::open(Arc::clone(&storage), clock.clone()).await;
+        let shelf = Shelf::open(Arc::clone(&storage), clock.clone(), origin("a", "t")).await;
         assert!(shelf.inner.content().kept.is_empty(), "{what}");
         assert!(shelf.beside(start()).is_none(), "{what}");
         shelf.tell(&bundles(&authority), &Crl::None);
