@@ -179,6 +179,38 @@ mod tests {
     }
 
     #[test]
+    fn fuzz_answers_to_the_handshake() {
+        const KEY: &str = "dGhlIHNhbXBsZSBub25jZQ==";
+        let check = bolero::check!().with_type::<Vec<(u8, u8, Vec<u8>)>>();
+        check.for_each(|fields| {
+            let mut headers = HeaderMap::new();
+            for (name, value, other) in fields.iter().take(8) {
+                let names = [
+                    header::UPGRADE,
+                    header::SEC_WEBSOCKET_PROTOCOL,
+                    header::SEC_WEBSOCKET_ACCEPT,
+                ];
+                let right = [b"WebSocket".to_vec(), KIND.into(), accept(KEY).into()];
+                let at = usize::from(*name) % names.len();
+                let value = if value % 4 == 0 { other } else { &right[at] };
+                if let Ok(value) = header::HeaderValue::from_bytes(value) {
+                    headers.insert(&names[at], value);
+                }
+            }
+            let agreed = check_and_again(&headers, KEY);
+            let accepted = headers.get(header::SEC_WEBSOCKET_ACCEPT);
+            let ours = accepted.is_some_and(|accepted| accepted == accept(KEY).as_str());
+            assert!(!agreed || (ours && headers.len() == 3), "{headers:?}");
+        });
+    }
+
+    /// Whether an answer counts; never for another request.
+    fn check_and_again(headers: &HeaderMap, key: &str) -> bool {
+        assert!(super::check(headers, "another").is_err());
+        super::check(headers, key).is_ok()
+    }
+
+    #[test]
     fn only_a_peer_without_alpn_needs_an_upgrade() {
         let tls = |error: rustls::Error| {
             Err(ClusterError::Tls {

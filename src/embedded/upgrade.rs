@@ -152,6 +152,29 @@ mod tests {
     }
 
     #[test]
+    fn fuzz_requests_to_switch() {
+        let check = bolero::check!().with_type::<Vec<(u8, Vec<u8>)>>();
+        check.for_each(|changes| {
+            let mut request = request(|_| {});
+            let names: Vec<_> = request.headers().keys().cloned().collect();
+            for (at, value) in changes.iter().take(6) {
+                let name = &names[usize::from(*at) % names.len()];
+                match HeaderValue::from_bytes(value) {
+                    Ok(value) => drop(request.headers_mut().append(name, value)),
+                    Err(_) => drop(request.headers_mut().remove(name)),
+                }
+            }
+            let headers = request.headers();
+            if let Ok(agreed) = agree(headers) {
+                assert!(headers.contains_key(SEC_WEBSOCKET_KEY));
+                assert!(KINDS.iter().any(|(kind, _)| *kind == agreed.kind));
+                // Base64 of a SHA-1.
+                assert_eq!(agreed.accept.len(), 28);
+            }
+        });
+    }
+
+    #[test]
     fn only_a_complete_request_is_agreed_to() {
         for (mut request, status) in [
             (request(|_| {}), 101),

@@ -284,6 +284,33 @@ mod tests {
     }
 
     #[test]
+    fn fuzz_lists() {
+        let check = bolero::check!().with_type::<(Vec<(u16, u8)>, u16)>();
+        check.for_each(|(edits, end)| {
+            let mut list = RECORDED.as_bytes().to_vec();
+            for (place, octet) in edits.iter().take(6) {
+                let at = usize::from(*place) % list.len();
+                list[at] = *octet;
+            }
+            if edits.len() % 4 == 3 {
+                list.truncate(usize::from(*end));
+            }
+            let Ok(pods) = serde_json::from_slice::<Pods>(&list) else {
+                return;
+            };
+            for id in ["cc", "bb", "aa", "dd", "ee", ""] {
+                let Sight::Known(found) = pods.look(UID, id) else {
+                    continue;
+                };
+                assert!(found.attested && found.pod_uid == UID, "{found:?}");
+                let image = found.container.map(|container| container.image_digest);
+                let digest = image.unwrap_or_default();
+                assert!(digest.is_empty() || digest.len() == "sha256:".len() + 64);
+            }
+        });
+    }
+
+    #[test]
     fn digests_are_found_wherever_they_stand() {
         let hex = "41b03e3ae01980e8fcc9dc82e0682994d23bd9ac4d1766ffa298b937ff6a1572";
         for text in [

@@ -469,6 +469,34 @@ mod tests {
     use super::*;
 
     #[test]
+    fn fuzz_challenges() {
+        let check = bolero::check!().with_type::<(Vec<u8>, String)>();
+        check.for_each(|(choice, other)| {
+            let pieces = [
+                "Bearer ",
+                "realm=",
+                "service=",
+                "\"",
+                ",",
+                " ",
+                "https://a.example.org/t",
+                "scope=",
+                "Basic",
+                "=",
+                "\\",
+                other,
+            ];
+            let pick = |at: &u8| pieces[usize::from(*at) % pieces.len()];
+            let text: String = choice.iter().take(64).map(pick).collect();
+            if let Some(Challenge::Bearer { realm, service }) = Challenge::parse(&text) {
+                for part in [realm, service] {
+                    assert!(text.contains(&part), "{text:?}");
+                }
+            }
+        });
+    }
+
+    #[test]
     fn challenges_are_read() {
         let bearer = |realm: &str, service: &str| {
             Some(Challenge::Bearer {

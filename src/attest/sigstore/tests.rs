@@ -474,3 +474,37 @@ fn the_container_is_that_of_the_pod_before_others() {
     });
     assert_eq!(Image::of(&attributes).unwrap().name, "pod");
 }
+
+#[test]
+fn fuzz_bundles_of_registries() {
+    let check = bolero::check!().with_type::<(Vec<(u16, u8)>, String)>();
+    check.for_each(|(edits, text)| {
+        let mut json = JSON.as_bytes().to_vec();
+        for (place, octet) in edits.iter().take(6) {
+            let at = usize::from(*place) % json.len();
+            json[at] = *octet;
+        }
+        if let Ok(bundle) = bundle::from_json(&json) {
+            let encoded = bundle.encode_to_vec();
+            assert_eq!(Bundle::decode(&*encoded).as_ref(), Ok(&bundle));
+        }
+        let names = ["signature", "certificate", "chain", "bundle"];
+        let annotations = names.iter().enumerate().map(|(at, name)| {
+            let family = if *name == "signature" {
+                "dev.cosignproject.cosign"
+            } else {
+                "dev.sigstore.cosign"
+            };
+            let sample = if edits.len() % names.len() == at {
+                text.clone()
+            } else {
+                "c2ln".to_owned()
+            };
+            (format!("{family}/{name}"), sample)
+        });
+        let annotations: HashMap<_, _> = annotations.collect();
+        if let Ok(bundle) = bundle::from_annotations(&annotations, text.as_bytes()) {
+            assert!(bundle.media_type.ends_with("version=0.1"));
+        }
+    });
+}

@@ -192,3 +192,22 @@ async fn the_last_list_outlives_the_stream() {
     let (crl, _) = followed(vec![Ok(vec![first.clone()]), Err(Status::unavailable("x"))]).await;
     assert_eq!(crl, Crl::Signed(first));
 }
+
+#[test]
+fn fuzz_lists() {
+    let sample = list("ca", &[1, 2, 3], 1, false);
+    let check = bolero::check!().with_type::<(Vec<(u16, u8)>, u16)>();
+    check.for_each(|(edits, end)| {
+        let mut bytes = sample.to_vec();
+        for (place, octet) in edits.iter().take(6) {
+            let at = usize::from(*place) % bytes.len();
+            bytes[at] = *octet;
+        }
+        if edits.len() % 4 == 3 {
+            bytes.truncate(usize::from(*end) % bytes.len());
+        }
+        let (old, new) = (Crl::Signed(sample.clone()), Crl::Signed(bytes.into()));
+        assert!(says_the_same(&new, &new));
+        assert_eq!(says_the_same(&old, &new), says_the_same(&new, &old));
+    });
+}
