@@ -57,12 +57,17 @@ pub enum State {
 pub struct Answer {
     svids: Arc<[Svid]>,
     memo: Memo,
+    /// The bundles that were looked at last, and whether the SVIDs lead to them.
+    led: Mutex<Option<(Arc<Bundles>, bool)>>,
 }
 
 impl Answer {
     fn new(svids: Arc<[Svid]>) -> Arc<Self> {
-        let memo = Memo::default();
-        Arc::new(Self { svids, memo })
+        Arc::new(Self {
+            svids,
+            memo: Memo::default(),
+            led: Mutex::default(),
+        })
     }
 
     /// The message that everybody gets who waits for these SVIDs, made once for each state of the
@@ -78,8 +83,16 @@ impl Answer {
 
     /// Whether each of them leads to the authorities of `bundles` (`X509-SVID.md` 5): nobody who has
     /// those alone could verify another one.
-    pub fn lead_to(&self, bundles: &Bundles) -> bool {
-        self.svids.iter().all(|svid| issue::leads_to(svid, bundles))
+    pub fn lead_to(&self, bundles: &Arc<Bundles>) -> bool {
+        let mut led = self.led.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((last, lead)) = led.as_ref()
+            && Arc::ptr_eq(last, bundles)
+        {
+            return *lead;
+        }
+        let lead = self.svids.iter().all(|svid| issue::leads_to(svid, bundles));
+        *led = Some((Arc::clone(bundles), lead));
+        lead
     }
 }
 

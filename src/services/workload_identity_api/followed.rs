@@ -10,7 +10,7 @@ use super::incoming::Caller;
 use super::source::Source;
 use crate::attest::Attested;
 use crate::crypto::jitter;
-use crate::workload::{State, Subscription};
+use crate::workload::{Bundles, State, Subscription};
 
 /// What one caller may have. The caller is looked at again now and then; once it is something else,
 /// it gets what that may have.
@@ -42,12 +42,17 @@ impl Followed {
         &self.attested
     }
 
-    /// What is held now, which counts as looked at. An error ends the caller's stream.
-    pub(super) fn state(&mut self) -> Result<State, Box<Status>> {
-        match self.ended.take() {
-            Some(ended) => Err(ended),
-            None => Ok(self.subscription.state().borrow_and_update().clone()),
+    /// What is held now, to be sent beside `bundles`; this counts as looked at. An error ends the caller's
+    /// stream.
+    pub(super) fn state(&mut self, bundles: &Arc<Bundles>) -> Result<State, Box<Status>> {
+        if let Some(ended) = self.ended.take() {
+            return Err(ended);
         }
+        Ok(match &*self.subscription.state().borrow_and_update() {
+            // After a change of authorities, what they did not issue waits for its renewal.
+            State::Ready(svids) if !svids.lead_to(bundles) => State::Pending,
+            state => state.clone(),
+        })
     }
 
     /// Resolves when something else is to be sent. May be dropped and called again at any time.

@@ -136,7 +136,7 @@ where
                 self.svids.insert(Followed::new(source, caller, attested))
             }
         };
-        match svids.state()? {
+        match svids.state(&bundles)? {
             state if !state.is_answer(self.source.clock.now()) => Ok(None),
             State::Ready(svids) => found(select(names, &svids, &bundles)),
             // Who asks for everything gets what there is. A selector by name promises an SVID.

@@ -27,17 +27,14 @@ impl Content for Svids {
         bundles: &Arc<Bundles>,
         crl: Option<&Bytes>,
     ) -> Result<Option<Bytes>, Box<Status>> {
-        match self.0.state()? {
+        match self.0.state(bundles)? {
             state if !state.is_answer(source.clock.now()) => Ok(None),
-            // After a change of authorities, what they did not issue waits for its renewal.
             State::Ready(svids) => Ok(svids.message(bundles, crl, || {
-                svids.lead_to(bundles).then(|| {
-                    packet(&X509svidResponse {
-                        svids: svids.iter().map(|svid| entry(svid, bundles)).collect(),
-                        crl: crl.cloned().into_iter().collect(),
-                        federated_bundles: federated(bundles).collect(),
-                    })
-                })
+                Some(packet(&X509svidResponse {
+                    svids: svids.iter().map(|svid| entry(svid, bundles)).collect(),
+                    crl: crl.cloned().into_iter().collect(),
+                    federated_bundles: federated(bundles).collect(),
+                }))
             })),
             State::Refused(why) => {
                 let text = format!("no identity issued: {why}");

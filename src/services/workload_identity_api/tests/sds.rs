@@ -94,6 +94,26 @@ async fn a_stream_follows_requests_renewals_and_bundles() {
 }
 
 #[tokio::test]
+async fn an_svid_is_not_sent_beside_a_bundle_that_cannot_vouch_for_it() {
+    let world = World::new();
+    world.publish(&[&world.authority]);
+    world
+        .run(async {
+            let (requests, mut answers) = open(&world, asking(&["default", "ROOTCA"], "")).await;
+            let first = answers.message().await.unwrap().unwrap();
+            assert_eq!(names(&first), ["ROOTCA", "default"]);
+            // Its authority is gone: the SVID waits for its renewal, and the bundle for the SVID.
+            world.publish(&[&Authority::new(DOMAIN)]);
+            silent(&mut answers).await;
+            requests.send(asking(&["ROOTCA"], &first.nonce)).unwrap();
+            let alone = answers.message().await.unwrap().unwrap();
+            assert_eq!(names(&alone), ["ROOTCA"]);
+            assert_ne!(alone.resources[0], first.resources[0]);
+        })
+        .await;
+}
+
+#[tokio::test]
 async fn the_cache_is_that_of_the_spiffe_calls() {
     let world = World::new();
     world.publish(&[&world.authority]);
