@@ -2,9 +2,8 @@
 //! (upstream `api/client/webclient/webclient.go`).
 
 use http::StatusCode;
-use http_body_util::{BodyExt as _, Empty, Limited};
+use http_body_util::Full;
 use hyper::body::Bytes;
-use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use tokio::time::timeout;
 
@@ -13,6 +12,7 @@ use super::dial::{self, Dialer, TIMEOUT, host_of};
 use super::trust::Trust;
 use crate::clock::Clock;
 use crate::crypto::Suite;
+use crate::exchange::ask_for_bytes;
 
 /// Where a proxy says who it is, and the same with the API's version before it.
 const PATH: &str = "/webapi/find";
@@ -139,39 +139,16 @@ async fn ask(
         address: address.to_owned(),
         problem,
     };
-    let exchange = async {
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-        let request = http::Request::get(path)
-            .header(http::header::HOST, address)
-            .header(http::header::ACCEPT, "application/json")
-            .body(Empty::<Bytes>::new())
-            .unwrap_or_default();
-        let answer = async move {
-            let response = sender.send_request(request).await?;
-            let status = response.status();
-            let body = Limited::new(response.into_body(), MAX_ANSWER)
-                .collect()
-                .await;
-            Ok::<_, hyper::Error>((status, body.map(http_body_util::Collected::to_bytes)))
-        };
-        // The connection is driven here and ends with the answer, or just before it where the peer
-        // closes: no task is left behind.
-        let (mut answer, connection) = (std::pin::pin!(answer), std::pin::pin!(connection));
-        tokio::select! {
-            answer = &mut answer => answer,
-            ended = connection => match ended {
-                Ok(()) => answer.await,
-                Err(source) => Err(source),
-            },
-        }
-    };
-    let (status, body) = timeout(TIMEOUT, exchange)
+    let request = http::Request::get(path)
+        .header(http::header::HOST, address)
+        .header(http::header::ACCEPT, "application/json")
+        .body(Full::default())
+        .unwrap_or_default();
+    let answer = timeout(TIMEOUT, ask_for_bytes(stream, request, MAX_ANSWER))
         .await
         .map_err(|_elapsed| not_a_proxy(format!("no answer within {} s", TIMEOUT.as_secs())))?
         .map_err(|source| not_a_proxy(source.to_string()))?;
-    let body = body.map_err(|source| not_a_proxy(source.to_string()))?;
-    Ok((status, body))
+    Ok((answer.status(), answer.into_body()))
 }
 
 fn parse(body: &[u8]) -> Result<Endpoints, serde_json::Error> {

@@ -28,6 +28,7 @@ use super::listener::refusals;
 use super::resources::{self, Applied, ApplyError, CreateError, safe_name};
 use super::store::StoreError;
 use super::{ClusterState, SERVER_VERSION};
+use crate::exchange::ask_for_bytes;
 
 /// The socket's name in the data directory.
 const SOCKET: &str = "admin.sock";
@@ -511,24 +512,11 @@ async fn exchange(
     request: &Request,
 ) -> Result<Answer, Box<dyn std::error::Error + Send + Sync>> {
     let body = Full::new(Bytes::from(serde_json::to_vec(request)?));
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let request = http::Request::post("/v1/admin")
         .header("host", "tbot")
         .body(body)?;
-    let talk = async {
-        let response = sender.send_request(request).await?;
-        let body = Limited::new(response.into_body(), MAX_MESSAGE)
-            .collect()
-            .await?;
-        Ok::<_, Box<dyn std::error::Error + Send + Sync>>(body.to_bytes())
-    };
-    let mut talk = std::pin::pin!(talk);
-    let body = tokio::select! {
-        body = &mut talk => body?,
-        _ended = connection => talk.await?,
-    };
-    Ok(serde_json::from_slice(&body)?)
+    let answer = ask_for_bytes(stream, request, MAX_MESSAGE).await?;
+    Ok(serde_json::from_slice(answer.body())?)
 }
 
 #[cfg(test)]

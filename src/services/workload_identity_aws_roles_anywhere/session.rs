@@ -5,8 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::{StatusCode, Uri};
-use http_body_util::{BodyExt as _, Full, Limited};
-use hyper_util::rt::TokioIo;
+use http_body_util::Full;
 use serde::Deserialize;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -19,6 +18,7 @@ use crate::cluster::ClusterError;
 use crate::cluster::dial::{self, Dialer, host_of};
 use crate::cluster::trust::Trust;
 use crate::env::Env;
+use crate::exchange;
 use crate::join::iam;
 use crate::secret::Secret;
 
@@ -157,7 +157,7 @@ impl Endpoint {
         body: String,
     ) -> Result<(StatusCode, Bytes), SessionError>
     where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        S: AsyncRead + AsyncWrite + Unpin + Send,
     {
         let mut request = http::Request::post(signed.target);
         for (name, value) in signed.headers {
@@ -166,28 +166,10 @@ impl Endpoint {
         let request = request
             .body(Full::new(Bytes::from(body)))
             .map_err(|source| self.unusable(&source))?;
-        let exchange = async {
-            let (mut sender, connection) =
-                hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-            let answer = async move {
-                let response = sender.send_request(request).await?;
-                let status = response.status();
-                let body = Limited::new(response.into_body(), MAX_ANSWER).collect();
-                Ok::<_, hyper::Error>((status, body.await))
-            };
-            // The connection is driven here and ends with the answer, or just before it.
-            let (mut answer, connection) = (std::pin::pin!(answer), std::pin::pin!(connection));
-            tokio::select! {
-                answer = &mut answer => answer,
-                ended = connection => match ended {
-                    Ok(()) => answer.await,
-                    Err(source) => Err(source),
-                },
-            }
-        };
-        let (status, body) = exchange.await.map_err(|source| self.unusable(&source))?;
-        let body = body.map_err(|source| self.unusable(&source))?;
-        Ok((status, body.to_bytes()))
+        let answer = exchange::ask_for_bytes(stream, request, MAX_ANSWER)
+            .await
+            .map_err(|source| self.unusable(&source))?;
+        Ok((answer.status(), answer.into_body()))
     }
 
     fn unusable(&self, problem: &dyn fmt::Display) -> SessionError {
