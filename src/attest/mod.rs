@@ -62,6 +62,18 @@ pub struct AttestError {
     pub problem: String,
 }
 
+impl AttestError {
+    /// What an attestor has to say of a peer that it could not describe.
+    fn of<E: fmt::Display>(attestor: &'static str, peer: &Peer) -> impl FnOnce(E) -> Self {
+        let pid = peer.pid();
+        move |problem| Self {
+            attestor,
+            pid,
+            problem: problem.to_string(),
+        }
+    }
+}
+
 /// Describes a pinned peer.
 #[async_trait]
 pub trait Attestor: Send + Sync + fmt::Debug {

@@ -1,5 +1,6 @@
 //! The HTTP API of a container engine on a unix socket.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use crate::exchange::{self, ExchangeError};
+use crate::yaml::Tree;
 
 /// The longest a request may take, connecting included.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -80,7 +82,34 @@ fn hint(source: &io::Error) -> &'static str {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Address(PathBuf);
 
+/// How a container was made, as far as it is used. Docker and Podman tell it alike.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct Config {
+    /// The image's name.
+    #[serde(default)]
+    pub(crate) image: String,
+    pub(crate) labels: Option<HashMap<String, String>>,
+}
+
+/// Whether a container runs.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct State {
+    /// Its first process; 0 if there is none.
+    #[serde(default)]
+    pub(crate) pid: i32,
+}
+
 impl Address {
+    /// The section of an attestor that asks this engine.
+    pub(crate) fn emit(&self) -> Tree {
+        Tree::map([
+            ("enabled", Some(Tree::Bool(true))),
+            ("addr", Some(Tree::text(self.to_string()))),
+        ])
+    }
+
     /// Reads a configured address; the error says what is wrong and what to write.
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
         let form = "write unix:// and an absolute path, as unix:///run/engine.sock";

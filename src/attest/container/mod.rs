@@ -15,7 +15,7 @@ use std::io;
 
 pub(crate) use cgroup::Place;
 use cgroup::{Cgroups, Lookup};
-pub(crate) use engine::{Address, EngineError};
+pub(crate) use engine::{Address, Config, EngineError, State};
 pub(crate) use level::{docker, kubernetes};
 
 use super::Peer;

@@ -1,12 +1,11 @@
 //! The `docker` attestor: the container that a process is in, as Docker's engine knows it.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use serde::Deserialize;
 
-use super::container::{self, Address, ContainerError};
+use super::container::{self, Address, Config, ContainerError, State};
 use super::plan::disabled;
 use super::{AttestError, Attestor, AttestorKind, Peer};
 use crate::pb::teleport::workloadidentity::v1::{
@@ -79,21 +78,6 @@ struct Container {
     state: State,
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct Config {
-    #[serde(default)]
-    image: String,
-    labels: Option<HashMap<String, String>>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct State {
-    #[serde(default)]
-    pid: i32,
-}
-
 impl Docker {
     async fn found(&self, peer: &Peer) -> Result<Option<WorkloadAttrsDocker>, ContainerError> {
         let Some(place) = container::locate(peer, container::docker).await? else {
@@ -130,19 +114,13 @@ impl Attestor for Docker {
     }
 
     async fn attest(&self, peer: &Peer, attributes: &mut WorkloadAttrs) -> Result<(), AttestError> {
-        attributes.docker = self.found(peer).await.map_err(|error| AttestError {
-            attestor: NAME,
-            pid: peer.pid(),
-            problem: error.to_string(),
-        })?;
+        let found = self.found(peer).await;
+        attributes.docker = found.map_err(AttestError::of(NAME, peer))?;
         Ok(())
     }
 
     fn emit(&self) -> Tree {
-        Tree::map([
-            ("enabled", Some(Tree::Bool(true))),
-            ("addr", Some(Tree::text(self.engine.to_string()))),
-        ])
+        self.engine.emit()
     }
 }
 

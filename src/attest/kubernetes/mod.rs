@@ -161,11 +161,8 @@ impl Attestor for Kubernetes {
     }
 
     async fn attest(&self, peer: &Peer, attributes: &mut WorkloadAttrs) -> Result<(), AttestError> {
-        attributes.kubernetes = self.found(peer).await.map_err(|error| AttestError {
-            attestor: NAME,
-            pid: peer.pid(),
-            problem: error.to_string(),
-        })?;
+        let found = self.found(peer).await;
+        attributes.kubernetes = found.map_err(AttestError::of(NAME, peer))?;
         Ok(())
     }
 

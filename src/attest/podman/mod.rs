@@ -6,7 +6,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use serde::Deserialize;
 
-use super::container::{self, Address, ContainerError};
+use super::container::{self, Address, Config, ContainerError, State};
 use super::plan::disabled;
 use super::{AttestError, Attestor, AttestorKind, Peer};
 use crate::pb::teleport::workloadidentity::v1::{
@@ -84,21 +84,6 @@ struct Container {
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Config {
-    #[serde(default)]
-    image: String,
-    labels: Option<HashMap<String, String>>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct State {
-    #[serde(default)]
-    pid: i32,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "PascalCase")]
 struct Pod {
     name: String,
     labels: Option<HashMap<String, String>>,
@@ -142,19 +127,13 @@ impl Attestor for Podman {
     }
 
     async fn attest(&self, peer: &Peer, attributes: &mut WorkloadAttrs) -> Result<(), AttestError> {
-        attributes.podman = self.found(peer).await.map_err(|error| AttestError {
-            attestor: NAME,
-            pid: peer.pid(),
-            problem: error.to_string(),
-        })?;
+        let found = self.found(peer).await;
+        attributes.podman = found.map_err(AttestError::of(NAME, peer))?;
         Ok(())
     }
 
     fn emit(&self) -> Tree {
-        Tree::map([
-            ("enabled", Some(Tree::Bool(true))),
-            ("addr", Some(Tree::text(self.engine.to_string()))),
-        ])
+        self.engine.emit()
     }
 }
 

@@ -159,11 +159,7 @@ impl Attestor for Sigstore {
             Some(image) => self.found(&image).await,
             None => return Ok(()),
         };
-        attributes.sigstore = Some(found.map_err(|error| AttestError {
-            attestor: NAME,
-            pid: peer.pid(),
-            problem: error.to_string(),
-        })?);
+        attributes.sigstore = Some(found.map_err(AttestError::of(NAME, peer))?);
         Ok(())
     }
 

@@ -54,11 +54,7 @@ impl Attestor for Systemd {
             .manager
             .service_of(peer)
             .await
-            .map_err(|error| AttestError {
-                attestor: NAME,
-                pid: peer.pid(),
-                problem: error.to_string(),
-            })?;
+            .map_err(AttestError::of(NAME, peer))?;
         attributes.systemd = Some(WorkloadAttrsSystemd {
             attested: true,
             service,

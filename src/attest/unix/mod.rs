@@ -125,11 +125,7 @@ impl Attestor for Unix {
         let found = self
             .found(peer.pid())
             .await
-            .map_err(|problem| AttestError {
-                attestor: NAME,
-                pid: peer.pid(),
-                problem,
-            })?;
+            .map_err(AttestError::of(NAME, peer))?;
         attributes.unix = Some(found);
         Ok(())
     }
