@@ -25,6 +25,9 @@ use super::{ClusterState, MIN_CLIENT_VERSION, SERVER_VERSION};
 const MAX_BODY: usize = 64 * 1024;
 /// For a request's body to arrive.
 const BODY: Duration = Duration::from_secs(10);
+/// How long a document for relying parties may be kept, as the bundle's own refresh hint has it: keys are
+/// published long before anything is signed with them.
+const KEPT: &str = "public, max-age=300";
 
 /// The web side of one cluster.
 #[derive(Debug)]
@@ -59,6 +62,7 @@ impl Web {
         caller: Caller,
     ) -> Response<Full<Bytes>> {
         let head = request.method() == Method::HEAD;
+        let kept = is_document(request.uri().path());
         let answer = self.dispatch(request, caller).await;
         let (status, body) = match answer {
             Ok(body) => (StatusCode::OK, body),
@@ -74,6 +78,9 @@ impl Web {
         headers.insert(header::CONTENT_TYPE, json);
         let nosniff = HeaderValue::from_static("nosniff");
         headers.insert(header::X_CONTENT_TYPE_OPTIONS, nosniff);
+        if kept && status == StatusCode::OK {
+            headers.insert(header::CACHE_CONTROL, HeaderValue::from_static(KEPT));
+        }
         response
     }
 
@@ -99,6 +106,17 @@ impl Web {
         expect(request.method(), &[Method::GET, Method::HEAD])?;
         Ok(value)
     }
+}
+
+/// Whether `path` is that of a document for relying parties.
+fn is_document(path: &str) -> bool {
+    let path = path.strip_prefix("/v1").unwrap_or(path);
+    let documents = [
+        bundle::BUNDLE_PATH,
+        bundle::KEYS_PATH,
+        bundle::DISCOVERY_PATH,
+    ];
+    documents.contains(&path)
 }
 
 /// Documents for relying parties.

@@ -312,7 +312,11 @@ mod over_the_wire {
             let (head, body) = get(&cluster, path).await;
             assert!(head.starts_with("HTTP/1.1 200"), "{path}: {head}");
             assert!(body.pointer(member).is_some(), "{path}: {body}");
+            let kept = "cache-control: public, max-age=300";
+            assert!(head.to_lowercase().contains(kept), "{path}: {head}");
         }
+        let (head, _) = get(&cluster, "/webapi/find").await;
+        assert!(!head.to_lowercase().contains("cache-control"), "{head}");
         cluster.stop().await;
     }
 
