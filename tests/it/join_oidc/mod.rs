@@ -1,6 +1,7 @@
 //! Jobs of CI systems that join with their ID token: as each provider documents its tokens.
 
 mod refusals;
+mod uses;
 
 use std::fs;
 
