@@ -15,6 +15,7 @@ import tempfile
 import time
 
 sys.argv, arguments = [sys.argv[0]], sys.argv[1:]
+sys.dont_write_bytecode = True
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests/support"))
 from flood import PREFACE, call, flood  # noqa: E402
 

@@ -76,6 +76,28 @@ fn sees(machine: &Systemd, name: &str, service: &str) {
     });
 }
 
+/// A unit may make cgroups below its own and call them what it likes. That changes nothing.
+fn delegated(machine: &Systemd, asks: &str) {
+    machine.write(
+        "/usr/local/bin/delegated",
+        &format!(
+            "#!/bin/sh -eu\nroot=$(awk '$3 == \"cgroup2\" {{print $2; exit}}' /proc/self/mounts)\n\
+             group=$root$(sed -n 's/^0:://p' /proc/self/cgroup)/simple-app.service\n\
+             mkdir \"$group\"\necho $$ > \"$group/cgroup.procs\"\n{asks}\n"
+        ),
+    );
+    machine
+        .run(["chmod", "755", "/usr/local/bin/delegated"])
+        .success();
+    unit(
+        machine,
+        "delegated.service",
+        "[Service]\nType=oneshot\nDelegate=yes\nExecStart=/usr/local/bin/delegated\n",
+    );
+    machine.run(["systemctl", "start", "delegated"]).success();
+    sees(machine, "delegated", "delegated");
+}
+
 #[test]
 fn each_kind_of_unit_has_its_name() {
     if let Some(why) = Systemd::unavailable() {
@@ -136,6 +158,8 @@ fn each_kind_of_unit_has_its_name() {
         ])
         .success();
     sees(&machine, "transient", "transient-app");
+
+    delegated(&machine, &asks("delegated"));
 
     // Units of a user's own manager are, for the system's, parts of the manager's unit: a user can call
     // them what they like, so that their names count for nothing.
