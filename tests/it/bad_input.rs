@@ -17,25 +17,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Output;
 
+pub(crate) use crate::common::RESOURCES;
 use crate::common::{OutputText as _, Process, Sandbox};
-
-/// A bot that may issue one workload identity.
-pub(crate) const RESOURCES: &str = r"
-kind: role
-version: v7
-metadata: {name: issuer}
-spec: {allow: {workload_identity_labels: {'*': ['*']}, rules: [{resources: [workload_identity], verbs: [read, list]}]}}
----
-kind: bot
-version: v1
-metadata: {name: example}
-spec: {roles: [issuer]}
----
-kind: workload_identity
-version: v1
-metadata: {name: foo, labels: {env: test}}
-spec: {spiffe: {id: /svc/foo}}
-";
 
 /// What the log says when the bot has joined or renewed.
 const FRESH: &str = "The bot has a fresh identity";

@@ -13,29 +13,12 @@ use tbot::pb::workload_api::{
 };
 use tonic::{Code, Streaming};
 
-use crate::common::{Cluster, Process, Sandbox, Workload, decode, eventually};
+use crate::common::{Cluster, Process, RESOURCES, Sandbox, Workload, decode, eventually};
 
 const AUDIENCE: &str = "audience.example.org";
 const A: &str = "a.example.org";
 const B: &str = "b.example.org";
 const B_ID: &str = "spiffe://b.example.org";
-
-const RESOURCES: &str = r"
-kind: role
-version: v7
-metadata: {name: issuer}
-spec: {allow: {workload_identity_labels: {'*': ['*']}, rules: [{resources: [workload_identity], verbs: [read, list]}]}}
----
-kind: bot
-version: v1
-metadata: {name: example}
-spec: {roles: [issuer]}
----
-kind: workload_identity
-version: v1
-metadata: {name: foo}
-spec: {spiffe: {id: /svc/foo}}
-";
 
 fn agent(sandbox: &Sandbox, cluster: &Cluster<'_>) -> (Process, PathBuf) {
     let socket = sandbox.path("w.sock");

@@ -4,19 +4,7 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::process::{Command, Output};
 
-use crate::common::{Cluster, OutputText as _, Sandbox, skip};
-
-const RESOURCES: &str = "\
-kind: role
-version: v7
-metadata: {name: access}
-spec: {}
----
-kind: bot
-version: v1
-metadata: {name: example}
-spec: {roles: [access]}
-";
+use crate::common::{Cluster, OutputText as _, PLAIN_BOT, Sandbox, skip};
 
 /// Users that no machine has; numbers do.
 const BOT: &str = "52001";
@@ -75,7 +63,7 @@ fn the_reader_reads_across_renewals_and_nobody_else_does() {
     let sandbox = Sandbox::new();
     open_up(&sandbox);
     let out = sandbox.path("out");
-    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let cluster = Cluster::start(&sandbox, PLAIN_BOT);
     let token = cluster.invite("example", "10m");
     let outputs = config(&[(&out, "")]);
     let owner = format!("{BOT}:{BOT}");
@@ -155,7 +143,7 @@ fn readers_of_the_configuration_read_whoever_runs_the_agent() {
     let sandbox = Sandbox::new();
     open_up(&sandbox);
     let out = sandbox.path("out");
-    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let cluster = Cluster::start(&sandbox, PLAIN_BOT);
     let token = cluster.invite("example", "10m");
     let readers = format!(", acls: required, readers: [{{user: {READER}}}, {{group: 52009}}]");
     let full = cluster.config(&token, "bot")

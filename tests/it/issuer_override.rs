@@ -6,24 +6,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
-use crate::common::{Cluster, OutputText as _, Sandbox};
-
-const RESOURCES: &str = r"
-kind: role
-version: v7
-metadata: {name: issuer}
-spec: {allow: {workload_identity_labels: {'*': ['*']}, rules: [{resources: [workload_identity], verbs: [read, list]}]}}
----
-kind: bot
-version: v1
-metadata: {name: example}
-spec: {roles: [issuer]}
----
-kind: workload_identity
-version: v1
-metadata: {name: foo}
-spec: {spiffe: {id: /svc/foo}}
-";
+use crate::common::{Cluster, OutputText as _, RESOURCES, Sandbox};
 
 #[test]
 fn the_chain_leads_to_the_other_root_and_a_new_key_needs_its_own_override() {

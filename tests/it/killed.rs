@@ -2,19 +2,7 @@
 
 use std::time::Duration;
 
-use crate::common::{Cluster, Sandbox};
-
-const RESOURCES: &str = "\
-kind: role
-version: v7
-metadata: {name: access}
-spec: {}
----
-kind: bot
-version: v1
-metadata: {name: example}
-spec: {roles: [access]}
-";
+use crate::common::{Cluster, PLAIN_BOT, Sandbox};
 
 /// How often the agent is killed.
 const KILLS: u32 = 20;
@@ -22,7 +10,7 @@ const KILLS: u32 = 20;
 #[test]
 fn an_agent_killed_while_it_renews_goes_on_with_its_identity() {
     let sandbox = Sandbox::new();
-    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let cluster = Cluster::start(&sandbox, PLAIN_BOT);
     let token = cluster.invite("example", "10m");
     // The counter lets a token join only once: an identity that got lost could not come back.
     let config = cluster.config(&token, "bot")

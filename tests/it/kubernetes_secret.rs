@@ -13,19 +13,7 @@ use tbot::config::{self, Overlay, Source};
 use tbot::destination::{Destination, FileSet};
 use tbot::env::Env;
 
-use crate::common::{Cluster, Fault, KubeApi, OutputText as _, Sandbox, skip};
-
-const RESOURCES: &str = "\
-kind: role
-version: v7
-metadata: {name: access}
-spec: {}
----
-kind: bot
-version: v1
-metadata: {name: example}
-spec: {roles: [access]}
-";
+use crate::common::{Cluster, Fault, KubeApi, OutputText as _, PLAIN_BOT, Sandbox, skip};
 
 /// A destination of a configuration file, with further keys.
 fn destination(more: &str) -> Arc<dyn Destination> {
@@ -402,7 +390,7 @@ fn config(cluster: &Cluster<'_>, token: &str, more: &str) -> String {
 fn the_agent_keeps_itself_and_its_output_in_secrets_that_kubectl_reads() {
     let sandbox = Sandbox::new();
     let api = KubeApi::start(&sandbox);
-    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let cluster = Cluster::start(&sandbox, PLAIN_BOT);
     let token = cluster.invite("example", "10m");
     let kubeconfig = api.kubeconfig(&sandbox, None);
     let file = sandbox.write("tbot.yaml", config(&cluster, &token, ""));
@@ -493,7 +481,7 @@ fn a_pod_uses_its_service_account_and_namespace() {
     }
     let sandbox = Sandbox::new();
     let api = KubeApi::start(&sandbox);
-    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let cluster = Cluster::start(&sandbox, PLAIN_BOT);
     let token = cluster.invite("example", "10m");
     let (account, variables) = api.service_account(&sandbox);
     let file = sandbox.write("tbot.yaml", config(&cluster, &token, ""));

@@ -11,19 +11,7 @@ use tbot::crypto::pem;
 use tbot::crypto::ssh;
 use tbot::crypto::x509::Certificate;
 
-use crate::common::{Cluster, KubeApi, Sandbox, eventually, wait_until};
-
-const RESOURCES: &str = "\
-kind: role
-version: v7
-metadata: {name: access}
-spec: {}
----
-kind: bot
-version: v1
-metadata: {name: example}
-spec: {roles: [access]}
-";
+use crate::common::{Cluster, KubeApi, PLAIN_BOT, Sandbox, eventually, wait_until};
 
 /// How long renewals are forced. `TBOT_READER_SECONDS` (600 by hand) overrules it.
 fn duration() -> Duration {
@@ -107,7 +95,7 @@ fn reader(done: &AtomicBool, mut look: impl FnMut() -> bool) -> Count {
 fn a_reader_sees_whole_matching_sets_during_forced_renewals() {
     let sandbox = Sandbox::new();
     let api = KubeApi::start(&sandbox);
-    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let cluster = Cluster::start(&sandbox, PLAIN_BOT);
     let token = cluster.invite("example", "10m");
     let out = sandbox.path("out");
     let config = cluster.config(&token, "bot")

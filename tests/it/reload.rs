@@ -1,23 +1,6 @@
 //! Hooks that need a real systemd.
 
-use crate::common::{Cluster, OutputText as _, Sandbox, Systemd, skip};
-
-const RESOURCES: &str = r"
-kind: role
-version: v7
-metadata: {name: issuer}
-spec: {allow: {workload_identity_labels: {'*': ['*']}, rules: [{resources: [workload_identity], verbs: [read, list]}]}}
----
-kind: bot
-version: v1
-metadata: {name: example}
-spec: {roles: [issuer]}
----
-kind: workload_identity
-version: v1
-metadata: {name: foo}
-spec: {spiffe: {id: /svc/foo}}
-";
+use crate::common::{Cluster, OutputText as _, RESOURCES, Sandbox, Systemd, skip};
 
 #[test]
 fn systemd_reloads_a_unit_that_runs_and_tells_of_one_that_fails() {

@@ -12,24 +12,7 @@ use tbot::pb::workload_api::{
 };
 use tonic::Streaming;
 
-use crate::common::{Cluster, OutputText as _, Sandbox, Workload, decode, eventually};
-
-const RESOURCES: &str = r"
-kind: role
-version: v7
-metadata: {name: issuer}
-spec: {allow: {workload_identity_labels: {'*': ['*']}, rules: [{resources: [workload_identity], verbs: [read, list]}]}}
----
-kind: bot
-version: v1
-metadata: {name: example}
-spec: {roles: [issuer]}
----
-kind: workload_identity
-version: v1
-metadata: {name: foo}
-spec: {spiffe: {id: /svc/foo}}
-";
+use crate::common::{Cluster, OutputText as _, RESOURCES, Sandbox, Workload, decode, eventually};
 
 fn openssl(sandbox: &Sandbox, line: &str) -> Output {
     let mut command = sandbox.command("openssl");

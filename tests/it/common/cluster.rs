@@ -10,6 +10,37 @@ use serde_json::Value;
 use super::sandbox::OutputText as _;
 use super::{Process, Sandbox, eventually, free_port};
 
+/// A bot that may issue one workload identity.
+pub(crate) const RESOURCES: &str = r"
+kind: role
+version: v7
+metadata: {name: issuer}
+spec: {allow: {workload_identity_labels: {'*': ['*']}, rules: [{resources: [workload_identity], verbs: [read, list]}]}}
+---
+kind: bot
+version: v1
+metadata: {name: example}
+spec: {roles: [issuer]}
+---
+kind: workload_identity
+version: v1
+metadata: {name: foo, labels: {env: test}}
+spec: {spiffe: {id: /svc/foo}}
+";
+
+/// A bot that may do nothing but be one.
+pub(crate) const PLAIN_BOT: &str = "\
+kind: role
+version: v7
+metadata: {name: access}
+spec: {}
+---
+kind: bot
+version: v1
+metadata: {name: example}
+spec: {roles: [access]}
+";
+
 /// What the recordings of an 18.0.0 cluster were made with: its roles, bot, token and workload
 /// identity.
 pub(crate) const RECORDED: &str = r#"
