@@ -114,6 +114,14 @@ fn refusals(method: &str, job: Make) {
     let sandbox = Sandbox::new();
     let mut job = job(&sandbox);
     let lab = Lab::start(&sandbox, method, &job.case);
+    let nothing = lab.run(&job.case, "nothing");
+    let log = String::from_utf8_lossy(&nothing.stderr).into_owned();
+    assert_eq!(nothing.status.code(), Some(1), "{method}: {log}");
+    let complaint = match method {
+        "generic_oidc" => "printenv ended with exit status: 1",
+        _ => "is not set: ",
+    };
+    assert!(log.contains(complaint), "{method}, without a token: {log}");
     for (what, token, complaint) in wrong(&job) {
         let (code, log) = job.run(&lab, &token);
         assert_eq!(code, Some(1), "{method}, {what}: {log}");
