@@ -9,7 +9,7 @@ use aws_lc_rs::encoding::{
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{
     ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair as _, RSA_PKCS1_SHA256,
-    RSA_PKCS1_SHA512, RsaKeyPair,
+    RSA_PKCS1_SHA512, RSA_PSS_SHA256, RsaKeyPair,
 };
 use aws_lc_rs::{digest, rsa};
 use der::asn1::ObjectIdentifier;
@@ -229,6 +229,20 @@ impl PrivateKey {
                 .to_vec()),
             Pair::Ed25519(pair) => Ok(pair.sign(message).as_ref().to_vec()),
         }
+    }
+
+    /// Signs with RSA-PSS and SHA-256, with a salt as long as the digest.
+    ///
+    /// # Errors
+    /// [`KeyError::Unsupported`] if this is no RSA key.
+    pub fn sign_rsa_pss(&self, message: &[u8]) -> Result<Vec<u8>, KeyError> {
+        let Pair::Rsa(pair) = self.pair.as_ref() else {
+            return Err(KeyError::Unsupported);
+        };
+        let mut out = vec![0; pair.public_modulus_len()];
+        pair.sign(&RSA_PSS_SHA256, &SystemRandom::new(), message, &mut out)
+            .map_err(|_source| KeyError::Library)?;
+        Ok(out)
     }
 
     /// Signs with RSA PKCS#1 v1.5 and SHA-512, as SSH's `rsa-sha2-512` wants.

@@ -4,6 +4,7 @@
 //! [`x509`] reads certificates, [`ssh`] reads and writes OpenSSH's forms, [`pem`] frames DER, `jws`
 //! verifies signed JSON.
 
+pub(crate) mod chain;
 pub(crate) mod jws;
 mod key;
 pub mod pem;
@@ -12,6 +13,7 @@ pub(crate) mod ssh_cert;
 mod ssh_private;
 pub(crate) mod ssh_wire;
 pub mod suite;
+pub(crate) mod tpm;
 pub mod x509;
 
 pub use key::{KeyError, PrivateKey, sha1, sha256, sha256_hex, spki_from_pem};

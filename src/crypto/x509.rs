@@ -10,7 +10,7 @@ use der::asn1::ObjectIdentifier;
 use der::{Decode as _, Encode as _, Header, SliceReader};
 use x509_cert::attr::AttributeTypeAndValue;
 use x509_cert::ext::pkix::name::GeneralName;
-use x509_cert::ext::pkix::{BasicConstraints, SubjectAltName};
+use x509_cert::ext::pkix::{AuthorityInfoAccessSyntax, BasicConstraints, SubjectAltName};
 use x509_cert::name::RdnSequence;
 
 use super::PrivateKey;
@@ -20,8 +20,13 @@ pub const COMMON_NAME: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.3"
 /// Organization: roles in user certificates, the cluster's name in authorities.
 pub const ORGANIZATION: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.10");
 
+/// Organizational unit: Oracle's cloud says there whose an instance is.
+pub const ORGANIZATIONAL_UNIT: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.11");
+
 /// The longest certificate that is read, in bytes. Real ones stay below 4 KiB.
 pub const MAX_CERTIFICATE: usize = 64 * 1024;
+
+const CA_ISSUERS: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.5.5.7.48.2");
 
 /// Why a certificate could not be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -175,6 +180,25 @@ impl Certificate {
         })
     }
 
+    /// Where its issuer's certificate can be fetched (authority information access).
+    #[must_use]
+    pub fn issuer_urls(&self) -> Vec<String> {
+        let access = self
+            .inner
+            .tbs_certificate
+            .get::<AuthorityInfoAccessSyntax>();
+        let access = access.ok().flatten().map(|(_, access)| access.0);
+        access
+            .into_iter()
+            .flatten()
+            .filter(|entry| entry.access_method == CA_ISSUERS)
+            .filter_map(|entry| match entry.access_location {
+                GeneralName::UniformResourceIdentifier(url) => Some(url.to_string()),
+                _ => None,
+            })
+            .collect()
+    }
+
     /// Whether the certificate certifies the public half of `key`.
     #[must_use]
     pub fn is_for(&self, key: &PrivateKey) -> bool {
@@ -224,14 +248,19 @@ impl Certificate {
 pub(crate) fn split(mut bytes: &[u8]) -> Option<Vec<&[u8]>> {
     let mut all = Vec::new();
     while !bytes.is_empty() {
-        let mut reader = SliceReader::new(bytes).ok()?;
-        let header = Header::decode(&mut reader).ok()?;
-        let length = (header.encoded_len().ok()? + header.length).ok()?;
-        let (one, rest) = bytes.split_at_checked(usize::try_from(length).ok()?)?;
+        let (one, rest) = first(bytes)?;
         all.push(one);
         bytes = rest;
     }
     Some(all)
+}
+
+/// The DER value at the start of `bytes`, and what follows it.
+pub(crate) fn first(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
+    let mut reader = SliceReader::new(bytes).ok()?;
+    let header = Header::decode(&mut reader).ok()?;
+    let length = (header.encoded_len().ok()? + header.length).ok()?;
+    bytes.split_at_checked(usize::try_from(length).ok()?)
 }
 
 fn attributes(name: &RdnSequence, oid: ObjectIdentifier) -> Vec<String> {
