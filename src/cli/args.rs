@@ -202,6 +202,12 @@ pub(super) enum Command {
         #[arg(long, value_enum, default_value_t = InspectOutput::Text)]
         output: InspectOutput,
     },
+    /// Commands for the machine's TPM, as `join_method: tpm` uses it
+    Tpm {
+        /// What is wanted.
+        #[command(subcommand)]
+        command: TpmCommand,
+    },
     /// Reach a host for `ssh`; written into `ssh_config`
     #[command(name = "ssh-proxy-command", hide = true)]
     SshProxy(SshProxyArgs),
@@ -223,6 +229,13 @@ pub(super) enum Command {
         #[arg(long, value_name = "DIR")]
         dir: Option<PathBuf>,
     },
+}
+
+/// Commands for the TPM.
+#[derive(Debug, Clone, Copy, Subcommand)]
+pub(super) enum TpmCommand {
+    /// Print what a token resource has to say so that this machine's TPM may join
+    Identify,
 }
 
 /// `configure`.

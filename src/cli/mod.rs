@@ -16,6 +16,7 @@ mod quickstart;
 mod spiffe_inspect;
 mod ssh_proxy_command;
 mod start;
+mod tpm;
 mod version;
 mod written;
 
@@ -27,7 +28,7 @@ use tracing::level_filters::LevelFilter;
 use crate::clock::Clock;
 use crate::env::Env;
 use crate::telemetry::{self, Colour};
-use args::{Cli, Command, Globals, InstallTarget, LogFormat};
+use args::{Cli, Command, Globals, InstallTarget, LogFormat, TpmCommand};
 use exit::{Exit, Failure, print};
 use kube_credentials::KubeCommand;
 use spiffe_inspect::Address;
@@ -95,6 +96,12 @@ fn run(cli: &Cli, env: &Env) -> Result<(), Failure> {
                 .map_err(|problem| Failure::usage(problem.to_string()))?;
             Ok(runtime()?.block_on(spiffe_inspect::run(address, *output))?)
         }
+        Command::Tpm { command } => match command {
+            TpmCommand::Identify => {
+                let level = level(globals, cli.command.as_ref(), env)?;
+                tpm::identify(level >= LevelFilter::DEBUG, env)
+            }
+        },
         Command::Kube { command } => {
             let KubeCommand::Credentials(args) = command;
             process::protect();

@@ -19,6 +19,7 @@ pub mod session;
 pub mod spacelift;
 pub mod terraform_cloud;
 pub mod token;
+pub mod tpm;
 pub mod verify;
 
 mod older;
@@ -58,6 +59,7 @@ pub const METHODS: &[&dyn JoinMethod] = &[
     &spacelift::Spacelift,
     &terraform_cloud::TerraformCloud,
     &token::Token,
+    &tpm::Tpm,
 ];
 
 /// Methods that upstream has, so that one missing here is refused by its name.

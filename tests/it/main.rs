@@ -46,6 +46,7 @@ mod interop;
 mod issuer_override;
 mod join_methods;
 mod join_oidc;
+mod join_tpm;
 mod killed;
 mod killed_writer;
 mod kubernetes_secret;

@@ -10,7 +10,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 missing=()
 for need in systemctl:systemd dbus-daemon:dbus unshare:util-linux nsenter:util-linux openssl:openssl \
     ssh-keygen:openssh-client sshd:openssh-server python3:python3 curl:curl setfacl:acl \
-    kubectl:kubernetes-client strace:strace nginx:nginx-light psql:postgresql-client \
+    kubectl:kubernetes-client swtpm:swtpm swtpm_setup:swtpm-tools tpm2_getcap:tpm2-tools strace:strace nginx:nginx-light psql:postgresql-client \
     dockerd:docker.io podman:podman catatonit:catatonit docker-registry:docker-registry; do
     command -v "${need%%:*}" > /dev/null || missing+=("${need##*:}")
 done

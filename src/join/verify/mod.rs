@@ -39,6 +39,7 @@ pub const VERIFIERS: &[&dyn Verifier] = &[
     &super::spacelift::verify::Spacelift,
     &super::terraform_cloud::verify::TerraformCloud,
     &super::token::verify::Token,
+    &super::tpm::verify::Tpm,
 ];
 
 /// The verifier of `join_method: name`.

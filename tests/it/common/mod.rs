@@ -11,6 +11,7 @@ mod oidc;
 mod sandbox;
 mod systemd;
 mod tls;
+mod tpm;
 mod workload;
 
 use std::path::PathBuf;
@@ -27,6 +28,7 @@ pub(crate) use oidc::{Key, Mood, Oidc, time, unsigned};
 pub(crate) use sandbox::{OutputText, Process, Sandbox, free_port};
 pub(crate) use systemd::Systemd;
 pub(crate) use tls::SelfSigned;
+pub(crate) use tpm::Tpm;
 pub(crate) use workload::{Workload, decode, first};
 
 /// How long [`eventually`] waits. `TBOT_TEST_PATIENCE` (seconds) overrules it on slow machines.
