@@ -15,6 +15,7 @@ pub mod github;
 pub mod gitlab;
 pub mod iam;
 mod id_token;
+pub mod oracle;
 pub mod session;
 pub mod spacelift;
 pub mod terraform_cloud;
@@ -22,6 +23,7 @@ pub mod token;
 pub mod tpm;
 pub mod verify;
 
+mod metadata;
 mod older;
 mod secret;
 mod stream;
@@ -56,6 +58,7 @@ pub const METHODS: &[&dyn JoinMethod] = &[
     &github::Github,
     &gitlab::Gitlab,
     &iam::Iam,
+    &oracle::Oracle,
     &spacelift::Spacelift,
     &terraform_cloud::TerraformCloud,
     &token::Token,

@@ -36,6 +36,7 @@ pub const VERIFIERS: &[&dyn Verifier] = &[
     &super::github::verify::Github,
     &super::gitlab::verify::Gitlab,
     &super::iam::verify::Iam,
+    &super::oracle::verify::Oracle,
     &super::spacelift::verify::Spacelift,
     &super::terraform_cloud::verify::TerraformCloud,
     &super::token::verify::Token,
