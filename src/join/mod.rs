@@ -6,10 +6,12 @@
 //! Each method's folder has both halves: `mod.rs` proves, `verify.rs` is the half of the embedded
 //! cluster and imports nothing of the agent.
 
+pub mod azure;
 pub mod azure_devops;
 pub mod bitbucket;
 pub mod circleci;
 pub mod env0;
+pub mod gcp;
 pub mod generic_oidc;
 pub mod github;
 pub mod gitlab;
@@ -50,10 +52,12 @@ use crate::yaml::{Fields, Tree};
 
 /// The join methods, by their YAML `join_method`.
 pub const METHODS: &[&dyn JoinMethod] = &[
+    &azure::Azure,
     &azure_devops::AzureDevops,
     &bitbucket::Bitbucket,
     &circleci::Circleci,
     &env0::Env0,
+    &gcp::Gcp,
     &generic_oidc::GenericOidc,
     &github::Github,
     &gitlab::Gitlab,

@@ -10,7 +10,7 @@ use tbot::config::{self, Overlay, Source};
 use tbot::env::Env;
 
 use crate::common::{Cluster, Moto, OutputText as _, Sandbox, repository};
-use crate::join_oidc;
+use crate::{join_clouds, join_oidc, join_tpm};
 
 /// What a method needs to join, and what is expected of it.
 #[derive(Default)]
@@ -28,8 +28,10 @@ pub(crate) struct Case {
     pub(crate) cluster: Vec<(String, String)>,
     /// Arguments of the cluster.
     pub(crate) arguments: Vec<String>,
-    /// The hosts file of the cluster.
+    /// The hosts file of the cluster; the agent's too, where it asks the same hosts.
     pub(crate) hosts: Option<PathBuf>,
+    /// Whether the agent needs those hosts.
+    pub(crate) agent_asks: bool,
     /// More authorities that the agent believes (PEM files).
     pub(crate) authorities: Vec<PathBuf>,
     /// A join attribute: where it is below `join`, and what it has to be.
@@ -43,6 +45,7 @@ type Prepare = fn(&Sandbox) -> Case;
 
 /// A case for every method.
 const CASES: &[(&str, Prepare)] = &[
+    ("azure", join_clouds::azure),
     ("azure_devops", |sandbox| {
         join_oidc::prepare("azure_devops", sandbox)
     }),
@@ -53,12 +56,14 @@ const CASES: &[(&str, Prepare)] = &[
         join_oidc::prepare("circleci", sandbox)
     }),
     ("env0", |sandbox| join_oidc::prepare("env0", sandbox)),
+    ("gcp", join_clouds::gcp),
     ("generic_oidc", |sandbox| {
         join_oidc::prepare("generic_oidc", sandbox)
     }),
     ("github", |sandbox| join_oidc::prepare("github", sandbox)),
     ("gitlab", |sandbox| join_oidc::prepare("gitlab", sandbox)),
     ("iam", iam),
+    ("oracle", join_clouds::oracle),
     ("spacelift", |sandbox| {
         join_oidc::prepare("spacelift", sandbox)
     }),
@@ -66,6 +71,7 @@ const CASES: &[(&str, Prepare)] = &[
         join_oidc::prepare("terraform_cloud", sandbox)
     }),
     ("token", |_| Case::default()),
+    ("tpm", join_tpm::case),
 ];
 
 fn iam(sandbox: &Sandbox) -> Case {
@@ -157,8 +163,12 @@ impl<'a> Lab<'a> {
             believed += &std::fs::read_to_string(authority).unwrap();
         }
         let believed = self.sandbox.write("believed.pem", believed);
-        let mut command = self.sandbox.tbot(["start", "-c"]);
+        let mut command = match &case.hosts {
+            Some(hosts) if case.agent_asks => self.sandbox.tbot_among(hosts),
+            _ => self.sandbox.tbot([""; 0]),
+        };
         command
+            .args(["start", "-c"])
             .arg(config)
             .env("SSL_CERT_FILE", believed)
             .envs(case.agent.iter().cloned());

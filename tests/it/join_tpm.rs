@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Output;
 
 use crate::common::{Cluster, OutputText as _, Sandbox, Tpm, skip};
+use crate::join_methods::Case;
 
 const RESOURCES: &str = "
 kind: role
@@ -17,6 +18,27 @@ version: v1
 metadata: {name: example}
 spec: {roles: [reader]}
 ";
+
+/// The case of [`crate::join_methods`].
+pub(crate) fn case(sandbox: &Sandbox) -> Case {
+    let tpm = Tpm::make(sandbox, "tpm", true);
+    let (process, socket) = tpm.start();
+    let identity = String::from_utf8(identify(sandbox, &socket, &[]).stdout).unwrap();
+    let hash = value(&identity, "EK Public Hash:");
+    let spec = |hash: &str| {
+        Some(format!(
+            "{{tpm: {{allow: [{{ek_public_hash: '{hash}'}}]}}}}"
+        ))
+    };
+    Case {
+        spec: spec(&hash),
+        elsewhere: spec("0000"),
+        agent: vec![("TBOT_TPM".to_owned(), socket.display().to_string())],
+        attribute: Some(("/tpm/ek_pub_hash", String::leak(hash))),
+        keep: vec![Box::new(process)],
+        ..Case::default()
+    }
+}
 
 /// A token for TPMs; `rule` and `authority` (PEM) say which.
 fn token(name: &str, rule: &str, authority: Option<&str>) -> String {
@@ -149,6 +171,7 @@ fn a_certified_tpm_joins_and_is_refused_where_it_should_be() {
 
     // Another TPM, certified by the same kind of authority.
     let (_other, socket) = stranger.start();
+    std::fs::remove_dir_all(sandbox.path("bot-by-both")).unwrap();
     let refused = join(&sandbox, &cluster, "by-both", &socket);
     assert_eq!(refused.status.code(), Some(1), "{}", refused.text());
 }
@@ -224,6 +247,7 @@ fn a_tpm_that_cannot_is_told_with_the_remedy() {
     drop(running);
 
     tpm.tools("tpm2_changeauth -Q -c e secret");
+    std::fs::remove_dir_all(sandbox.path("bot-mine")).unwrap();
     let (_running, socket) = tpm.start();
     let refused = join(&sandbox, &cluster, "mine", &socket);
     assert!(

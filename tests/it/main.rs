@@ -44,6 +44,7 @@ mod init;
 mod inspect;
 mod interop;
 mod issuer_override;
+mod join_clouds;
 mod join_methods;
 mod join_oidc;
 mod join_tpm;

@@ -100,7 +100,9 @@ impl Auth {
             requests,
             responses,
         };
-        let door = Door::Stream(Box::new(opening), verify::challenge());
+        let verifier = verify::method(attempt.method());
+        let challenge = verifier.map_or_else(verify::challenge, Verifier::challenge);
+        let door = Door::Stream(Box::new(opening), challenge);
         let joined = self.by_method(attempt, door, &mut client).await?;
         let result = BotResult {
             certificates: Some(binary(&joined.certs)?),

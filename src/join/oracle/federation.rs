@@ -13,7 +13,7 @@ use time::macros::format_description;
 
 use super::verify::{Claims, PATH, Region};
 use crate::crypto::x509::Certificate;
-use crate::crypto::{KeyAlgorithm, PrivateKey, pem, sha1, sha256};
+use crate::crypto::{KeyAlgorithm, PrivateKey, pem, sha256, sha256_hex};
 use crate::outbound::{Outbound, Target};
 
 /// Where an instance exchanges its certificate for a session.
@@ -61,17 +61,22 @@ impl Identity<'_> {
         let certificate = Certificate::from_pem(self.certificate)
             .map_err(|error| format!("the instance's certificate: {error}"))?;
         let claims = Claims::of(&certificate)?;
-        let fingerprint = hex::encode(sha1(certificate.der()));
+        let fingerprint = sha256_hex(certificate.der());
         let fingerprint: Vec<&str> = fingerprint
             .as_bytes()
             .chunks(2)
             .filter_map(|pair| std::str::from_utf8(pair).ok())
             .collect();
-        let key_id = format!("{}/fed-x509/{}", claims.tenancy, fingerprint.join(":"));
+        let key_id = format!(
+            "{}/fed-x509-sha256/{}",
+            claims.tenancy,
+            fingerprint.join(":")
+        );
 
         let intermediates = pem::certificates(self.intermediate)
             .map_err(|error| format!("the intermediate certificates: {error}"))?;
         let body = json!({
+            "fingerprintAlgorithm": "SHA256",
             "certificate": STANDARD.encode(certificate.der()),
             "publicKey": STANDARD.encode(session.public_spki()),
             "intermediateCertificates":

@@ -12,6 +12,7 @@ use async_trait::async_trait;
 use super::metadata::{LINK_LOCAL, Metadata, MetadataError, failed};
 use super::{JoinError, JoinMethod, Proof, Prover, Surroundings};
 use crate::crypto::PrivateKey;
+use crate::env::Env;
 use crate::pb::teleport::join::v1::{
     ClientParams, OracleChallenge, OracleChallengeSolution, OracleInit, challenge,
     challenge_solution, join_request,
@@ -22,6 +23,9 @@ use self::verify::Region;
 
 const NAME: &str = "oracle";
 const CLOUD: &str = "an instance of Oracle Cloud Infrastructure";
+
+/// Names another metadata service, as for the clients of Oracle's SDKs: a URL that ends in `/opc/v2`.
+const BASE_VARIABLE: &str = "OCI_METADATA_BASE_URL";
 
 /// Join method `oracle`.
 #[derive(Debug, Clone, Copy)]
@@ -50,7 +54,7 @@ impl Prover for Oracle {
     }
 
     async fn prepare(&self, around: &Surroundings<'_>) -> Result<Box<dyn Proof>, JoinError> {
-        let documents = Documents::fetch()
+        let documents = Documents::fetch(around.env)
             .await
             .map_err(|error| failed(NAME, &error, CLOUD))?;
         let instance = Box::pin(documents.instance(around.clock.now())).await;
@@ -67,8 +71,10 @@ struct Documents {
 }
 
 impl Documents {
-    async fn fetch() -> Result<Self, MetadataError> {
-        let service = Metadata::at(LINK_LOCAL, ("Authorization", "Bearer Oracle"))?;
+    async fn fetch(env: &Env) -> Result<Self, MetadataError> {
+        let base = env.get(BASE_VARIABLE).unwrap_or(LINK_LOCAL);
+        let base = base.trim_end_matches('/').trim_end_matches("/opc/v2");
+        let service = Metadata::at(base, ("Authorization", "Bearer Oracle"))?;
         Ok(Self {
             region: service.text("/opc/v2/instance/region").await?,
             certificate: service.text("/opc/v2/identity/cert.pem").await?,

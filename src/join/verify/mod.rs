@@ -15,7 +15,7 @@ use std::time::SystemTime;
 
 use async_trait::async_trait;
 use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD_NO_PAD;
+use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD};
 use serde_json::{Map, Value};
 
 pub(crate) use glob::glob;
@@ -28,10 +28,12 @@ use crate::yaml::Fields;
 
 /// The join methods that a cluster verifies, by the `join_method` of a token.
 pub const VERIFIERS: &[&dyn Verifier] = &[
+    &super::azure::verify::Azure,
     &super::azure_devops::verify::AzureDevops,
     &super::bitbucket::verify::Bitbucket,
     &super::circleci::verify::Circleci,
     &super::env0::verify::Env0,
+    &super::gcp::verify::Gcp,
     &super::generic_oidc::verify::GenericOidc,
     &super::github::verify::Github,
     &super::gitlab::verify::Gitlab,
@@ -89,6 +91,13 @@ impl Carrier {
             Opening::ClientInit(_) | Opening::Solution(_) | Opening::GivingUp(_) => return None,
         })
     }
+}
+
+/// A new challenge for Azure, which takes no longer one and puts it into a URL: 24 random bytes,
+/// base64 of the URL alphabet without padding.
+#[must_use]
+pub fn azure_challenge() -> String {
+    URL_SAFE_NO_PAD.encode(random::<24>())
 }
 
 /// One join, as far as a verifier may know it.
@@ -153,6 +162,10 @@ pub trait Verifier: Send + Sync + fmt::Debug {
     /// Reads what the `spec` of a token resource says of this method: problems go to `spec`, the
     /// normal form into `stored`.
     fn read(&self, spec: &mut Fields<'_>, stored: &mut Value);
+    /// A new text for a client to have signed, in the method's form.
+    fn challenge(&self) -> String {
+        challenge()
+    }
     /// Judges the proof, and whether a rule of the token lets its owner in. What becomes known goes
     /// into `seen` as soon as it is known.
     ///

@@ -30,6 +30,8 @@ pub struct World {
     pub issuers: Arc<Issuers>,
     /// The ID tokens that were seen.
     pub used: Arc<Used>,
+    /// The roots of what Azure attests (DER), in place of the real ones.
+    pub azure_roots: Option<Vec<Vec<u8>>>,
 }
 
 impl World {
@@ -47,6 +49,7 @@ impl World {
             sts: sts.map(parse).transpose()?,
             issuers: Arc::new(issuers),
             used: Arc::default(),
+            azure_roots: None,
         })
     }
 }

@@ -229,13 +229,8 @@ impl<'a> Cluster<'a> {
         let mut command = match &self.hosts {
             None => self.sandbox.tbot(["cluster", "serve"]),
             Some(hosts) => {
-                let mut command = self.sandbox.command("unshare");
-                let inside = "mount --bind \"$0\" /etc/hosts && exec \"$@\"";
-                command
-                    .args(["--mount", "sh", "-c", inside])
-                    .arg(hosts)
-                    .arg(env!("CARGO_BIN_EXE_tbot"))
-                    .args(["cluster", "serve"]);
+                let mut command = self.sandbox.tbot_among(hosts);
+                command.args(["cluster", "serve"]);
                 command
             }
         };

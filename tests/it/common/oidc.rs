@@ -266,6 +266,19 @@ fn serve(stream: TcpStream, config: Arc<ServerConfig>, state: &Mutex<State>) {
             _ => return,
         }
     }
+    // Hanging up before all is read would take the answer away from who asks.
+    let head = request.windows(4).position(|end| end == b"\r\n\r\n");
+    let length = String::from_utf8_lossy(&request)
+        .to_lowercase()
+        .split_once("content-length: ")
+        .and_then(|(_, rest)| rest.lines().next()?.trim().parse::<usize>().ok());
+    let whole = head.unwrap_or_default() + 4 + length.unwrap_or_default();
+    while request.len() < whole {
+        match stream.read(&mut buffer) {
+            Ok(length) if length > 0 => request.extend(&buffer[..length]),
+            _ => return,
+        }
+    }
     let request = String::from_utf8_lossy(&request).into_owned();
     let mood = state.lock().unwrap().mood;
     let asks_for_keys = request.starts_with("GET ") && !request.contains("audience=");
@@ -305,8 +318,8 @@ fn answer(state: &mut State, request: &str) -> String {
             response(302, "", &to)
         }
         (mood, Some(path)) => {
-            // One provider ends its name with a slash.
-            let slash = if host == "login.app.env0.com" {
+            // Some providers end their name with a slash.
+            let slash = if ["login.app.env0.com", "sts.windows.net"].contains(&host.as_str()) {
                 "/"
             } else {
                 ""

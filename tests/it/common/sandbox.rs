@@ -52,6 +52,17 @@ impl Sandbox {
         command
     }
 
+    /// The built `tbot`, which finds the names of `hosts` in place of those of the machine.
+    pub(crate) fn tbot_among(&self, hosts: &Path) -> Command {
+        let mut command = self.command("unshare");
+        let inside = "mount --bind \"$0\" /etc/hosts && exec \"$@\"";
+        command
+            .args(["--mount", "sh", "-c", inside])
+            .arg(hosts)
+            .arg(env!("CARGO_BIN_EXE_tbot"));
+        command
+    }
+
     /// Any program, started in the sandbox with an environment of its own.
     pub(crate) fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new(program);

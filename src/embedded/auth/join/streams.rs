@@ -59,6 +59,10 @@ pub(in crate::embedded::auth) trait Question:
     type Answer: Send + 'static;
     /// The method, as the text for one that takes too long names it.
     const METHOD: &'static str;
+    /// A new challenge in the method's form.
+    fn challenge() -> String {
+        verify::challenge()
+    }
     /// The challenge that the cluster sends before it has heard anything.
     fn greeting(_challenge: &str) -> Option<Self::Answer> {
         None
@@ -116,7 +120,7 @@ impl Auth {
             responses,
             solution: None,
         };
-        let challenge = verify::challenge();
+        let challenge = Q::challenge();
         if let Some(greeting) = Q::greeting(&challenge) {
             client.say(greeting).await?;
         }
@@ -217,6 +221,10 @@ impl Question for RegisterUsingIamMethodRequest {
 impl Question for RegisterUsingAzureMethodRequest {
     type Answer = RegisterUsingAzureMethodResponse;
     const METHOD: &'static str = "azure";
+
+    fn challenge() -> String {
+        verify::azure_challenge()
+    }
 
     fn greeting(challenge: &str) -> Option<Self::Answer> {
         Some(Self::Answer {
