@@ -218,4 +218,38 @@ def unsigned(method):
     return f"{none}.{payload}."
 
 
-STEPS = [joins(method) for method in CASES]
+def join_by_bound_keypair(t):
+    """join by bound_keypair with keys of each agent's `keypair create`; a join after the identity is gone; a copy"""
+    joined = {}
+    for name, go in (("theirs", True), ("ours", False)):
+        folder = t.dir / f"bound-{name}"
+        (folder / "storage").mkdir(parents=True)
+        made = run(t.binary(go), "keypair", "create", f"--proxy-server={PROXY}", f"--storage=file://{folder}/storage",
+                   "--format=json", env=t.cluster.env).stdout
+        t.cluster.create(json.dumps({"kind": "token", "version": "v2", "metadata": {"name": f"bound-{name}"}, "spec": {
+            "roles": ["Bot"], "bot_name": "example", "join_method": "bound_keypair", "bound_keypair": {
+                "onboarding": {"initial_public_key": json.loads(made)["public_key"]},
+                "recovery": {"limit": 2, "mode": "standard"}}}}))
+        onboarding = f"{{join_method: bound_keypair, token: bound-{name}}}"
+        start = lambda: t.oneshot(f"bound-{name}", f"proxy_server: {PROXY}", go=go, onboarding=onboarding, check=False)
+        done = start()
+        assert done.returncode == 0, f"{name}: {done.stderr[-1500:]}"
+        joined[name] = [dict(attributes(folder / "storage/tlscert"), meta=None)]
+        saved = folder / "saved"
+        run("cp", "-a", folder / "storage", saved)
+        for gone in [path for path in (folder / "storage").iterdir() if not path.name.startswith(("id_bkp", "bkp_"))]:
+            gone.unlink()
+        done = start()
+        assert done.returncode == 0, f"{name}, again: {done.stderr[-1500:]}"
+        joined[name].append(sorted(path.name for path in (folder / "storage").iterdir() if "bkp" in path.name))
+        # The state of before, as a copy of the machine would have it.
+        run("cp", saved / "bkp_state", folder / "storage/bkp_state")
+        for gone in [path for path in (folder / "storage").iterdir() if not path.name.startswith(("id_bkp", "bkp_"))]:
+            gone.unlink()
+        done = start()
+        assert done.returncode == 1, f"{name}, a copy: {done.returncode}"
+        joined[name].append(done.stderr.strip().splitlines()[-1][:200])
+    return json.dumps(joined)
+
+
+STEPS = [*(joins(method) for method in CASES), join_by_bound_keypair]
