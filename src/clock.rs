@@ -100,6 +100,15 @@ pub fn rfc3339_nanos(time: SystemTime) -> String {
         .unwrap_or_default()
 }
 
+/// Reads an RFC 3339 time with any offset; `None` if `text` is something else, or a time that is
+/// outside of the years 0 to 9999 in UTC, which RFC 3339 cannot write.
+#[must_use]
+pub fn parse_rfc3339(text: &str) -> Option<SystemTime> {
+    let time = OffsetDateTime::parse(text.trim(), &Rfc3339).ok()?;
+    let utc = time.checked_to_offset(time::UtcOffset::UTC)?;
+    (0..=9999).contains(&utc.year()).then(|| utc.into())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -8,6 +8,7 @@ use tracing::level_filters::LevelFilter;
 
 use super::cluster::ClusterArgs;
 use super::flags::AgentFlags;
+use super::keypair::KeypairCommand;
 use super::kube_credentials::KubeCommand;
 use super::ssh_proxy_command::SshProxyArgs;
 use crate::telemetry::Format;
@@ -211,6 +212,12 @@ pub(super) enum Command {
     /// Reach a host for `ssh`; written into `ssh_config`
     #[command(name = "ssh-proxy-command", hide = true)]
     SshProxy(SshProxyArgs),
+    /// Keys that a bot joins with
+    Keypair {
+        /// What is wanted.
+        #[command(subcommand)]
+        command: KeypairCommand,
+    },
     /// Commands for Kubernetes clients; written into kubeconfigs
     #[command(hide = true)]
     Kube {

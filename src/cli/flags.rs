@@ -13,6 +13,15 @@ use crate::secret::Secret;
 use crate::services::{Flag, FlagValue, KINDS, ServiceKind};
 use crate::yaml::{Key, Node, Value, duration};
 
+/// Flags of join method `bound_keypair`, and the keys of its section. The last is the name that 18.0
+/// has for the first.
+const BOUND_KEYPAIR: &[(&str, &str)] = &[
+    ("registration-secret", "registration_secret"),
+    ("registration-secret-path", "registration_secret_path"),
+    ("static-key-path", "static_key_path"),
+    ("initial-join-secret", "initialjoinsecret"),
+];
+
 /// What was typed after `start` or `configure`.
 #[derive(Debug, Clone, Default)]
 pub(super) struct AgentFlags {
@@ -102,7 +111,7 @@ impl clap::FromArgMatches for AgentFlags {
     }
 }
 
-/// The flags that every subcommand has; `legacy` has two of its own and lacks three.
+/// The flags that every subcommand has; `legacy` has two of its own and lacks some.
 fn shared(legacy: bool) -> Vec<Arg> {
     let text = |name: &'static str, placeholder: &'static str, help: &'static str| {
         Arg::new(name).long(name).value_name(placeholder).help(help)
@@ -167,6 +176,20 @@ fn shared(legacy: bool) -> Vec<Arg> {
             "URI",
             "Address, join method and token in one: tbot+proxy+METHOD://TOKEN@HOST:PORT",
         ));
+        all.extend([
+            text(
+                "registration-secret",
+                "SECRET",
+                "Secret of the first join by bound_keypair [env: TBOT_REGISTRATION_SECRET]",
+            ),
+            text("registration-secret-path", "PATH", "File with that secret"),
+            text(
+                "static-key-path",
+                "PATH",
+                "File with a static key for bound_keypair [env: TBOT_BOUND_KEYPAIR_STATIC_KEY]",
+            ),
+            text("initial-join-secret", "SECRET", "As --registration-secret").hide(true),
+        ]);
     }
     all
 }
@@ -217,6 +240,12 @@ fn read_shared(matches: &ArgMatches) -> AgentFlags {
             token: None,
             join_method: text("join-method").map(|name| (name, "--join-method".to_owned())),
             ca_pins: many(matches, "ca-pin"),
+            bound_keypair: BOUND_KEYPAIR
+                .iter()
+                .filter_map(|(flag, key)| {
+                    Some((*key, Secret::new(text(flag)?), format!("--{flag}")))
+                })
+                .collect(),
         },
         only_destination: text("destination-dir"),
         pid_file: text("pid-file").map(Into::into),

@@ -8,6 +8,7 @@ mod exit;
 mod flags;
 mod init;
 mod install;
+mod keypair;
 mod kube_credentials;
 mod man;
 mod migrate;
@@ -30,6 +31,7 @@ use crate::env::Env;
 use crate::telemetry::{self, Colour};
 use args::{Cli, Command, Globals, InstallTarget, LogFormat, TpmCommand};
 use exit::{Exit, Failure, print};
+use keypair::KeypairCommand;
 use kube_credentials::KubeCommand;
 use spiffe_inspect::Address;
 
@@ -102,6 +104,12 @@ fn run(cli: &Cli, env: &Env) -> Result<(), Failure> {
                 tpm::identify(level >= LevelFilter::DEBUG, env)
             }
         },
+        Command::Keypair { command } => {
+            let KeypairCommand::Create(args) = command;
+            process::protect();
+            let insecure = globals.insecure().unwrap_or_default();
+            runtime()?.block_on(Box::pin(keypair::create(args, insecure, env)))
+        }
         Command::Kube { command } => {
             let KubeCommand::Credentials(args) = command;
             process::protect();

@@ -54,6 +54,8 @@ pub struct OnboardingFlags {
     pub join_method: Option<(String, Origin)>,
     /// Pins, possibly none.
     pub ca_pins: Vec<String>,
+    /// Values for keys of `bound_keypair`: they are added to what else the section has.
+    pub bound_keypair: Vec<(&'static str, Secret<String>, Origin)>,
 }
 
 /// A service that the command line describes.
@@ -172,6 +174,7 @@ impl OnboardingFlags {
             origins.add("onboarding.ca_pins", "--ca-pin");
         }
         if section.value == Value::Null {
+            self.apply_bound_keypair(tree, origins);
             return;
         }
         if let Some(old) = present(tree, "onboarding") {
@@ -191,6 +194,15 @@ impl OnboardingFlags {
             );
         }
         tree.set("onboarding", section);
+        self.apply_bound_keypair(tree, origins);
+    }
+
+    fn apply_bound_keypair(&self, tree: &mut Node, origins: &mut Origins) {
+        for (key, text, origin) in &self.bound_keypair {
+            let path = format!("onboarding.bound_keypair.{key}");
+            tree.set(&path, Node::made_text(text.expose()));
+            origins.add(path, origin);
+        }
     }
 }
 

@@ -2,9 +2,10 @@
 //!
 //! [`PrivateKey`] makes and holds keys, [`suite`] says which algorithm a cluster asks for,
 //! [`x509`] reads certificates, [`ssh`] reads and writes OpenSSH's forms, [`pem`] frames DER, `jws`
-//! verifies signed JSON.
+//! verifies tokens of others by their key sets, `compact` signs documents and verifies our own.
 
 pub(crate) mod chain;
+pub(crate) mod compact;
 pub(crate) mod jws;
 mod key;
 pub mod pem;

@@ -30,6 +30,8 @@ pub enum Purpose {
     HostSsh,
     /// A workload's SVID.
     BotSvid,
+    /// The key that a bot of join method `bound_keypair` proves itself with.
+    BoundKeypair,
     /// TLS key of the user, host and SPIFFE authorities.
     TlsAuthority,
     /// SSH key of the user and host authorities.
@@ -75,6 +77,8 @@ impl Suite {
     #[must_use]
     pub fn algorithm(self, purpose: Purpose) -> KeyAlgorithm {
         match (self, purpose) {
+            (Self::FipsV1, Purpose::BoundKeypair) => KeyAlgorithm::EcdsaP256,
+            (_, Purpose::BoundKeypair) => KeyAlgorithm::Ed25519,
             (Self::Legacy, _) | (_, Purpose::DatabaseClient) => KeyAlgorithm::Rsa2048,
             (Self::BalancedV1, Purpose::SshAuthority)
             | (Self::BalancedV1 | Self::HsmV1, Purpose::HostSsh) => KeyAlgorithm::Ed25519,
@@ -139,6 +143,18 @@ mod tests {
             Suite::BalancedV1.algorithm(Purpose::SshAuthority),
             KeyAlgorithm::Ed25519
         );
+    }
+
+    #[test]
+    fn bound_keys_are_ed25519_unless_fips() {
+        for (suite, bound) in [
+            (Suite::Legacy, KeyAlgorithm::Ed25519),
+            (Suite::BalancedV1, KeyAlgorithm::Ed25519),
+            (Suite::FipsV1, KeyAlgorithm::EcdsaP256),
+            (Suite::HsmV1, KeyAlgorithm::Ed25519),
+        ] {
+            assert_eq!(suite.algorithm(Purpose::BoundKeypair), bound, "{suite:?}");
+        }
     }
 
     #[test]

@@ -4,6 +4,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
+pub use crate::clock::parse_rfc3339;
+
 /// `time` as RFC 3339 in UTC, for example `2026-11-21T08:12:03.059546224Z`.
 ///
 /// A time outside of the years 0 to 9999, which RFC 3339 cannot write, gives the empty string.
@@ -28,14 +30,6 @@ fn utc(time: SystemTime) -> Option<OffsetDateTime> {
         Err(before) => -i128::try_from(before.duration().as_nanos()).ok()?,
     };
     OffsetDateTime::from_unix_timestamp_nanos(nanos).ok()
-}
-
-/// Reads an RFC 3339 time with any offset; `None` if `text` is something else, or a time that is
-/// outside of the years 0 to 9999 in UTC.
-#[must_use]
-pub fn parse_rfc3339(text: &str) -> Option<SystemTime> {
-    let time = SystemTime::from(OffsetDateTime::parse(text.trim(), &Rfc3339).ok()?);
-    (!rfc3339(time).is_empty()).then_some(time)
 }
 
 #[cfg(test)]

@@ -396,23 +396,28 @@ impl Bot {
                 }
             }
             .map_err(JoinError::cluster(method.name()))?;
-            let key = new_key(session.suite(), Purpose::HostIdentity).await?;
+            let algorithm = session.suite().algorithm(Purpose::HostIdentity);
+            let key = match &self.pending {
+                Some(key) if method.counts() && key.algorithm() == algorithm => key.clone(),
+                _ => new_key(session.suite(), Purpose::HostIdentity).await?,
+            };
             Ok((proof, session, key))
         };
         let (mut proof, session, key) =
             unless_stopped(opening, &self.clock, shutdown, Duration::ZERO).await?;
         self.store.begin(&key).await?;
+        self.pending = Some(key.clone());
         let expires = self.clock.now() + self.settings.ttl;
         let joining = async {
             Ok(session
                 .join(&key, expires, &mut *proof, &self.clock)
                 .await?)
         };
-        let grace = match method.renewal() {
-            // The token is used up by the request.
-            Renewal::Certificate => GRACE,
+        let grace = if method.counts() {
+            GRACE
+        } else {
             // It can prove itself again at any time.
-            Renewal::Rejoin => Duration::ZERO,
+            Duration::ZERO
         };
         let certs = unless_stopped(joining, &self.clock, shutdown, grace).await?;
         let identity = Identity::from_certs(key, certs, Vec::new())?;

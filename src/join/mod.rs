@@ -9,6 +9,7 @@
 pub mod azure;
 pub mod azure_devops;
 pub mod bitbucket;
+pub mod bound_keypair;
 pub mod circleci;
 pub mod env0;
 pub mod gcp;
@@ -55,6 +56,7 @@ pub const METHODS: &[&dyn JoinMethod] = &[
     &azure::Azure,
     &azure_devops::AzureDevops,
     &bitbucket::Bitbucket,
+    &bound_keypair::BoundKeypair,
     &circleci::Circleci,
     &env0::Env0,
     &gcp::Gcp,
@@ -111,6 +113,11 @@ pub trait JoinMethod: Send + Sync + fmt::Debug {
     /// How its identities are kept alive.
     fn renewal(&self) -> Renewal {
         Renewal::Rejoin
+    }
+    /// Whether the cluster counts a join, so that its answer must not get lost. The bot waits a little
+    /// for it when it is told to stop, and asks again with the same key.
+    fn counts(&self) -> bool {
+        self.renewal() == Renewal::Certificate
     }
     /// The key of its own section under `onboarding`, if it has one.
     fn section(&self) -> Option<&'static str> {

@@ -20,6 +20,7 @@ mod attest_podman;
 mod attest_sigstore;
 mod attest_unix;
 mod bad_input;
+mod bound_keypair;
 mod ci;
 mod clients;
 mod common;

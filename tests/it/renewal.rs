@@ -2,6 +2,7 @@
 //! memory: every renewal is a real one, only the clock is not. Joining again, by each of the two
 //! join protocols, takes real time: the cluster asks an STS.
 
+mod bound_keypair;
 mod svids;
 
 use std::io;
@@ -141,6 +142,16 @@ impl Setup {
         method: Arc<dyn Prover>,
         token: &str,
     ) -> (Handle, tokio::task::JoinHandle<()>) {
+        let storage = destination::from_uri("memory://").unwrap().build();
+        self.start_in(method, token, storage).await
+    }
+
+    async fn start_in(
+        &self,
+        method: Arc<dyn Prover>,
+        token: &str,
+        storage: Arc<dyn destination::Destination>,
+    ) -> (Handle, tokio::task::JoinHandle<()>) {
         let settings = Settings {
             method,
             env: Env::default(),
@@ -158,7 +169,7 @@ impl Setup {
             settings,
             self.clock.clone(),
             Arc::clone(&self.network) as Arc<dyn Dialer>,
-            Store::open(destination::from_uri("memory://").unwrap().build()),
+            Store::open(storage),
             self.registry.reporter("identity"),
             self.reload.subscribe(),
         );

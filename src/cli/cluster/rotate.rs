@@ -18,7 +18,7 @@ pub(super) struct RotateArgs {
     #[arg(
         long = "type",
         value_name = "TYPE",
-        help = "The authority: host, user, spiffe, jwt, db or db_client"
+        help = "The authority: host, user, spiffe, jwt, db, db_client or bound_keypair"
     )]
     kind: String,
     /// How long the rotation takes by schedule, a third for each phase; with 0s it is over at

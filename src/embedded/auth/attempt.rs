@@ -1,6 +1,8 @@
 //! One attempt to join, whatever the protocol and the method: the token that is named, what was
 //! proved, the certificates, and the line in the audit log.
 
+mod bound_keypair;
+
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -8,9 +10,10 @@ use std::time::SystemTime;
 use serde_json::{Value, json};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
+pub(super) use self::bound_keypair::Known;
 use super::Refusal;
 use super::certificate::PublicKeys;
-use super::instance::{Authentication, Presented};
+use super::instance::{Authentication, Enforced, Presented};
 use super::join::Joined;
 use super::user_certs::{Issue, public_keys};
 use crate::embedded::ClusterState;
@@ -18,6 +21,7 @@ use crate::embedded::caller::{Caller, Listener};
 use crate::embedded::instant::from_wire;
 use crate::embedded::resources::{bot_user_name, safe_name, spent};
 use crate::embedded::store::{Put, Resource, Tx};
+use crate::join::bound_keypair::verify::Kind;
 use crate::join::verify::{self, Seen};
 use crate::pb::proto::Certs;
 use crate::pb::types::RegisterUsingTokenRequest;
@@ -123,6 +127,13 @@ impl Attempt {
             .map_or(&Value::Null, |token| &token.spec)
     }
 
+    /// The token's `status`.
+    pub(super) fn status(&self) -> &Value {
+        self.token
+            .as_ref()
+            .map_or(&Value::Null, |token| &token.status)
+    }
+
     /// The request's form, then the token, then whether it lets a bot in.
     pub(super) fn look_up(&mut self) -> Result<(), Refusal> {
         let request = &self.request;
@@ -180,7 +191,11 @@ impl Attempt {
             state: &self.state,
             bot: self.bot(),
             presented: self.presented(),
-            renewable: method == "token",
+            enforced: match method.as_str() {
+                "token" => Enforced::User,
+                "bound_keypair" => Enforced::Token,
+                _ => Enforced::No,
+            },
             requested,
             keys: &keys,
             join_attributes: &attributes,
@@ -196,17 +211,22 @@ impl Attempt {
             metadata: self.seen.metadata.clone(),
             join_attributes: serde_json::from_str(&attributes).unwrap_or_default(),
             expires: now,
+            previous: self.previous(),
         };
+        let mut joined_as = String::new();
         let certs = issue.run(
             |_record, expires| Authentication {
                 expires,
                 ..by.clone()
             },
-            |tx, instance| self.spend(tx, &method, instance),
+            |tx, instance| {
+                instance.clone_into(&mut joined_as);
+                self.spend(tx, &method, instance)
+            },
         )?;
         Ok(Joined {
             certs,
-            bound_keypair: None,
+            bound_keypair: self.result(&joined_as)?,
         })
     }
 
@@ -232,14 +252,21 @@ impl Attempt {
         text + "}"
     }
 
-    /// Uses up a `token` token for `instance`: only one of two that come at once finds it.
+    /// Uses up a `token` token for `instance`, or binds the key of a bound one to it: only one of two
+    /// that come at once finds the token as it was.
     fn spend(&self, tx: &Tx<'_>, method: &str, instance: &str) -> Result<(), Refusal> {
         let name = &self.request.token;
         // The very token that was verified: one that was replaced meanwhile has other rules.
         let verified = self.token.as_ref().map(|token| &token.revision);
         let found = tx.get("token", name)?;
-        if found.as_ref().map(|token| &token.revision) != verified || verified.is_none() {
-            return Err(unknown_token(&self.request));
+        let found = found.filter(|token| Some(&token.revision) == verified);
+        let found = match (found, &self.seen.bound) {
+            (Some(found), _) => found,
+            (None, Some(bound)) => return Err(Self::overtaken(bound)),
+            (None, None) => return Err(unknown_token(&self.request)),
+        };
+        if let Some(bound) = &self.seen.bound {
+            return Self::bind(tx, found, bound, instance);
         }
         if method == "token" {
             tx.delete("token", name)?;
@@ -253,6 +280,14 @@ impl Attempt {
     /// The instance that the caller's own certificate names. What the request says of it counts
     /// for nothing.
     pub(super) fn presented(&self) -> Option<Presented> {
+        if let Some(bound) = &self.seen.bound
+            && bound.kind == Kind::Again
+        {
+            return Some(Presented {
+                id: bound.status.bound_bot_instance_id.clone(),
+                generation: 0,
+            });
+        }
         self.caller
             .identity
             .as_ref()
@@ -302,6 +337,7 @@ impl Attempt {
 
     /// Writes the success into the audit log.
     fn joined(&self, certs: &Certs) {
+        self.tell_bound();
         let instance = std::str::from_utf8(&certs.tls)
             .ok()
             .and_then(|pem| crate::crypto::x509::Certificate::from_pem(pem).ok())

@@ -43,6 +43,8 @@ pub(super) struct Authentication {
     pub(super) join_attributes: Value,
     /// End of the certificate that is issued.
     pub(super) expires: SystemTime,
+    /// The instance that the bot was before, if a new one follows it.
+    pub(super) previous: Option<String>,
 }
 
 /// What follows from a presented generation.
@@ -65,27 +67,39 @@ pub(super) enum Decision {
     Missing,
 }
 
+/// Whom a wrong generation locks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Enforced {
+    /// Nobody: the bot has proved anew who it is, with what nobody else has.
+    No,
+    /// The token: what the bot proved itself with (`bound_keypair`) can be copied.
+    Token,
+    /// The bot's user: the certificate itself is the proof (`token`).
+    User,
+}
+
 /// Decides by the generation: `stored` is that of the record and the key it was issued for,
 /// `label` that of the bot's user.
 ///
-/// Only renewable certificates (method `token`) enforce it; other methods prove themselves anew
-/// each time, so a wrong number is no theft. A renewable one whose number is one behind may come
+/// Methods that prove anew each time who they are do not enforce it, a wrong number is no theft
+/// there. One that is one behind may come
 /// with the very key that got the current number: the agent asked, the cluster answered, and the
 /// answer was lost. Who stole the certificate does not have that key and would gain nothing.
 pub(super) fn decide(
     presented: Option<u32>,
     stored: Option<(u32, bool)>,
     label: u32,
-    renewable: bool,
+    enforced: Enforced,
 ) -> Decision {
+    let renewable = enforced == Enforced::User;
     match (presented, stored) {
         (None, _) | (Some(0), None) => Decision::New(1),
-        (Some(0), Some(_)) => Decision::Missing,
-        (Some(presented), Some((stored, _))) if presented == stored => Decision::Next(stored + 1),
         (Some(presented), Some((stored, true))) if presented.checked_add(1) == Some(stored) => {
             Decision::Again(stored)
         }
-        (Some(_), Some((stored, _))) if renewable => Decision::Stolen {
+        (Some(0), Some(_)) => Decision::Missing,
+        (Some(presented), Some((stored, _))) if presented == stored => Decision::Next(stored + 1),
+        (Some(_), Some((stored, _))) if enforced != Enforced::No => Decision::Stolen {
             stored,
             known: true,
         },
@@ -140,6 +154,7 @@ pub(super) fn inherited(
         metadata: member("metadata").unwrap_or_default(),
         join_attributes: member("join_attrs").unwrap_or_default(),
         expires,
+        previous: None,
     }
 }
 
@@ -162,13 +177,19 @@ pub(super) fn record(
         "public_key": encode(&by.public_key),
     });
     let existing = find(tx, bot, id)?;
-    let mut record = existing.unwrap_or_else(|| Resource {
-        kind: KIND.to_owned(),
-        version: "v1".to_owned(),
-        name: id.to_owned(),
-        spec: json!({"bot_name": bot, "instance_id": id}),
-        status: json!({"initial_authentication": entry}),
-        ..Resource::default()
+    let mut record = existing.unwrap_or_else(|| {
+        let mut spec = json!({"bot_name": bot, "instance_id": id});
+        if let (Some(previous), Some(spec)) = (&by.previous, spec.as_object_mut()) {
+            spec.insert("previous_instance_id".to_owned(), json!(previous));
+        }
+        Resource {
+            kind: KIND.to_owned(),
+            version: "v1".to_owned(),
+            name: id.to_owned(),
+            spec,
+            status: json!({"initial_authentication": entry}),
+            ..Resource::default()
+        }
     });
     push(&mut record.status, "latest_authentications", entry);
     outlive(&mut record, by.expires);
@@ -254,29 +275,36 @@ mod tests {
     #[test]
     fn generations_decide() {
         let stolen = |stored, known| Decision::Stolen { stored, known };
+        let (no, token, user) = (Enforced::No, Enforced::Token, Enforced::User);
         let cases = [
-            // presented, stored, label, renewable
-            (None, None, 0, true, Decision::New(1)),
-            (None, Some((4, false)), 4, true, Decision::New(1)),
-            (Some(4), Some((4, false)), 4, true, Decision::Next(5)),
-            (Some(4), Some((4, false)), 0, false, Decision::Next(5)),
-            (Some(3), Some((4, false)), 4, true, stolen(4, true)),
-            (Some(5), Some((4, false)), 4, true, stolen(4, true)),
-            (Some(3), Some((4, true)), 4, true, Decision::Again(4)),
-            (Some(2), Some((4, true)), 4, true, stolen(4, true)),
-            (Some(3), Some((4, false)), 0, false, Decision::Next(5)),
-            (Some(0), Some((4, false)), 4, true, Decision::Missing),
-            (Some(0), Some((4, false)), 4, false, Decision::Missing),
-            (Some(4), None, 4, true, Decision::New(5)),
-            (Some(3), None, 4, true, stolen(4, false)),
-            (Some(3), None, 0, false, Decision::New(1)),
-            (Some(0), None, 0, true, Decision::New(1)),
+            // presented, stored, label, enforced
+            (None, None, 0, user, Decision::New(1)),
+            (None, Some((4, false)), 4, user, Decision::New(1)),
+            (Some(4), Some((4, false)), 4, user, Decision::Next(5)),
+            (Some(4), Some((4, false)), 0, no, Decision::Next(5)),
+            (Some(4), Some((4, false)), 0, token, Decision::Next(5)),
+            (Some(3), Some((4, false)), 4, user, stolen(4, true)),
+            (Some(3), Some((4, false)), 0, token, stolen(4, true)),
+            (Some(5), Some((4, false)), 4, user, stolen(4, true)),
+            (Some(3), Some((4, true)), 4, user, Decision::Again(4)),
+            (Some(3), Some((4, true)), 0, token, Decision::Again(4)),
+            (Some(2), Some((4, true)), 4, user, stolen(4, true)),
+            (Some(3), Some((4, false)), 0, no, Decision::Next(5)),
+            (Some(0), Some((4, false)), 4, user, Decision::Missing),
+            (Some(0), Some((4, false)), 4, no, Decision::Missing),
+            (Some(0), Some((1, true)), 0, token, Decision::Again(1)),
+            (Some(0), Some((1, false)), 0, token, Decision::Missing),
+            (Some(4), None, 4, user, Decision::New(5)),
+            (Some(3), None, 4, user, stolen(4, false)),
+            (Some(3), None, 0, no, Decision::New(1)),
+            (Some(3), None, 0, token, Decision::New(1)),
+            (Some(0), None, 0, user, Decision::New(1)),
         ];
-        for (presented, stored, label, renewable, expected) in cases {
+        for (presented, stored, label, enforced, expected) in cases {
             assert_eq!(
-                decide(presented, stored, label, renewable),
+                decide(presented, stored, label, enforced),
                 expected,
-                "{presented:?} {stored:?} {label} {renewable}"
+                "{presented:?} {stored:?} {label} {enforced:?}"
             );
         }
     }

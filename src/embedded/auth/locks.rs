@@ -81,12 +81,31 @@ pub(super) fn stolen(tx: &Tx<'_>, user: &str, now: SystemTime) -> Result<(), Ref
         "The bot user {user:?} has been locked due to a certificate generation mismatch, possibly \
          indicating a stolen certificate."
     );
+    make(tx, &json!({"user": user}), &message, now)
+}
+
+/// Locks a token because what its bot proves itself with is in two hands: `why`, in a few words.
+pub(super) fn copied(
+    tx: &Tx<'_>,
+    token: &str,
+    bot: &str,
+    why: &str,
+    now: SystemTime,
+) -> Result<(), Refusal> {
+    let message = format!(
+        "The join token {token:?} of bot {bot:?} has been locked after {why}, possibly indicating a \
+         stolen keypair."
+    );
+    make(tx, &json!({"join_token": token}), &message, now)
+}
+
+fn make(tx: &Tx<'_>, target: &Value, message: &str, now: SystemTime) -> Result<(), Refusal> {
     let lock = Resource {
         kind: "lock".to_owned(),
         version: "v2".to_owned(),
         name: Uuid::new_v4().to_string(),
         spec: json!({
-            "target": {"user": user},
+            "target": target,
             "message": message,
             "created_at": rfc3339(now),
             "created_by": "system",

@@ -57,6 +57,7 @@ fn authorities_of(name: &str) -> Result<&'static [AuthorityType], Refusal> {
         Some(AuthorityType::Jwt) => &[AuthorityType::Jwt],
         Some(AuthorityType::Db) => &[AuthorityType::Db, AuthorityType::DbClient],
         Some(AuthorityType::DbClient) => &[AuthorityType::DbClient],
+        Some(AuthorityType::BoundKeypair) => &[AuthorityType::BoundKeypair],
         None if ABSENT.contains(&name) => &[],
         None => {
             let text = format!("{name:?} authority type is not supported");

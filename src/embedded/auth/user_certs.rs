@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::certificate::{Identity, PublicKeys, logins};
-use super::instance::{self, Authentication, Decision, Presented};
+use super::instance::{self, Authentication, Decision, Enforced, Presented};
 use super::locks::{self, Targets};
 use super::roles::{RoleSet, may_impersonate};
 use super::served::Routes;
@@ -85,8 +85,8 @@ pub(super) struct Issue<'a> {
     pub(super) bot: &'a str,
     /// What the caller's certificate says, if it has one of a bot.
     pub(super) presented: Option<Presented>,
-    /// Whether the certificate may renew itself.
-    pub(super) renewable: bool,
+    /// Whom a wrong generation locks. A certificate that locks the user may renew itself.
+    pub(super) enforced: Enforced,
     /// The requested end of validity.
     pub(super) requested: Option<SystemTime>,
     /// The keys to be certified.
@@ -176,7 +176,7 @@ impl Issue<'_> {
                 .map(|presented| presented.generation),
             stored,
             instance::label(&user),
-            self.renewable,
+            self.enforced,
         );
         let (id, generation) = match decision {
             Decision::New(generation) => (Uuid::new_v4().to_string(), generation),
@@ -191,8 +191,8 @@ impl Issue<'_> {
             Decision::Stolen { stored, known } => return self.stolen(tx, &name, stored, known),
         };
         spend(tx, &id)?;
-        if let (Decision::Next(_), Some(presented), Some((stored, _)), false) =
-            (&decision, &self.presented, stored, self.renewable)
+        if let (Decision::Next(_), Some(presented), Some((stored, _))) =
+            (&decision, &self.presented, stored)
             && presented.generation != stored
         {
             tracing::warn!(
@@ -211,7 +211,7 @@ impl Issue<'_> {
             cluster: &self.state.name,
             routes: &Routes::default(),
             client_ip: self.client_ip.clone(),
-            renewable: self.renewable,
+            renewable: self.renewable(),
             generation,
             bot_name: self.bot,
             bot_instance: &id,
@@ -225,13 +225,17 @@ impl Issue<'_> {
             (Decision::Again(_), Some(record)) => instance::prolong(tx, record, expires)?,
             _ => instance::record(tx, self.bot, &id, generation, &by, self.now)?,
         }
-        if self.renewable {
+        if self.renewable() {
             instance::raise_label(tx, user, generation)?;
         }
         Ok(Outcome::Issued {
             certs: Box::new(certs),
             event: identity.event(self.user_agent),
         })
+    }
+
+    fn renewable(&self) -> bool {
+        self.enforced == Enforced::User
     }
 
     fn stolen(
@@ -241,7 +245,14 @@ impl Issue<'_> {
         stored: u32,
         known: bool,
     ) -> Result<Outcome, Refusal> {
-        locks::stolen(tx, user, self.now)?;
+        let kind = if self.enforced == Enforced::Token {
+            let why = "a certificate of it was used again that was replaced before";
+            locks::copied(tx, self.join_token, self.bot, why, self.now)?;
+            "cert"
+        } else {
+            locks::stolen(tx, user, self.now)?;
+            "renewable cert"
+        };
         let (id, presented) = self.presented.as_ref().map_or(("", 0), |presented| {
             (presented.id.as_str(), presented.generation)
         });
@@ -262,7 +273,7 @@ impl Issue<'_> {
                 "addr.remote": self.client_ip,
             }),
             refusal: Refusal::denied(format!(
-                "renewable cert generation mismatch{whose}: stored={stored}, presented={presented}"
+                "{kind} generation mismatch{whose}: stored={stored}, presented={presented}"
             )),
         })
     }
@@ -297,7 +308,7 @@ impl Auth {
                     id: identity.bot_instance_id.clone(),
                     generation: identity.generation,
                 }),
-                renewable: true,
+                enforced: Enforced::User,
                 requested: Some(requested),
                 keys: &keys,
                 join_attributes: &identity.join_attributes_text,

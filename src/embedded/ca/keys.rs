@@ -164,7 +164,7 @@ impl Authority {
                     .push(tls(suite.algorithm(Purpose::TlsAuthority))?);
                 active.jwt.push(key(KeyAlgorithm::Rsa2048)?);
             }
-            AuthorityType::Jwt => {
+            AuthorityType::Jwt | AuthorityType::BoundKeypair => {
                 active
                     .jwt
                     .push(key(suite.algorithm(Purpose::TlsAuthority))?);

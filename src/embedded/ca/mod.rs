@@ -54,17 +54,20 @@ pub enum AuthorityType {
     Db,
     /// The cluster as a client of databases.
     DbClient,
+    /// The join states of bots that join with a bound keypair (JWT).
+    BoundKeypair,
 }
 
 impl AuthorityType {
     /// Every type that this cluster has.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Host,
         Self::User,
         Self::Spiffe,
         Self::Jwt,
         Self::Db,
         Self::DbClient,
+        Self::BoundKeypair,
     ];
 
     /// The wire's name, for example `db_client`.
@@ -77,6 +80,7 @@ impl AuthorityType {
             Self::Jwt => "jwt",
             Self::Db => "db",
             Self::DbClient => "db_client",
+            Self::BoundKeypair => "bound_keypair",
         }
     }
 
@@ -285,6 +289,14 @@ impl Authorities {
     #[must_use]
     pub fn trusted_ssh(&self, kind: AuthorityType) -> Vec<String> {
         self.get(kind).trusted_ssh()
+    }
+
+    /// Public keys (SubjectPublicKeyInfo) that vouch for JWTs of this type: active ones first.
+    #[must_use]
+    pub fn trusted_jwt(&self, kind: AuthorityType) -> Vec<Vec<u8>> {
+        let authority = self.get(kind);
+        let keys = authority.active.jwt.iter().chain(&authority.additional.jwt);
+        keys.map(PrivateKey::public_spki).collect()
     }
 
     /// The authority as calls answer it: never with private keys.

@@ -209,6 +209,9 @@ impl Run<'_> {
                 status.remove("next_sync_at");
             }
         }
+        if resource.kind == "token" {
+            resource.status = token::status(&resource, existing.as_ref());
+        }
         // Messages of the files loaded at start go into the log; the name of a secret does not.
         let mut shown = resource.clone();
         if self.mode == Mode::Ensure && resource.kind == "token" {

@@ -1,5 +1,7 @@
 //! `kind: token`: who may join as which bot, and how it has to prove itself.
 
+use serde_json::Value;
+
 use super::{Resource, set};
 use crate::join::verify;
 use crate::yaml::Fields;
@@ -53,6 +55,14 @@ pub fn safe_name(name: &str, join_method: &str) -> String {
     };
     let shown: String = name.chars().skip(hidden).collect();
     "*".repeat(hidden) + &shown
+}
+
+/// The status of a token that is written, in the place of `existing` if there is one.
+pub(super) fn status(token: &Resource, existing: Option<&Resource>) -> Value {
+    let method = token.spec_text("/join_method");
+    let before = existing.filter(|existing| existing.spec_text("/join_method") == method);
+    let before = before.map_or(&Value::Null, |existing| &existing.status);
+    verify::method(method).map_or(Value::Null, |method| method.status(&token.spec, before))
 }
 
 pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource) {

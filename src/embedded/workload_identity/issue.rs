@@ -2,16 +2,15 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use base64::Engine as _;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use der::Decode as _;
 use serde_json::{Map, Value, json};
 use x509_cert::ext::pkix::KeyUsages;
 use x509_cert::spki::SubjectPublicKeyInfoOwned;
 
 use super::decision::Contents;
+pub(crate) use crate::crypto::compact::key_id;
 use crate::crypto::x509::{COMMON_NAME, Certificate, ORGANIZATION};
-use crate::crypto::{KeyAlgorithm, KeyError, PrivateKey, random, sha256};
+use crate::crypto::{KeyAlgorithm, KeyError, PrivateKey, compact, random};
 use crate::embedded::ca::mint::{self, CLIENT_AUTH, MintError, SERVER_AUTH, Subject, Template};
 use crate::embedded::ca::{BACKDATE, TlsAuthority};
 use crate::embedded::caller::oid;
@@ -134,12 +133,10 @@ pub fn jwt(
     ];
     let mut claims: Map<String, Value> = contents.extra_claims.clone();
     claims.extend(own.map(|(name, value)| (name.to_owned(), value)));
-    let header = json!({"alg": "RS256", "kid": key_id(&key.public_spki()), "typ": "JWT"});
-    let part = |json: Value| URL_SAFE_NO_PAD.encode(json.to_string());
-    let signed = format!("{}.{}", part(header), part(Value::Object(claims)));
-    let signature = URL_SAFE_NO_PAD.encode(key.sign(signed.as_bytes())?);
+    let payload = Value::Object(claims).to_string();
+    let kid = key_id(&key.public_spki());
     Ok(wire::JwtsvidCredential {
-        jwt: format!("{signed}.{signature}"),
+        jwt: compact::sign(key, Some(&kid), payload.as_bytes())?,
         jti,
     })
 }
@@ -147,15 +144,6 @@ pub fn jwt(
 fn seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_secs())
-}
-
-/// The `kid` of a public key (SubjectPublicKeyInfo DER): the hash of the PKCS#1 form for RSA, of
-/// the whole for others (upstream `lib/jwt/jwk.go`).
-#[must_use]
-pub fn key_id(spki: &[u8]) -> String {
-    URL_SAFE_NO_PAD.encode(sha256(
-        &rsa_public_key(spki).unwrap_or_else(|| spki.to_vec()),
-    ))
 }
 
 /// The PKCS#1 `RSAPublicKey` inside of a SubjectPublicKeyInfo; `None` for other algorithms.

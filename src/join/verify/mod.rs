@@ -21,7 +21,8 @@ use serde_json::{Map, Value};
 pub(crate) use glob::glob;
 pub use world::{World, WorldError};
 
-use crate::crypto::random;
+use super::bound_keypair::verify::Bound;
+use crate::crypto::{Suite, random};
 use crate::pb::teleport::join::v1::{challenge, challenge_solution, join_request};
 use crate::refusal::Refusal;
 use crate::yaml::Fields;
@@ -31,6 +32,7 @@ pub const VERIFIERS: &[&dyn Verifier] = &[
     &super::azure::verify::Azure,
     &super::azure_devops::verify::AzureDevops,
     &super::bitbucket::verify::Bitbucket,
+    &super::bound_keypair::verify::BoundKeypair,
     &super::circleci::verify::Circleci,
     &super::env0::verify::Env0,
     &super::gcp::verify::Gcp,
@@ -107,8 +109,24 @@ pub struct Joining<'a> {
     pub token: &'a str,
     /// The token's `spec`, as [`Verifier::read`] left it.
     pub spec: &'a Value,
+    /// The token's `status`, as [`Verifier::status`] or the last join left it.
+    pub status: &'a Value,
+    /// The bot that the token is for.
+    pub bot: &'a str,
+    /// The bot's instance whose certificate the connection was made with; `None` if none was shown.
+    pub instance: Option<&'a str>,
     /// The cluster's name.
     pub cluster: &'a str,
+    /// The suite of the cluster's keys.
+    pub suite: Suite,
+    /// Public keys (SubjectPublicKeyInfo) of the cluster's authority for join states. Empty but for
+    /// `bound_keypair`.
+    pub state_keys: &'a [Vec<u8>],
+    /// The instance before the bound one (empty if there was none), if this request has the very key
+    /// for which the bound one's only certificate was made: its answer was lost.
+    pub lost: Option<&'a str>,
+    /// Why the token lets nobody in, if it is locked. Whoever has proved nothing must not hear it.
+    pub lock: Option<&'a Refusal>,
     /// When.
     pub now: SystemTime,
     /// The client's first message, of the verifier's carrier. The keys in it are none of its business.
@@ -146,6 +164,10 @@ pub struct Seen {
     pub attributes: Option<Map<String, Value>>,
     /// For the audit log: which allow rule came how close. No secrets.
     pub near: Option<String>,
+    /// What a join by `bound_keypair` changes in its token.
+    pub(crate) bound: Option<Bound>,
+    /// Why what the bot proved itself with must be in two hands: the token gets locked.
+    pub(crate) copied: Option<String>,
 }
 
 /// One join method: the cluster's half.
@@ -165,6 +187,11 @@ pub trait Verifier: Send + Sync + fmt::Debug {
     /// A new text for a client to have signed, in the method's form.
     fn challenge(&self) -> String {
         challenge()
+    }
+    /// The `status` of a token that is written with `spec`, the normal form, in the place of one of
+    /// the same method whose status was `before`.
+    fn status(&self, _spec: &Value, _before: &Value) -> Value {
+        Value::Null
     }
     /// Judges the proof, and whether a rule of the token lets its owner in. What becomes known goes
     /// into `seen` as soon as it is known.

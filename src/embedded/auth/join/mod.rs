@@ -7,7 +7,7 @@ mod streams;
 
 use tonic::{Request, Response, Status, Streaming};
 
-use super::attempt::Attempt;
+use super::attempt::{Attempt, Known};
 use super::{Auth, Refusal, blocking, caller, user_agent};
 use crate::join::verify::{self, Carrier, Dialogue, Joining, Verifier};
 use crate::pb::proto::join_service_server::JoinService;
@@ -54,18 +54,33 @@ impl Auth {
             let _turn = self.joins.turn().await?;
             let look = move || {
                 let mut attempt = attempt;
-                let found = attempt.look_up().and_then(|()| opening(&attempt, door));
+                let found = attempt.look_up().and_then(|()| {
+                    let opened = opening(&attempt, door)?;
+                    let known = match opened.0.carrier() {
+                        Carrier::BoundKeypair => attempt.known()?,
+                        _ => Known::default(),
+                    };
+                    Ok((opened, known))
+                });
                 Ok::<_, Refusal>((attempt, found))
             };
             blocking(look).await?
         };
         let (mut attempt, found) = looked;
         let verified = match found {
-            Ok((verifier, opening, challenge)) => {
+            Ok(((verifier, opening, challenge), known)) => {
+                let presented = attempt.presented();
                 let joining = Joining {
                     token: &attempt.request.token,
                     spec: attempt.spec(),
+                    status: attempt.status(),
+                    bot: attempt.bot(),
+                    instance: presented.as_ref().map(|presented| presented.id.as_str()),
                     cluster: &self.state.name,
+                    suite: self.state.authorities.suite(),
+                    state_keys: &known.state_keys,
+                    lock: known.lock.as_ref(),
+                    lost: known.lost.as_deref(),
                     now: attempt.now(),
                     opening: &opening,
                     challenge: &challenge,
@@ -82,6 +97,7 @@ impl Auth {
         };
         let _turn = self.joins.turn().await?;
         blocking(move || {
+            attempt.lock_if_copied()?;
             let joined = verified.and_then(|()| attempt.issue());
             attempt.finish(joined)
         })

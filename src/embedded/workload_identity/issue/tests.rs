@@ -1,5 +1,7 @@
 use std::process::Command;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use der::asn1::{ObjectIdentifier, OctetString};
 use serde_json::json;
 
