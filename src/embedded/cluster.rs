@@ -25,6 +25,7 @@ use super::web::{Ports, Web};
 use super::{ClusterState, SWEEP, federation, files, transport, workload_identity};
 use crate::clock::Clock;
 use crate::crypto::Suite;
+use crate::env::Env;
 use crate::join::verify::WorldError;
 use crate::spiffe::TrustDomain;
 
@@ -57,6 +58,8 @@ pub struct Config {
     pub resources: Vec<PathBuf>,
     /// Where the join method `iam` asks instead of AWS.
     pub sts_endpoint: Option<String>,
+    /// The environment of the process: where it runs.
+    pub env: Env,
     /// Whether there is the newer join service. Without it, bots join as at a cluster of version
     /// 18.0.
     pub join_v1: bool,
@@ -81,6 +84,7 @@ impl Config {
             tls: None,
             resources: Vec::new(),
             sts_endpoint: None,
+            env: Env::default(),
             join_v1: true,
             trust_v1: true,
             clock,
@@ -443,6 +447,7 @@ fn open(config: Config, web_addr: SocketAddr) -> Result<Opened, ClusterError> {
         audit,
         authorities,
         sts_endpoint: config.sts_endpoint,
+        env: config.env,
     };
     for path in &config.resources {
         load(&state, path)?;

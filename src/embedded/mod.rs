@@ -46,6 +46,7 @@ pub use cluster::{AuthPort, Cluster, ClusterError, Config};
 pub use tls::TlsError;
 
 use crate::clock::Clock;
+use crate::env::Env;
 use audit::Audit;
 use ca::{Authorities, Authority, AuthorityType, RotationError, Step};
 use serde_json::json;
@@ -76,6 +77,8 @@ pub struct ClusterState {
     pub authorities: Authorities,
     /// Where the join method `iam` asks instead of AWS, for tests and private endpoints.
     pub sts_endpoint: Option<String>,
+    /// The environment of the process.
+    pub env: Env,
 }
 
 impl ClusterState {

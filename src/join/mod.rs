@@ -18,6 +18,7 @@ pub mod github;
 pub mod gitlab;
 pub mod iam;
 mod id_token;
+pub mod kubernetes;
 pub mod oracle;
 pub mod session;
 pub mod spacelift;
@@ -64,6 +65,7 @@ pub const METHODS: &[&dyn JoinMethod] = &[
     &github::Github,
     &gitlab::Gitlab,
     &iam::Iam,
+    &kubernetes::Kubernetes,
     &oracle::Oracle,
     &spacelift::Spacelift,
     &terraform_cloud::TerraformCloud,

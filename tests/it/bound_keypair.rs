@@ -105,6 +105,9 @@ impl<'a> Scene<'a> {
     }
 }
 
+/// Flags by which every run renews what is stored.
+const IMPATIENT: [&str; 4] = ["--renewal-interval", "1s", "--certificate-ttl", "10m"];
+
 #[track_caller]
 fn refused(output: &Output, text: &str) {
     let shown = output.text();
@@ -151,12 +154,12 @@ fn a_secret_lets_one_bot_in_and_its_key_brings_it_back_as_often_as_allowed() {
 
     // The file with the secret is gone; nobody needs it any more.
     std::fs::remove_file(&file).unwrap();
-    scene
-        .join(
-            "bot",
-            &["--registration-secret-path", file.to_str().unwrap()],
-        )
-        .success();
+    let gone = ["--registration-secret-path", file.to_str().unwrap()];
+    let again = scene.join("bot", &[&gone[..], &IMPATIENT].concat());
+    assert!(
+        again.success().contains("generation:2"),
+        "it has joined again"
+    );
     assert_eq!(scene.status(), joined);
 
     scene.forget("bot");
@@ -267,8 +270,8 @@ fn a_copy_that_renews_locks_the_token_too() {
         .join("bot", &["--registration-secret", &scene.secret()])
         .success();
     scene.copy("bot", "thief");
-    scene.join("thief", &[]).success();
-    let robbed = scene.join("bot", &[]).text();
+    scene.join("thief", &IMPATIENT).success();
+    let robbed = scene.join("bot", &IMPATIENT).text();
     assert!(robbed.contains("generation mismatch"), "{robbed}");
     let lock = scene.get("locks");
     assert_eq!(lock["spec"]["target"]["join_token"], "bound");
@@ -380,14 +383,14 @@ fn a_bot_that_is_killed_while_its_key_is_replaced_comes_back() {
             "{{recovery: {{limit: 99}}, rotate_after: \"{}\"}}",
             now.trim()
         ));
-        let mut agent = sandbox.spawn("agent", scene.agent("bot", &[]));
-        let patience = std::time::Duration::from_millis(20 * round);
+        let mut agent = sandbox.spawn("agent", scene.agent("bot", &IMPATIENT));
+        let patience = std::time::Duration::from_millis(30 * round);
         crate::common::wait_until(std::time::Instant::now() + patience);
         agent.signal("KILL");
         agent.wait();
         keys.insert(scene.status()["bound_public_key"].to_string());
     }
-    scene.join("bot", &[]).success();
+    scene.join("bot", &IMPATIENT).success();
     let status = scene.status();
     assert_eq!(
         status["bound_public_key"],

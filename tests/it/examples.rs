@@ -81,6 +81,18 @@ fn ci() {
 }
 
 #[test]
+fn kubernetes() {
+    let sandbox = Sandbox::new();
+    let Some(example) = Example::new(&sandbox, "kubernetes", &["openssl", "xxd"]) else {
+        return;
+    };
+    let log = example.run();
+    assert!(log.contains("CN=bot-example"), "{log}");
+    assert!(log.contains("did not match any allow rules"), "{log}");
+    assert!(log.contains("its audience is"), "{log}");
+}
+
+#[test]
 fn fluentd_event_handler() {
     let sandbox = Sandbox::new();
     let Some(example) = Example::new(&sandbox, "fluentd-event-handler", &[]) else {

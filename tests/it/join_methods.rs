@@ -10,7 +10,7 @@ use tbot::config::{self, Overlay, Source};
 use tbot::env::Env;
 
 use crate::common::{Cluster, Moto, OutputText as _, Sandbox, repository};
-use crate::{join_clouds, join_oidc, join_tpm};
+use crate::{join_clouds, join_kubernetes, join_oidc, join_tpm};
 
 /// What a method needs to join, and what is expected of it.
 #[derive(Default)]
@@ -52,6 +52,7 @@ const CASES: &[(&str, Prepare)] = &[
     ("bitbucket", |sandbox| {
         join_oidc::prepare("bitbucket", sandbox)
     }),
+    ("bound_keypair", bound_keypair),
     ("circleci", |sandbox| {
         join_oidc::prepare("circleci", sandbox)
     }),
@@ -63,6 +64,7 @@ const CASES: &[(&str, Prepare)] = &[
     ("github", |sandbox| join_oidc::prepare("github", sandbox)),
     ("gitlab", |sandbox| join_oidc::prepare("gitlab", sandbox)),
     ("iam", iam),
+    ("kubernetes", join_kubernetes::kubernetes),
     ("oracle", join_clouds::oracle),
     ("spacelift", |sandbox| {
         join_oidc::prepare("spacelift", sandbox)
@@ -73,6 +75,15 @@ const CASES: &[(&str, Prepare)] = &[
     ("token", |_| Case::default()),
     ("tpm", join_tpm::case),
 ];
+
+fn bound_keypair(_sandbox: &Sandbox) -> Case {
+    Case {
+        spec: Some("{bound_keypair: {onboarding: {registration_secret: s3cret}}}".to_owned()),
+        onboarding: ", bound_keypair: {registration_secret: s3cret}".to_owned(),
+        attribute: Some(("/bound_keypair/recovery_mode", "standard")),
+        ..Case::default()
+    }
+}
 
 fn iam(sandbox: &Sandbox) -> Case {
     let moto = Moto::start(sandbox, "teleport-bot-role", "i-0abc123")

@@ -46,6 +46,7 @@ mod inspect;
 mod interop;
 mod issuer_override;
 mod join_clouds;
+mod join_kubernetes;
 mod join_methods;
 mod join_oidc;
 mod join_tpm;

@@ -93,6 +93,7 @@ pub(super) async fn run(args: ServeArgs, data_dir: PathBuf, env: &Env) -> anyhow
         tls: args.tls_cert.zip(args.tls_key),
         resources: args.resources,
         sts_endpoint: args.sts_endpoint,
+        env: env.clone(),
         join_v1: true,
         trust_v1: true,
         clock: Clock::system(),

@@ -85,10 +85,10 @@ async fn a_day_of_an_administrator() {
 
     let status = cluster.out(&["status"]).await;
     assert!(
-        status.starts_with("Cluster       test.example\nVersion       18.0.0\n"),
+        status.starts_with("Cluster           test.example\nVersion           18.0.0\n"),
         "{status}"
     );
-    assert!(status.contains("CA pin        sha256:"), "{status}");
+    assert!(status.contains("CA pin            sha256:"), "{status}");
 
     let roles = ["bots", "update", "example", "--add-roles", "missing"];
     let (updated, note) = cluster.run(&roles).await.unwrap();

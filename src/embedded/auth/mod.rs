@@ -57,7 +57,10 @@ impl Auth {
     fn new(state: &Arc<ClusterState>) -> Result<Self, WorldError> {
         Ok(Self {
             state: Arc::clone(state),
-            world: World::new(state.sts_endpoint.as_deref())?,
+            world: World {
+                env: state.env.clone(),
+                ..World::new(state.sts_endpoint.as_deref())?
+            },
             joins: Arc::default(),
         })
     }

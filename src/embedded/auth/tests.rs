@@ -94,6 +94,7 @@ fn lab(sts: Option<String>) -> Lab {
         store,
         authorities,
         sts_endpoint: sts,
+        env: crate::env::Env::default(),
     });
     let files = [("all.yaml".to_owned(), RESOURCES.to_owned())];
     state.create(&files, Mode::Create, "test").unwrap();

@@ -82,6 +82,7 @@ impl Lab {
             authorities: Authorities::open(&store, "c", Suite::BalancedV1, now).unwrap(),
             store,
             sts_endpoint: None,
+            env: Env::default(),
         });
         let answers = Answers::default();
         let config = config::parse("f", FILE).unwrap().unwrap();

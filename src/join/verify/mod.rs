@@ -40,6 +40,7 @@ pub const VERIFIERS: &[&dyn Verifier] = &[
     &super::github::verify::Github,
     &super::gitlab::verify::Gitlab,
     &super::iam::verify::Iam,
+    &super::kubernetes::verify::Kubernetes,
     &super::oracle::verify::Oracle,
     &super::spacelift::verify::Spacelift,
     &super::terraform_cloud::verify::TerraformCloud,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::oidc::Web;
 use super::oidc::issuers::Issuers;
 use super::oidc::used::Used;
+use crate::env::Env;
 use crate::outbound::{Outbound, OutboundError, Target};
 
 /// Why the cluster cannot ask anybody.
@@ -32,10 +33,12 @@ pub struct World {
     pub used: Arc<Used>,
     /// The roots of what Azure attests (DER), in place of the real ones.
     pub azure_roots: Option<Vec<Vec<u8>>>,
+    /// The cluster's own environment: whether it runs in a pod.
+    pub env: Env,
 }
 
 impl World {
-    /// Asks those that are meant, but for `sts`.
+    /// Asks those that are meant, but for `sts`, from an empty environment.
     ///
     /// # Errors
     /// [`WorldError`].
@@ -50,6 +53,7 @@ impl World {
             issuers: Arc::new(issuers),
             used: Arc::default(),
             azure_roots: None,
+            env: Env::default(),
         })
     }
 }

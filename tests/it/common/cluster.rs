@@ -98,6 +98,8 @@ pub(crate) struct Cluster<'a> {
     environment: Vec<(String, String)>,
     /// The hosts file that it alone sees.
     hosts: Option<PathBuf>,
+    /// What is mounted where a pod has its service account.
+    account: Option<PathBuf>,
     process: Option<Process>,
     port: u16,
     /// The address that it advertises.
@@ -185,6 +187,23 @@ impl<'a> Cluster<'a> {
         cluster
     }
 
+    /// Starts one in a pod: with the service account that is mounted there, and its variables.
+    pub(crate) fn start_in_pod(
+        sandbox: &'a Sandbox,
+        resources: &str,
+        account: PathBuf,
+        environment: &[(&str, String)],
+    ) -> Self {
+        let mut cluster = Self::stopped(sandbox, resources, free_port(), &[]);
+        cluster.account = Some(account);
+        let variables = environment.iter();
+        cluster.environment = variables
+            .map(|(name, value)| ((*name).to_owned(), value.clone()))
+            .collect();
+        cluster.resume();
+        cluster
+    }
+
     /// Starts one on `port` that advertises `public`, with more arguments of `serve`.
     pub(crate) fn start_at(
         sandbox: &'a Sandbox,
@@ -207,6 +226,7 @@ impl<'a> Cluster<'a> {
             arguments: arguments.iter().map(|&text| text.to_owned()).collect(),
             environment: Vec::new(),
             hosts: None,
+            account: None,
             process: None,
             port,
             public: format!("localhost:{port}"),
@@ -226,13 +246,26 @@ impl<'a> Cluster<'a> {
 
     /// Serves again, on the same ports and the same state.
     pub(crate) fn resume(&mut self) {
-        let mut command = match &self.hosts {
-            None => self.sandbox.tbot(["cluster", "serve"]),
-            Some(hosts) => {
+        let mut command = match (&self.hosts, &self.account) {
+            (Some(hosts), _) => {
                 let mut command = self.sandbox.tbot_among(hosts);
                 command.args(["cluster", "serve"]);
                 command
             }
+            (None, Some(account)) => {
+                let script = "mount -t tmpfs tmpfs /run && \
+                              mkdir -p /run/secrets/kubernetes.io/serviceaccount && \
+                              mount --bind \"$0\" /run/secrets/kubernetes.io/serviceaccount && \
+                              exec \"$@\"";
+                let mut command = self.sandbox.command("unshare");
+                command
+                    .args(["--mount", "sh", "-c", script])
+                    .arg(account)
+                    .arg(env!("CARGO_BIN_EXE_tbot"))
+                    .args(["cluster", "serve"]);
+                command
+            }
+            (None, None) => self.sandbox.tbot(["cluster", "serve"]),
         };
         command
             .arg("--data-dir")

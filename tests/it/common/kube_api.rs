@@ -22,6 +22,8 @@ use super::{Sandbox, SelfSigned};
 
 /// What the API server accepts as a bearer token.
 const TOKEN: &str = "token-of-the-service-account-canary";
+/// Where tokens are reviewed.
+const REVIEWS: &str = "/apis/authentication.k8s.io/v1/tokenreviews";
 /// `MaxSecretSize` of Kubernetes.
 const MAX_BYTES: usize = 1024 * 1024;
 
@@ -60,6 +62,12 @@ pub(crate) struct State {
     /// Secrets that it may only read.
     pub(crate) closed: BTreeSet<String>,
     pub(crate) faults: VecDeque<(&'static str, Fault)>,
+    /// What a review of a token says: its `audiences` and its `user`.
+    pub(crate) reviews: BTreeMap<String, Value>,
+    /// The `spec` of every review that was asked for.
+    pub(crate) reviewed: Vec<Value>,
+    /// The service account's token, if it is another than [`TOKEN`].
+    pub(crate) account: Option<String>,
     /// `METHOD path?query` of every request about Secrets.
     pub(crate) requests: Vec<String>,
 }
@@ -313,6 +321,34 @@ impl State {
         ))
     }
 
+    /// `TokenReview`, as the API reference describes it.
+    fn review(&mut self, sent: &Value) -> Value {
+        let spec = &sent["spec"];
+        self.reviewed.push(spec.clone());
+        let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+        let wanted = list(&spec["audiences"]);
+        let known = spec["token"].as_str().and_then(|it| self.reviews.get(it));
+        let status = match known {
+            None => json!({"error": "[invalid bearer token, token lookup failed]", "user": {}}),
+            Some(known) => {
+                let common: Vec<Value> = list(&known["audiences"])
+                    .into_iter()
+                    .filter(|audience| wanted.contains(audience))
+                    .collect();
+                if common.is_empty() && !wanted.is_empty() {
+                    let error = "[invalid bearer token, token audiences are invalid]";
+                    json!({"error": error, "user": {}})
+                } else {
+                    json!({"authenticated": true, "audiences": common, "user": known["user"]})
+                }
+            }
+        };
+        json!({
+            "kind": "TokenReview", "apiVersion": "authentication.k8s.io/v1",
+            "metadata": {}, "spec": {"token": "hidden"}, "status": status,
+        })
+    }
+
     fn get(&self, name: &str) -> Result<Value, Refusal> {
         self.allowed("get", name)?;
         let stored = self
@@ -542,7 +578,9 @@ async fn answer(
     let body = body.collect().await?.to_bytes();
     let method = head.method.as_str();
     let bearer = head.headers.get("authorization");
-    let known = bearer.is_some_and(|value| value == &format!("Bearer {TOKEN}"));
+    let account = state.lock().unwrap().account.clone();
+    let expected = format!("Bearer {}", account.as_deref().unwrap_or(TOKEN));
+    let known = bearer.is_some_and(|value| value == &expected);
     let path = head.uri.path();
     if let Some(discovery) = discovery(path) {
         return Ok(response(200, &discovery));
@@ -581,6 +619,10 @@ async fn answer(
     }
     let outcome = match steps.as_slice() {
         _ if !known => Err(refusal(401, "Unauthorized", "Unauthorized")),
+        _ if method == "POST" && path == REVIEWS => match fault {
+            Some(Fault::Answer(code)) => Err(refusal(code, "Forbidden", "no reviews for you")),
+            _ => Ok(state.lock().unwrap().review(&sent)),
+        },
         [namespace, "secrets", name] => {
             let mut state = state.lock().unwrap();
             match fault {

@@ -52,6 +52,11 @@ impl Key {
         }
     }
 
+    /// A key set with nothing else.
+    pub(crate) fn set(&self) -> String {
+        json!({"keys": [self.jwk()]}).to_string()
+    }
+
     /// Its entry of a key set.
     fn jwk(&self) -> Value {
         // PKCS#1: a header of 9 bytes with the sign of the modulus, the modulus, and 65537 at the end.

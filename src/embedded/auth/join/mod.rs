@@ -85,7 +85,7 @@ impl Auth {
                     opening: &opening,
                     challenge: &challenge,
                     address: attempt.address(),
-                    again: attempt.presented().is_some(),
+                    again: presented.is_some(),
                     world: &self.world,
                 };
                 let mut seen = verify::Seen::default();

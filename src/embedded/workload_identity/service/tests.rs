@@ -85,6 +85,7 @@ pub(in crate::embedded) fn state() -> Arc<ClusterState> {
         store,
         authorities,
         sts_endpoint: None,
+        env: crate::env::Env::default(),
     };
     let files = [("resources.yaml".to_owned(), RESOURCES.to_owned())];
     state.create(&files, Mode::Create, "test").unwrap();

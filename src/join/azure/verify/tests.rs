@@ -294,6 +294,13 @@ mod whole {
         let joining = Joining {
             token: "t",
             spec: &json!({"azure": {"allow": [spec]}}),
+            status: &Value::Null,
+            bot: "b",
+            instance: None,
+            suite: crate::crypto::Suite::default(),
+            state_keys: &[],
+            lost: None,
+            lock: None,
             cluster: "c",
             address: std::net::Ipv4Addr::LOCALHOST.into(),
             again: false,

@@ -81,6 +81,8 @@ impl Token {
             now: self.now,
             opening: &opening,
             challenge: "",
+            address: std::net::Ipv4Addr::LOCALHOST.into(),
+            again: self.instance.is_some(),
             world: &self.world,
         };
         let mut line = Line {
