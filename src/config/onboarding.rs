@@ -93,7 +93,7 @@ pub(super) fn method(
     let found = join::method(name);
     if found.is_none() {
         let here: Vec<&str> = METHODS.iter().map(|method| method.name()).collect();
-        fields.unknown_kind(key, "join methods", name, &here, join::UPSTREAM);
+        fields.unknown_kind(key, "join methods", name, &here, &[]);
     }
     found
 }

@@ -73,27 +73,6 @@ pub const METHODS: &[&dyn JoinMethod] = &[
     &tpm::Tpm,
 ];
 
-/// Methods that upstream has, so that one missing here is refused by its name.
-pub const UPSTREAM: &[&str] = &[
-    "azure",
-    "azure_devops",
-    "bitbucket",
-    "bound_keypair",
-    "circleci",
-    "env0",
-    "gcp",
-    "generic_oidc",
-    "github",
-    "gitlab",
-    "iam",
-    "kubernetes",
-    "oracle",
-    "spacelift",
-    "terraform_cloud",
-    "token",
-    "tpm",
-];
-
 /// The method called `name`.
 pub fn method(name: &str) -> Option<&'static dyn JoinMethod> {
     METHODS.iter().copied().find(|method| method.name() == name)
