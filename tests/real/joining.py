@@ -2,11 +2,12 @@
 import base64
 import http.server
 import json
+import signal
 import threading
 import time
 
 import jwt
-from cluster import NAME, PROXY, run
+from cluster import NAME, PROXY, run, wait
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 AZURE = "0ca3ddd9-0000-0000-0000-000000000000"
@@ -152,17 +153,31 @@ def environment(t, method, token):
     }[method]
 
 
-def joins(method):
+def joins(method, static=False):
     def step(t):
         issuer, audience, claims, spec = CASES[method]
+        if static:
+            spec = {method: dict(spec[method], static_jwks="KEYS")}
         text = json.dumps({"kind": "token", "version": "v2", "metadata": {"name": f"by-{method}"}, "spec": {
             "roles": ["Bot"], "bot_name": "example", "join_method": method, **spec}})
         t.cluster.create(text.replace('"KEYS"', json.dumps(json.dumps(keys()))))
         joined = {}
         for name, go in (("theirs", True), ("ours", False)):
-            done = oneshot(t, method, f"{method}-{name}", id_token(method), go)
+            folder = f"{method}-{'keys-' * static}{name}"
+            done = oneshot(t, method, folder, id_token(method), go)
             assert done.returncode == 0, f"{name}: {done.stderr[-1500:]}"
-            joined[name] = attributes(t.dir / f"{method}-{name}/storage/tlscert")
+            certificate = t.dir / folder / "storage/tlscert"
+            joined[name] = attributes(certificate)
+            first = instance(certificate)
+            assert first[1] == "1", first
+            agent = t.agent(folder, go=go, extra=environment(t, method, id_token(method)))
+            # The Go agent renews as it starts; ours when it is due, or told to.
+            ready = lambda: "bot-example" in (t.dir / folder / "agent.log").read_text() or go
+            wait("the agent", ready, 20)
+            agent.send_signal(signal.SIGHUP) if not go else None
+            wait(f"{name}, a renewal as the same instance", lambda: instance(certificate) == (first[0], "2"), 30)
+            agent.terminate()
+            agent.wait(30)
         assert joined["ours"] == joined["theirs"], joined
         wrong = {
             "another audience": id_token(method, aud="https://elsewhere.example"),
@@ -170,9 +185,10 @@ def joins(method):
             "expired": id_token(method, exp=int(time.time()) - 60, iat=int(time.time()) - 660),
             "unsigned": unsigned(method),
         }
-        if method == "kubernetes":
+        if static or method == "kubernetes":
             # The token resource has the keys themselves: they say who issued it.
             del wrong["another issuer"]
+        if method == "kubernetes":
             loose = {key: value for key, value in claims["kubernetes.io"].items() if key != "pod"}
             wrong["not bound to a pod"] = id_token(method, **{"kubernetes.io": loose})
         said = []
@@ -194,8 +210,8 @@ def joins(method):
         assert done.returncode == 1 and expected in done.stderr, f"{done.returncode} {done.stderr[-1500:]}"
         return "\n".join([json.dumps(joined["ours"]), *said])
 
-    step.__name__ = f"join_by_{method}"
-    step.__doc__ = f"join by {method}: as the Go agent; five tokens that are refused"
+    step.__name__ = f"join_by_{method}" + "_with_keys" * static
+    step.__doc__ = f"join by {method}: as the Go agent, and again as the same instance; five tokens that are refused"
     return step
 
 
@@ -208,48 +224,18 @@ def oneshot(t, method, name, token, go):
 def attributes(certificate):
     """The join attributes in a bot's certificate."""
     text = run("openssl", "x509", "-in", certificate, "-noout", "-subject", "-nameopt", "sep_multiline,utf8").stdout
-    found = [line.split("=", 1)[1] for line in text.splitlines() if line.strip().startswith("1.3.9999.2.21")]
-    return json.loads(found[0])
+    return json.loads(named(text, "1.3.9999.2.21"))
 
 
-def unsigned(method):
-    header, payload, _signature = id_token(method).split(".")
-    none = base64.urlsafe_b64encode(b'{"alg":"none","typ":"JWT"}').rstrip(b"=").decode()
-    return f"{none}.{payload}."
+def instance(certificate):
+    """The bot instance in a bot's certificate, and its generation; None of both while the Go agent writes it."""
+    text = run("openssl", "x509", "-in", certificate, "-noout", "-subject", "-nameopt", "sep_multiline,utf8",
+               check=False).stdout
+    return named(text, "1.3.9999.2.20"), named(text, "1.3.9999.1.14")
 
 
-def join_by_bound_keypair(t):
-    """join by bound_keypair with keys of each agent's `keypair create`; a join after the identity is gone; a copy"""
-    joined = {}
-    for name, go in (("theirs", True), ("ours", False)):
-        folder = t.dir / f"bound-{name}"
-        (folder / "storage").mkdir(parents=True)
-        made = run(t.binary(go), "keypair", "create", f"--proxy-server={PROXY}", f"--storage=file://{folder}/storage",
-                   "--format=json", env=t.cluster.env).stdout
-        t.cluster.create(json.dumps({"kind": "token", "version": "v2", "metadata": {"name": f"bound-{name}"}, "spec": {
-            "roles": ["Bot"], "bot_name": "example", "join_method": "bound_keypair", "bound_keypair": {
-                "onboarding": {"initial_public_key": json.loads(made)["public_key"]},
-                "recovery": {"limit": 2, "mode": "standard"}}}}))
-        onboarding = f"{{join_method: bound_keypair, token: bound-{name}}}"
-        start = lambda: t.oneshot(f"bound-{name}", f"proxy_server: {PROXY}", go=go, onboarding=onboarding, check=False)
-        done = start()
-        assert done.returncode == 0, f"{name}: {done.stderr[-1500:]}"
-        joined[name] = [dict(attributes(folder / "storage/tlscert"), meta=None)]
-        saved = folder / "saved"
-        run("cp", "-a", folder / "storage", saved)
-        for gone in [path for path in (folder / "storage").iterdir() if not path.name.startswith(("id_bkp", "bkp_"))]:
-            gone.unlink()
-        done = start()
-        assert done.returncode == 0, f"{name}, again: {done.stderr[-1500:]}"
-        joined[name].append(sorted(path.name for path in (folder / "storage").iterdir() if "bkp" in path.name))
-        # The state of before, as a copy of the machine would have it.
-        run("cp", saved / "bkp_state", folder / "storage/bkp_state")
-        for gone in [path for path in (folder / "storage").iterdir() if not path.name.startswith(("id_bkp", "bkp_"))]:
-            gone.unlink()
-        done = start()
-        assert done.returncode == 1, f"{name}, a copy: {done.returncode}"
-        joined[name].append(done.stderr.strip().splitlines()[-1][:200])
-    return json.dumps(joined)
+def named(text, oid):
+    return next((line.split("=", 1)[1] for line in text.splitlines() if line.strip().startswith(f"{oid}=")), None)
 
 
-STEPS = [*(joins(method) for method in CASES), join_by_bound_keypair]
+STEPS = [*(joins(method) for method in CASES), joins("github", True), joins("gitlab", True), join_by_bound_keypair]
