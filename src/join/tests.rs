@@ -1,5 +1,7 @@
 //! The agent's half of both protocols against servers that follow a script.
 
+pub(super) mod mutilated;
+
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 

@@ -115,14 +115,8 @@ impl Identity {
             path.push_str(&format!("&client_id={}", encoded(id)));
         }
         let body = service.get(&path).await?;
-        let document: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
-        let token = document
-            .get("access_token")
-            .and_then(|token| token.as_str());
-        let token = token
-            .filter(|token| !token.is_empty())
+        let access_token = access_token(&body)
             .ok_or_else(|| service.not_as_documented(&path, "it has no access_token"))?;
-        let access_token = Secret::new(token.to_owned());
         Ok(Machine {
             answered: false,
             service,
@@ -136,18 +130,28 @@ impl Identity {
 async fn newest(service: &Metadata) -> Result<String, MetadataError> {
     const PATH: &str = "/metadata/versions?format=json";
     let body = service.get(PATH).await?;
-    let document: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
-    let newest = document.get("apiVersions").and_then(|versions| {
-        let versions = versions.as_array()?.iter();
-        versions.filter_map(|version| version.as_str()).max()
-    });
-    match newest {
-        Some(newest) if newest >= OLDEST => Ok(newest.to_owned()),
+    match newest_of(&body) {
+        Some(newest) if newest.as_str() >= OLDEST => Ok(newest),
         Some(_) => {
             Err(service.not_as_documented(PATH, "it attests only from version 2019-06-04 on"))
         }
         None => Err(service.not_as_documented(PATH, "it lists no versions")),
     }
+}
+
+/// The newest version of a list.
+fn newest_of(body: &[u8]) -> Option<String> {
+    let document: serde_json::Value = serde_json::from_slice(body).ok()?;
+    let versions = document.get("apiVersions")?.as_array()?.iter();
+    let newest = versions.filter_map(|version| version.as_str()).max();
+    newest.map(str::to_owned)
+}
+
+/// The access token in an answer.
+fn access_token(body: &[u8]) -> Option<Secret<String>> {
+    let document: serde_json::Value = serde_json::from_slice(body).ok()?;
+    let token = document.get("access_token")?.as_str()?;
+    (!token.is_empty()).then(|| Secret::new(token.to_owned()))
 }
 
 /// A machine with an identity.
@@ -223,5 +227,30 @@ impl Machine {
             }
             other => other,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::join::tests::mutilated::{Edit, mutilated};
+
+    #[test]
+    fn fuzz_answers_of_metadata_services() {
+        const VERSIONS: &[u8] = br#"{"apiVersions":["2018-02-01","2021-12-13","2017-03-01"]}"#;
+        const TOKEN: &[u8] = br#"{"access_token":"t.o.k","expires_in":"86399"}"#;
+        assert_eq!(newest_of(VERSIONS).as_deref(), Some("2021-12-13"));
+        assert_eq!(access_token(TOKEN).unwrap().expose(), "t.o.k");
+        bolero::check!().with_type::<Vec<Edit>>().for_each(|edits| {
+            let versions = mutilated(VERSIONS, edits);
+            if let Some(newest) = newest_of(&versions) {
+                // It becomes part of a path.
+                let path = format!("/p?api-version={}", encoded(&newest));
+                assert!(path.parse::<http::Uri>().is_ok(), "{newest:?}");
+            }
+            if let Some(token) = access_token(&mutilated(TOKEN, edits)) {
+                assert!(!token.expose().is_empty());
+            }
+        });
     }
 }

@@ -113,13 +113,17 @@ impl Identity<'_> {
                 answer.status
             ));
         }
-        let answer: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
-        let token = answer.get("token").and_then(Value::as_str);
-        token
-            .filter(|token| !token.is_empty() && token.bytes().all(|b| b.is_ascii_graphic()))
-            .map(str::to_owned)
+        token(&answer.body)
             .ok_or_else(|| format!("{} answered without a token", target.url(FEDERATION)))
     }
+}
+
+/// The token in an answer; it becomes part of a header.
+fn token(answer: &[u8]) -> Option<String> {
+    let answer: Value = serde_json::from_slice(answer).ok()?;
+    let token = answer.get("token")?.as_str()?;
+    let graphic = !token.is_empty() && token.bytes().all(|b| b.is_ascii_graphic());
+    graphic.then(|| token.to_owned())
 }
 
 /// The value of `Authorization` for a request with these headers, in this order.
@@ -154,6 +158,19 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::join::tests::mutilated::{Edit, mutilated};
+
+    #[test]
+    fn fuzz_answers_with_a_token() {
+        const SAMPLE: &[u8] = br#"{"token":"eyJ.a-b_c.d"}"#;
+        assert_eq!(token(SAMPLE).as_deref(), Some("eyJ.a-b_c.d"));
+        bolero::check!().with_type::<Vec<Edit>>().for_each(|edits| {
+            if let Some(token) = token(&mutilated(SAMPLE, edits)) {
+                let header = format!("Signature keyId=\"ST${token}\"");
+                assert!(http::HeaderValue::from_str(&header).is_ok(), "{token:?}");
+            }
+        });
+    }
 
     #[test]
     fn requests_are_signed_as_documented() {

@@ -271,12 +271,16 @@ async fn verify(
         .ok_or_else(|| OracleError::Region(claims.instance.clone()))?;
     let question = Question::read(&solution.signed_root_ca_req, PATH, &region.authority())
         .map_err(OracleError::Question)?;
-    let intermediates = std::str::from_utf8(&solution.intermediate)
+    let roots = roots(joining.world, region, question).await?;
+    trusted(certificate, &intermediates(solution), &roots, joining.now)
+}
+
+/// The certificates that lead from the instance's to a root; none where they cannot be read.
+fn intermediates(solution: &OracleChallengeSolution) -> Vec<Vec<u8>> {
+    std::str::from_utf8(&solution.intermediate)
         .ok()
         .and_then(|text| pem::certificates(text).ok())
-        .unwrap_or_default();
-    let roots = roots(joining.world, region, question).await?;
-    trusted(certificate, &intermediates, &roots, joining.now)
+        .unwrap_or_default()
 }
 
 fn check_signature(

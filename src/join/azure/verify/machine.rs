@@ -124,32 +124,34 @@ pub(super) async fn look_up(
             return Err(AzureError::LookUp(answer.status));
         }
         let page: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
-        let machines = page.get("value").and_then(Value::as_array);
-        for machine in machines.into_iter().flatten() {
-            let real = machine.pointer("/properties/vmId").and_then(Value::as_str);
-            if real.is_some_and(|real| real.eq_ignore_ascii_case(vm_id)) {
-                let id = machine
-                    .get("id")
-                    .and_then(Value::as_str)
-                    .unwrap_or_default();
-                let id = ResourceId::read(id).ok_or(AzureError::NoMachine)?;
-                return Ok(id.place());
-            }
+        if let Some(place) = listed(&page, vm_id) {
+            return place;
         }
-        // The next page has to be Azure's too: the access token goes along.
-        let next = page
-            .get("nextLink")
-            .and_then(Value::as_str)
-            .unwrap_or_default();
-        let next = next
-            .strip_prefix("https://")
-            .and_then(|rest| rest.strip_prefix(MANAGEMENT));
-        match next.filter(|path| path.starts_with('/')) {
+        match next_page(&page) {
             Some(next) => next.clone_into(&mut path),
             None => return Err(AzureError::NoMachine),
         }
     }
     Err(AzureError::NoMachine)
+}
+
+/// Where the machine `vm_id` is, if it is on this page.
+pub(super) fn listed(page: &Value, vm_id: &str) -> Option<Result<Place, AzureError>> {
+    let real = |machine: &Value| {
+        let real = machine.pointer("/properties/vmId").and_then(Value::as_str);
+        real.is_some_and(|real| real.eq_ignore_ascii_case(vm_id))
+    };
+    let mut machines = page.get("value")?.as_array()?.iter();
+    let id = machines.find(|machine| real(machine))?.get("id");
+    let id = id.and_then(Value::as_str).and_then(ResourceId::read);
+    Some(id.map(|id| id.place()).ok_or(AzureError::NoMachine))
+}
+
+/// The path of the page after this one. It has to be Azure's too: the access token goes along.
+pub(super) fn next_page(page: &Value) -> Option<&str> {
+    let next = page.get("nextLink")?.as_str()?;
+    let path = next.strip_prefix("https://")?.strip_prefix(MANAGEMENT)?;
+    path.starts_with('/').then_some(path)
 }
 
 #[cfg(test)]

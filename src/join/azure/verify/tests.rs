@@ -8,6 +8,8 @@ use base64::engine::general_purpose::STANDARD;
 use super::attested::Document;
 use super::*;
 
+mod fuzz;
+
 const ATTRS: &str = include_str!("made/attrs.json");
 const PLAIN: &str = include_str!("made/plain.json");
 const OTHER: &str = include_str!("made/other.json");

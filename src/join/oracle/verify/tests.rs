@@ -6,6 +6,8 @@ use std::time::Duration;
 use super::*;
 use crate::crypto::{KeyAlgorithm, PrivateKey};
 
+mod fuzz;
+
 const ROOT: &str = include_str!("made/root.pem");
 const INTERMEDIATE: &str = include_str!("made/inter.pem");
 const LEAF: &str = include_str!("made/leaf.pem");

@@ -14,6 +14,8 @@ use super::*;
 use crate::crypto::sha256;
 use crate::crypto::tpm::{P256, Reader, Writer, alg};
 
+mod fuzz;
+
 const GENERATED: u32 = 0xff54_4347;
 const CREATION: u16 = 0x801a;
 const ATTRIBUTES: u32 = 0x0005_0472;
@@ -86,22 +88,15 @@ impl SoftTpm {
             .sized(&[0x40, 0, 0, 7])
             .sized(b"")
             .done();
-        let attest = Writer::default()
-            .u32(magic)
-            .u16(kind)
-            .sized(b"signer")
-            .sized(b"")
-            .bytes(&[0; 25])
-            .sized(&name(&public))
-            .sized(&sha256(&creation_data))
-            .done();
-        let signature = self.signed(&attest);
-        Parts {
+        let mut parts = Parts {
             public,
             creation_data,
-            attest,
-            signature,
-        }
+            attest: Vec::new(),
+            signature: Vec::new(),
+        };
+        parts.attest = about(&parts, magic, kind);
+        parts.signature = self.signed(&parts.attest);
+        parts
     }
 
     fn signed(&self, attest: &[u8]) -> Vec<u8> {
@@ -153,6 +148,19 @@ impl SoftTpm {
             .unwrap();
         Some(Reader::new(plain).sized().unwrap().to_vec())
     }
+}
+
+/// `TPMS_ATTEST` of the creation of these.
+fn about(parts: &Parts, magic: u32, kind: u16) -> Vec<u8> {
+    Writer::default()
+        .u32(magic)
+        .u16(kind)
+        .sized(b"signer")
+        .sized(b"")
+        .bytes(&[0; 25])
+        .sized(&name(&parts.public))
+        .sized(&sha256(&parts.creation_data))
+        .done()
 }
 
 fn name(public: &[u8]) -> Vec<u8> {
