@@ -3,6 +3,7 @@ use std::time::Duration;
 use super::*;
 use crate::crypto::KeyAlgorithm;
 use crate::destination::from_uri;
+use crate::join::tests::mutilated::{Edit, mutilated};
 
 fn now() -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)
@@ -172,4 +173,19 @@ async fn a_stop_anywhere_in_a_rotation_loses_no_key() {
         let expected: &[u8] = if stored >= 2 { b"second" } else { b"first" };
         assert_eq!(after.state().unwrap().expose(), expected);
     }
+}
+
+#[test]
+fn fuzz_keys_that_a_cluster_asks_for() {
+    let mine = new_key();
+    let keys = Keys::unbound(mine.clone(), now());
+    let sample = line(&mine);
+    bolero::check!().with_type::<Vec<Edit>>().for_each(|edits| {
+        let bytes = mutilated(sample.as_bytes(), edits);
+        let asked = String::from_utf8_lossy(&bytes);
+        if keys.find(&asked).is_ok() {
+            let spki = ssh::spki_of_public_line(&asked).unwrap();
+            assert_eq!(spki, mine.public_spki());
+        }
+    });
 }

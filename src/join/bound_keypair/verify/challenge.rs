@@ -87,6 +87,7 @@ impl Challenge {
 mod tests {
     use super::*;
     use crate::crypto::{KeyAlgorithm, PrivateKey, compact};
+    use crate::join::tests::mutilated::{Edit, mutilated};
 
     fn now() -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)
@@ -124,6 +125,26 @@ mod tests {
         }
         let again = Challenge::new("cluster", key.public_spki(), now()).text();
         assert_ne!(text, again, "each has a nonce of its own");
+    }
+
+    #[test]
+    fn fuzz_answers_to_challenges() {
+        let key = PrivateKey::generate(KeyAlgorithm::Ed25519).unwrap();
+        let challenge = Challenge::new("cluster", key.public_spki(), now());
+        let answer = compact::sign(&key, None, challenge.text().as_bytes()).unwrap();
+        let accepted = |answer: &[u8]| challenge.check(answer, now()).is_ok();
+        assert!(accepted(answer.as_bytes()));
+        bolero::check!().with_type::<Vec<Edit>>().for_each(|edits| {
+            let sent = mutilated(answer.as_bytes(), edits);
+            assert_eq!(accepted(&sent), sent == answer.as_bytes());
+
+            let payload = mutilated(challenge.text().as_bytes(), edits);
+            let signed = compact::sign(&key, None, &payload).unwrap();
+            if accepted(signed.as_bytes()) {
+                let says: Value = serde_json::from_slice(&payload).unwrap();
+                assert_eq!(says["nonce"], challenge.claims["nonce"]);
+            }
+        });
     }
 
     #[test]

@@ -125,6 +125,7 @@ mod tests {
     use super::super::record::Mode;
     use super::*;
     use crate::crypto::KeyAlgorithm;
+    use crate::join::tests::mutilated::{Edit, mutilated};
 
     const ABOUT: About<'static> = About {
         cluster: "cluster",
@@ -167,6 +168,35 @@ mod tests {
             assert_eq!(check(now() - LEEWAY), Ok(()));
             assert!(check(now() - 2 * LEEWAY).is_err());
         }
+    }
+
+    #[test]
+    fn fuzz_join_states() {
+        let key = PrivateKey::generate(KeyAlgorithm::Ed25519).unwrap();
+        let (keys, kid) = ([key.public_spki()], compact::key_id(&key.public_spki()));
+        let state = issue(&key, ABOUT, &spec(), &status(), now()).unwrap();
+        let claims = Jws::parse(&state)
+            .unwrap()
+            .verify(&keys[0])
+            .unwrap()
+            .to_vec();
+        let accepted = |document: &[u8]| check(&keys, document, ABOUT, &status(), now()).is_ok();
+        assert!(accepted(state.as_bytes()));
+        bolero::check!().with_type::<Vec<Edit>>().for_each(|edits| {
+            let sent = mutilated(state.as_bytes(), edits);
+            assert_eq!(accepted(&sent), sent == state.as_bytes());
+
+            // Even what the cluster signed has to say the right thing.
+            let payload = mutilated(&claims, edits);
+            let signed = compact::sign(&key, Some(&kid), &payload).unwrap();
+            if accepted(signed.as_bytes()) {
+                let says: Value = serde_json::from_slice(&payload).unwrap();
+                assert_eq!(says["iss"], "cluster");
+                assert_eq!(says["sub"], "bot");
+                assert_eq!(says["bot_instance_id"], "instance");
+                assert_eq!(says["recovery_sequence"], 2);
+            }
+        });
     }
 
     #[test]
