@@ -3,6 +3,7 @@
 //! are, only an instance may ask: it sends the signed question along, and the cluster puts it.
 
 mod claims;
+mod known;
 mod region;
 mod request;
 
@@ -18,6 +19,7 @@ use serde_json::{Value, json};
 use x509_cert::spki::SubjectPublicKeyInfoRef;
 
 pub(super) use self::claims::Claims;
+pub use self::known::KnownRoots;
 pub(super) use self::region::Region;
 use self::request::Question;
 use crate::crypto::chain::{self, Untrusted, Usage};
@@ -271,8 +273,18 @@ async fn verify(
         .ok_or_else(|| OracleError::Region(claims.instance.clone()))?;
     let question = Question::read(&solution.signed_root_ca_req, PATH, &region.authority())
         .map_err(OracleError::Question)?;
+    let intermediates = intermediates(solution);
+    let trusted = |roots: &[Vec<u8>]| trusted(certificate, &intermediates, roots, joining.now);
+    let known = &joining.world.oracle_roots;
+    if let Some(roots) = known.of(region, joining.now)
+        && trusted(&roots).is_ok()
+    {
+        return Ok(());
+    }
+    // Whom the known authorities did not certify may be of a newer one.
     let roots = roots(joining.world, region, question).await?;
-    trusted(certificate, &intermediates(solution), &roots, joining.now)
+    known.learn(region, roots.clone(), joining.now);
+    trusted(&roots)
 }
 
 /// The certificates that lead from the instance's to a root; none where they cannot be read.

@@ -6,6 +6,7 @@ use super::oidc::Web;
 use super::oidc::issuers::Issuers;
 use super::oidc::used::Used;
 use crate::env::Env;
+use crate::join::oracle::verify::KnownRoots;
 use crate::outbound::{Outbound, OutboundError, Target};
 
 /// Why the cluster cannot ask anybody.
@@ -33,6 +34,8 @@ pub struct World {
     pub used: Arc<Used>,
     /// The roots of what Azure attests (DER), in place of the real ones.
     pub azure_roots: Option<Vec<Vec<u8>>>,
+    /// Who certifies the instances of Oracle's regions.
+    pub oracle_roots: Arc<KnownRoots>,
     /// The cluster's own environment: whether it runs in a pod.
     pub env: Env,
 }
@@ -53,6 +56,7 @@ impl World {
             issuers: Arc::new(issuers),
             used: Arc::default(),
             azure_roots: None,
+            oracle_roots: Arc::default(),
             env: Env::default(),
         })
     }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::crypto::{KeyAlgorithm, PrivateKey};
+use crate::pb::teleport::join::v1::{OracleInit, join_request};
 
 mod fuzz;
 
@@ -77,6 +78,64 @@ fn only_the_regions_authorities_certify_instances() {
     ] {
         let refused = trusted(&certificate(), intermediates, roots, now);
         assert!(matches!(refused, Err(OracleError::Untrusted(_))));
+    }
+}
+
+#[tokio::test]
+async fn an_instance_of_a_known_region_joins_without_a_question_to_oracle() {
+    let world = World::new(None).unwrap();
+    let claims = Claims::of(&certificate()).unwrap();
+    let region = Region::of_instance(&claims.instance).unwrap();
+    let known = &world.oracle_roots;
+    known.learn(region, pem::certificates(ROOT).unwrap(), now());
+    let opening = join_request::Payload::OracleInit(OracleInit::default());
+    let joining = Joining {
+        token: "t",
+        spec: &Value::Null,
+        status: &Value::Null,
+        bot: "b",
+        instance: None,
+        suite: crate::crypto::Suite::default(),
+        state_keys: &[],
+        lost: None,
+        lock: None,
+        cluster: "c",
+        address: std::net::Ipv4Addr::LOCALHOST.into(),
+        again: false,
+        now: now(),
+        opening: &opening,
+        challenge: "challenge",
+        world: &world,
+    };
+    let host = region.authority();
+    let signed = |challenge: &str, host: &str| OracleChallengeSolution {
+        signature: PrivateKey::from_pem(KEY)
+            .unwrap()
+            .sign_rsa_pss(challenge.as_bytes())
+            .unwrap(),
+        signed_root_ca_req: format!(
+            "GET {PATH} HTTP/1.1\r\nHost: {host}\r\nAuthorization: x\r\n\r\n"
+        )
+        .into(),
+        ..solution()
+    };
+    verify(
+        &joining,
+        &signed("challenge", &host),
+        &certificate(),
+        &claims,
+    )
+    .await
+    .unwrap();
+    // All else is looked at as ever.
+    for (challenge, host) in [("another", host.as_str()), ("challenge", "evil.example")] {
+        let sent = signed(challenge, host);
+        let refused = verify(&joining, &sent, &certificate(), &claims).await;
+        let refused = refused.unwrap_err();
+        assert!(
+            matches!(refused, OracleError::Signature | OracleError::Question(_)),
+            "{refused}"
+        );
     }
 }
 
