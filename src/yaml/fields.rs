@@ -326,16 +326,29 @@ impl<'a> Fields<'a> {
 
     /// Warns about every key that was not asked for: upstream ignores them, so they are no error.
     pub fn warn_unknown(&self) {
+        self.report_unknown(Severity::Warning, "unknown key, ignored");
+    }
+
+    /// Reports every key that was not asked for as an error, in the mapping of what is let in: what such
+    /// a key was to exclude would be let in.
+    pub fn refuse_unknown(&self) {
+        self.report_unknown(
+            Severity::Error,
+            "unknown key: without it more would be let in than the file says",
+        );
+    }
+
+    fn report_unknown(&self, severity: Severity, message: &str) {
         for (key, _) in self.entries {
             if self.known.contains(&key.text) {
                 continue;
             }
             let near = nearest(&key.text, self.known.iter().map(String::as_str));
             self.problems.push(Problem {
-                severity: Severity::Warning,
+                severity,
                 span: placed(key.span),
                 path: self.path_of(&key.text),
-                message: "unknown key, ignored".to_owned(),
+                message: message.to_owned(),
                 hint: near.map(|near| format!("did you mean `{near}`?")),
             });
         }

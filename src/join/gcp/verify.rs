@@ -47,7 +47,7 @@ impl Verifier for Gcp {
             .into_iter()
             .map(|mut rule| {
                 let stored = read_rule(&mut rule);
-                rule.finish();
+                rule.refuse_unknown();
                 stored
             })
             .collect();

@@ -4,7 +4,7 @@ use std::io::{self, Read as _};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process_group};
 
@@ -12,6 +12,9 @@ use crate::secret::Secret;
 
 /// The longest output that is read, in bytes. Tokens have some 2 KiB.
 const MAX_OUTPUT: u64 = 128 * 1024;
+
+/// How often a program that has printed its token is looked at until it ends.
+const MOMENT: Duration = Duration::from_millis(10);
 
 /// Why a program gave no token. What it printed is never repeated: it may hold one.
 #[derive(Debug, thiserror::Error)]
@@ -83,6 +86,7 @@ fn blocking(
         .process_group(0)
         .spawn()
         .map_err(failed)?;
+    let began = Instant::now();
     let (sender, printed) = mpsc::channel();
     if let Some(stdout) = child.stdout.take() {
         std::thread::spawn(move || {
@@ -103,7 +107,17 @@ fn blocking(
         return Err(CommandError::Output(program));
     }
     // Its output has ended, so it is about to.
-    let status = child.wait().map_err(failed)?;
+    let status = loop {
+        match child.try_wait().map_err(failed)? {
+            Some(status) => break status,
+            None if began.elapsed() < timeout => std::thread::sleep(MOMENT),
+            None => {
+                put_down(&mut child);
+                let after = timeout;
+                return Err(CommandError::TooSlow { program, after });
+            }
+        }
+    };
     if !status.success() {
         return Err(CommandError::Failed { program, status });
     }

@@ -53,7 +53,9 @@ pub(in crate::join) async fn ask(
 /// What may be shown of the URL: its path and query are the provider's own business.
 fn host(url: &str) -> &str {
     let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
-    rest.split(['/', '?', '#']).next().unwrap_or_default()
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    // A name and a password may stand before it.
+    authority.rsplit('@').next().unwrap_or_default()
 }
 
 async fn exchange(
@@ -156,6 +158,7 @@ mod tests {
         for (url, shown) in [
             ("https://h.example.com:8443/a?token=x", "h.example.com:8443"),
             ("https://h?x", "h"),
+            ("https://user:password@h/x", "h"),
             ("nonsense", "nonsense"),
             ("", ""),
         ] {

@@ -193,7 +193,7 @@ fn call(raw: &Raw, function: &Raw, arguments: &[Raw], claims: &Claims) -> Result
         }
         ("is_empty" | "isempty", [whole]) => Value::Bool(list(whole, claims)?.is_empty()),
         ("regexp.match", [whole, pattern]) => {
-            let pattern = text(pattern, claims)?;
+            let pattern = anchored(text(pattern, claims)?);
             let compiled = RegexBuilder::new(&pattern).size_limit(MAX_REGEXP).build();
             let compiled = compiled.map_err(|_source| wrong(raw, "a regular expression"))?;
             Value::Bool(
@@ -206,6 +206,16 @@ fn call(raw: &Raw, function: &Raw, arguments: &[Raw], claims: &Claims) -> Result
         ("strings.upper", [one]) => Value::String(text(one, claims)?.to_uppercase()),
         _ => return Err(wrong(raw, "a call with as many arguments as it takes")),
     })
+}
+
+/// Upstream's rule for patterns: `^a regular expression$`, or else a text in which `*` stands for
+/// anything. Either way the whole of the claim has to fit.
+fn anchored(pattern: String) -> String {
+    if pattern.starts_with('^') && pattern.ends_with('$') {
+        return pattern;
+    }
+    let parts: Vec<_> = pattern.split('*').map(regex::escape).collect();
+    format!("^{}$", parts.join("(?s:.*)"))
 }
 
 #[cfg(test)]
@@ -241,7 +251,10 @@ mod tests {
             (r#"set("dev", "x").contains_any(claims.groups)"#, true),
             (r#"contains_all(claims.groups, set("dev", "x"))"#, false),
             ("is_empty(set())", true),
-            (r#"regexp.match(claims.groups, "^o")"#, true),
+            (r#"regexp.match(claims.groups, "^o.*$")"#, true),
+            (r#"regexp.match(claims.groups, "o*")"#, true),
+            (r#"regexp.match(claims.groups, "o")"#, false),
+            (r#"regexp.match(claims.groups, "^o")"#, false),
             (r#"strings.lower(claims.name) == "acme""#, true),
         ] {
             assert_eq!(check(source), Ok(()), "{source}");
@@ -258,7 +271,7 @@ mod tests {
             ("claims.name", "not a boolean"),
             (r#"contains(claims.n, "x")"#, "not a list"),
             (
-                r#"regexp.match(claims.name, "(")"#,
+                r#"regexp.match(claims.name, "^($")"#,
                 "not a regular expression",
             ),
             (r#"contains("x")"#, "as many arguments"),

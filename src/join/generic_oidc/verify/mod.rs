@@ -85,7 +85,7 @@ impl Verifier for GenericOidc {
         if !allow.is_empty() {
             set(&mut normal, ALLOW, allow);
         }
-        section.finish();
+        section.refuse_unknown();
         set(stored, self.name(), normal);
     }
 
@@ -185,7 +185,7 @@ fn read_rule(rule: &mut Fields<'_>) -> Value {
             "write one of them",
         );
     }
-    rule.warn_unknown();
+    rule.refuse_unknown();
     match source {
         Some(source) => json!({ "expression": source }),
         None => json!({ "conditions": conditions }),
@@ -223,6 +223,6 @@ fn read_condition(condition: &mut Fields<'_>) -> Value {
             "write `eq: {value: …}`, for example",
         );
     }
-    condition.warn_unknown();
+    condition.refuse_unknown();
     stored
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use serde_json::{Map, Value, json};
 
+use crate::crypto::jws::Token;
 use crate::join::verify::oidc::issuers::Issuer;
 use crate::join::verify::oidc::keys::KeySet;
 use crate::join::verify::oidc::rules::{Rules, exact, pattern};
@@ -66,12 +67,14 @@ impl Account {
     /// The user is no service account.
     pub(crate) fn of(subject: &str, pod: Option<String>) -> Result<Self, Refusal> {
         let names = subject.strip_prefix(PREFIX).ok_or_else(|| {
+            let subject = review::shortened(subject);
             Refusal::bad_parameter(format!("token user is not a service account: {subject}"))
         })?;
         let parts = names.split_once(':').filter(|(namespace, name)| {
             !namespace.is_empty() && !name.is_empty() && !name.contains(':')
         });
         let (namespace, name) = parts.ok_or_else(|| {
+            let subject = review::shortened(subject);
             let text = format!("token user has malformed service account name: {subject}");
             Refusal::bad_parameter(text)
         })?;
@@ -218,6 +221,15 @@ async fn in_cluster(joining: &Joining<'_>) -> Result<Account, Refusal> {
     if token.is_empty() {
         return Err(Refusal::bad_parameter("IDToken is required"));
     }
+    // Nobody is asked about what cannot be the token of a service account.
+    let subject = Token::parse(token)
+        .map_err(|error| Refusal::denied(error.to_string()))?
+        .claims
+        .get("sub")
+        .and_then(Value::as_str)
+        .unwrap_or_default()
+        .to_owned();
+    Account::of(&subject, None)?;
     review::ApiServer::of(&joining.world.env)?
         .review(token, joining.cluster)
         .await

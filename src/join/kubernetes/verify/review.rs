@@ -138,7 +138,7 @@ impl ApiServer {
         let user = status.user;
         let pods = user.extra.get(POD).and_then(Value::as_array);
         let pod = pods.and_then(|pods| pods.first()).and_then(Value::as_str);
-        let account = Account::of(&shortened(&user.username), pod.map(shortened))?;
+        let account = Account::of(&user.username, pod.map(shortened))?;
         if !user.groups.iter().any(|group| group == GROUP) {
             return Err(Refusal::bad_parameter(format!(
                 "token user '{}' does not belong to the '{GROUP}' group",
@@ -211,7 +211,9 @@ impl Server<'_> {
                 }
                 _ => "",
             };
-            return Err(failed(format!("{}: {message}{remedy}", answer.status)));
+            // It names this cluster's own account: not for strangers.
+            tracing::warn!(status = %answer.status, message, "The Kubernetes API server refused a {what}{remedy}");
+            return Err(failed(format!("it answered {}", answer.status)));
         }
         serde_json::from_slice(&answer.body)
             .map_err(|_source| failed("the answer is not what an API server answers".to_owned()))
@@ -264,7 +266,7 @@ fn binds(version: &str) -> bool {
 }
 
 /// What a server said, in an error: one line, no longer than a line.
-fn shortened(text: &str) -> String {
+pub(super) fn shortened(text: &str) -> String {
     const MOST: usize = 253 + 64;
     text.chars()
         .filter(|c| !c.is_control())

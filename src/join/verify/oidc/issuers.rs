@@ -201,7 +201,10 @@ impl Issuers {
             Ok(pending) => pending,
             Err(outcome) => return outcome,
         };
+        let asked = tokio::time::Instant::now();
         let outcome = pending.clone().await;
+        // An issuer that takes its time has been asked just now all the same.
+        let now = now + asked.elapsed();
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let entry = known.entry(issuer.clone()).or_default();
         match &outcome {

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::{Claims, shortened};
 use crate::join::verify::glob;
-use crate::yaml::{Fields, nearest};
+use crate::yaml::Fields;
 
 /// How a key of a rule is compared with its claim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,23 +88,10 @@ impl Rules {
                 stored.insert(key.name.to_owned(), value);
             }
         }
-        let unknown: Vec<_> = rule
-            .keys()
-            .into_iter()
-            .filter(|name| !rule.is_known(name))
-            .collect();
-        for name in unknown {
-            let near = nearest(name, self.keys.iter().map(|key| key.name));
-            rule.error(
-                name,
-                "unknown key: without it the rule would let in more than it says",
-                near.map(|near| format!("did you mean `{near}`?"))
-                    .as_deref(),
-            );
-            rule.ignore(name);
-        }
+        rule.refuse_unknown();
         for group in self.needs {
-            if !group.iter().any(|name| rule.has(name)) {
+            // An empty text, say of a variable that is not set, asks for nothing.
+            if !group.iter().any(|name| stored.contains_key(*name)) {
                 rule.error_here(
                     format!("a rule needs {}", or(group)),
                     "without one it would let in whoever the issuer has as a customer",
@@ -370,6 +357,10 @@ mod tests {
             ("allow: []", "must have at least one rule"),
             ("allow: o/r", "must be a list"),
             ("allow: [{ref: main}]", "a rule needs `repo` or `context`"),
+            (
+                "allow: [{repo: '', ref: main}]",
+                "a rule needs `repo` or `context`",
+            ),
             ("allow: [{repo: o/r, reff: main}]", "did you mean `ref`?"),
             (
                 "allow: [{repo: o/r, safe: 'yes'}]",

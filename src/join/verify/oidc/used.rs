@@ -48,7 +48,9 @@ impl Used {
         now: SystemTime,
     ) -> Result<(), Replayed> {
         let address = address.to_canonical();
-        let hash = sha256(token.as_bytes());
+        // Without its signature: one by ECDSA has two spellings.
+        let signed = token.rsplit_once('.').map_or(token, |(signed, _)| signed);
+        let hash = sha256(signed.as_bytes());
         let mut used = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(first) = used.get(&hash) {
             return if again || first.address == address {
@@ -58,7 +60,10 @@ impl Used {
             };
         }
         if used.len() >= REMEMBERED {
-            used.retain(|_, first| first.expires + LEEWAY > now);
+            used.retain(|_, first| {
+                now.duration_since(first.expires)
+                    .map_or(true, |past| past < LEEWAY)
+            });
         }
         if used.len() >= REMEMBERED {
             let soonest = used.iter().min_by_key(|(_, first)| first.expires);
@@ -92,6 +97,9 @@ mod tests {
         // Whoever was let in again did not take it over.
         assert_eq!(note("a", there, false), Err(Replayed));
         assert_eq!(note("b", there, false), Ok(()));
+        // Another signature of the same claims.
+        assert_eq!(note("c.c.1", here, false), Ok(()));
+        assert_eq!(note("c.c.2", there, false), Err(Replayed));
         let mapped = "::ffff:10.0.0.1".parse().unwrap();
         assert_eq!(note("a", mapped, false), Ok(()));
     }
