@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use base64::Engine as _;
 use serde_json::{Value, json};
 
+use crate::clock::parse_rfc3339;
 use crate::embedded::instant::rfc3339;
 use crate::embedded::store::{Put, Resource, Tx};
 use crate::refusal::Refusal;
@@ -93,6 +94,8 @@ pub(super) fn decide(
 ) -> Decision {
     let renewable = enforced == Enforced::User;
     match (presented, stored) {
+        // What was to be repeated is gone: its record was removed meanwhile.
+        (Some(0), None) if enforced == Enforced::Token => Decision::Missing,
         (None, _) | (Some(0), None) => Decision::New(1),
         (Some(presented), Some((stored, true))) if presented.checked_add(1) == Some(stored) => {
             Decision::Again(stored)
@@ -132,6 +135,19 @@ pub(super) fn last(record: &Resource, public_key: &[u8]) -> (u32, bool) {
         .and_then(|entry| entry.get("public_key"))
         .and_then(Value::as_str);
     (generation, key == Some(encode(public_key).as_str()))
+}
+
+/// When the record's last authentication was.
+pub(super) fn last_at(record: &Resource) -> Option<SystemTime> {
+    let latest = record.status.pointer("/latest_authentications");
+    let latest = latest.and_then(Value::as_array).and_then(|all| all.last());
+    let at = latest.and_then(|entry| entry.get("authenticated_at"));
+    parse_rfc3339(at.and_then(Value::as_str)?)
+}
+
+/// The end of the instance's certificate that ends last.
+pub(super) fn certified_until(record: &Resource) -> Option<SystemTime> {
+    record.expires?.checked_sub(GRACE)
 }
 
 /// The authentication that a renewal continues: method, token and attributes of the last one.
@@ -298,6 +314,8 @@ mod tests {
             (Some(3), None, 4, user, stolen(4, false)),
             (Some(3), None, 0, no, Decision::New(1)),
             (Some(3), None, 0, token, Decision::New(1)),
+            (Some(0), None, 0, token, Decision::Missing),
+            (None, None, 0, token, Decision::New(1)),
             (Some(0), None, 0, user, Decision::New(1)),
         ];
         for (presented, stored, label, enforced, expected) in cases {

@@ -191,6 +191,14 @@ impl Issue<'_> {
             Decision::Stolen { stored, known } => return self.stolen(tx, &name, stored, known),
         };
         spend(tx, &id)?;
+        // A key that can be copied gets the answer again, and nothing more by it.
+        let first = match (&decision, &existing) {
+            (Decision::Again(_), Some(record)) if self.enforced == Enforced::Token => {
+                instance::certified_until(record)
+            }
+            _ => None,
+        };
+        let expires = first.map_or(expires, |first| expires.min(first));
         if let (Decision::Next(_), Some(presented), Some((stored, _))) =
             (&decision, &self.presented, stored)
             && presented.generation != stored

@@ -1,6 +1,8 @@
 //! What the cluster knows of a bound key, and what a join with it leaves behind: all of it in the
 //! token's status, in the transaction that issues the certificates.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
 use super::Attempt;
@@ -12,12 +14,16 @@ use crate::join::bound_keypair::verify::{About, Bound, Kind, Status, issue_state
 use crate::join::verify::Seen;
 use crate::pb::teleport::join::v1::BoundKeypairResult;
 
+/// How long after an answer it may be given again. Agents ask again within seconds, or when they are
+/// started again.
+const AGAIN: Duration = Duration::from_mins(10);
+
 /// What the verifier has to know beside the token.
 #[derive(Debug, Default)]
 pub(in crate::embedded::auth) struct Known {
     /// Public keys of the authority for join states.
     pub(in crate::embedded::auth) state_keys: Vec<Vec<u8>>,
-    /// Why the token lets nobody in.
+    /// Why the token lets nobody in, or not the bot that is bound to it.
     pub(in crate::embedded::auth) lock: Option<Refusal>,
     /// The instance before the bound one, if the answer that would have told of the bound one was
     /// lost.
@@ -37,34 +43,43 @@ impl Attempt {
             .state
             .authorities
             .trusted_jwt(AuthorityType::BoundKeypair);
+        let bound = Status::read(&token.status).unwrap_or_default();
+        let bound = bound.bound_bot_instance_id.as_str();
         self.state.store.transaction(|tx| {
             let targets = Targets {
+                bot_instance: bound,
                 join_token: &token.name,
                 ..Targets::default()
             };
             Ok(Known {
                 state_keys,
                 lock: locks::check(tx, &targets).err(),
-                lost: self.lost(tx, token)?,
+                lost: self.lost(tx, bound)?,
             })
         })
     }
 
-    /// The bound instance has but one certificate, and it was made for the very key of this request:
-    /// the bot asked, the cluster answered, and the answer never came. Who stole the bot's storage
+    /// The instance before `bound`, if that has but one certificate, which is young and was made for
+    /// the very key of this request: the bot asked, the cluster answered, and the answer never came,
+    /// or was not stored. Who stole the bot's storage
     /// before that has the key too, but then both have the same certificate, and the generation of
     /// its next renewal tells.
-    fn lost(&self, tx: &Tx<'_>, token: &Resource) -> Result<Option<String>, Refusal> {
-        let status = Status::read(&token.status).unwrap_or_default();
-        if status.bound_bot_instance_id.is_empty() {
+    fn lost(&self, tx: &Tx<'_>, bound: &str) -> Result<Option<String>, Refusal> {
+        if bound.is_empty() {
             return Ok(None);
         }
-        let record = instance::find(tx, self.bot(), &status.bound_bot_instance_id)?;
+        let record = instance::find(tx, self.bot(), bound)?;
         let key = match self.request.public_tls_key.as_slice() {
             [] => &self.request.public_ssh_key,
             tls => tls,
         };
-        let only = |record: &Resource| instance::last(record, key) == (1, true);
+        let now = self.now();
+        let only = |record: &Resource| {
+            instance::last(record, key) == (1, true)
+                && instance::last_at(record)
+                    .is_some_and(|at| now.duration_since(at).unwrap_or_default() <= AGAIN)
+                && instance::certified_until(record).is_some_and(|end| now < end)
+        };
         Ok(record
             .filter(only)
             .map(|record| record.spec_text("/previous_instance_id").to_owned()))
@@ -77,13 +92,19 @@ impl Attempt {
         (bound.kind == Kind::Recovery).then(|| before.clone())
     }
 
-    /// Writes what the join changes into the token, unless somebody else did so first.
+    /// Writes what the join changes into the token, unless somebody else did so first, or the bot was
+    /// locked meanwhile.
     pub(super) fn bind(
         tx: &Tx<'_>,
         mut token: Resource,
         bound: &Bound,
         instance: &str,
     ) -> Result<(), Refusal> {
+        let before = Targets {
+            bot_instance: &bound.status.bound_bot_instance_id,
+            ..Targets::default()
+        };
+        locks::check(tx, &before)?;
         let status = bound_to(bound, instance);
         if Status::read(&token.status).as_ref() != Some(&status) {
             status.write(&mut token.status);
@@ -153,13 +174,16 @@ impl Attempt {
         let Some(bound) = &self.seen.bound else {
             return;
         };
-        if matches!(bound.kind, Kind::First | Kind::Recovery) {
-            let what = json!({
+        if bound.kind != Kind::Renewal {
+            let mut what = json!({
                 "success": true,
                 "public_key": bound.status.bound_public_key,
                 "recovery_count": bound.status.recovery_count,
                 "recovery_mode": bound.spec.mode.name(),
             });
+            if let (Kind::Again, Some(what)) = (bound.kind, what.as_object_mut()) {
+                what.insert("repeated".to_owned(), json!(true));
+            }
             self.emit_key("recovery", "TBK001I", &what);
         }
         if let Some(replaced) = &bound.replaced {

@@ -10,7 +10,8 @@
 //! | yes | yes | no | recovery: the same, counted, with a new instance |
 //!
 //! Upstream takes a bot whose answer was lost for a copy. Here it gets the same answer again, if it
-//! asks with the very key that the lost one was for, and has the join state from before it.
+//! asks with the very key that the lost one was for, and has the join state from before it; or the one
+//! that came with it, if the bot stopped between storing that and storing its certificate.
 
 use std::time::SystemTime;
 
@@ -59,8 +60,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) kind: Kind,
     /// Told to whoever has proved to have the key, and to nobody else.
     pub(crate) then: Option<Refusal>,
-    /// The status with which the join state has to agree, if one is wanted.
-    pub(crate) state: Option<Status>,
+    /// The statuses with one of which the join state has to agree; empty if none is wanted.
+    pub(crate) states: Vec<Status>,
     /// Whether the key is to be replaced.
     pub(crate) rotate: bool,
 }
@@ -99,22 +100,33 @@ pub(crate) fn plan<'a>(
         (true, None) => (First::Key(&status.bound_public_key), Kind::Recovery),
     };
     let spent = (kind == Kind::Recovery && spent).then(|| Refusal::denied("no rejoins remaining"));
-    let mut state = status.clone();
-    if kind == Kind::Again {
-        state.recovery_count = state.recovery_count.saturating_sub(1);
-        presented
-            .lost
-            .unwrap_or_default()
-            .clone_into(&mut state.bound_bot_instance_id);
-    }
-    let wanted = kind != Kind::First && state.recovery_count > 0 && spec.mode != Mode::Insecure;
     Ok(Plan {
         first,
         kind,
         then: spent,
-        state: wanted.then_some(state),
-        rotate: rotates(spec, status, now),
+        states: states(spec, status, kind, presented.lost),
+        rotate: kind != Kind::Again && rotates(spec, status, now),
     })
+}
+
+/// The statuses whose join state a bot may have. One that never heard of its first join has none.
+fn states(spec: &Spec, status: &Status, kind: Kind, lost: Option<&str>) -> Vec<Status> {
+    if kind == Kind::First || spec.mode == Mode::Insecure || status.recovery_count == 0 {
+        return Vec::new();
+    }
+    let mut states = vec![status.clone()];
+    if kind == Kind::Again {
+        let before = Status {
+            recovery_count: status.recovery_count - 1,
+            bound_bot_instance_id: lost.unwrap_or_default().to_owned(),
+            ..status.clone()
+        };
+        if before.recovery_count == 0 {
+            return Vec::new();
+        }
+        states.push(before);
+    }
+    states
 }
 
 /// What the first join is by. Every failure of a secret has the same text.
@@ -153,8 +165,8 @@ fn rotates(spec: &Spec, status: &Status, now: SystemTime) -> bool {
     })
 }
 
-/// The status once everything is proved: `key` is the key from now on, which `rotated` says is a
-/// replacement. The instance is known only when certificates are issued.
+/// The status once everything is proved: `key` is the key from now on, which `rotated` says was made
+/// because the token wanted a new one. The instance is known only when certificates are issued.
 pub(crate) fn after(
     status: &Status,
     kind: Kind,
@@ -239,7 +251,7 @@ mod tests {
                 first: First::NewKey,
                 kind: Kind::First,
                 then: None,
-                state: None,
+                states: Vec::new(),
                 rotate: false,
             }
         );
@@ -312,12 +324,12 @@ mod tests {
             );
             assert_eq!(lost.kind, Kind::Recovery);
             assert_eq!(lost.then.is_some(), spent, "{mode:?} {count}");
-            let wanted = state.then(|| status.clone());
-            assert_eq!(lost.state, wanted, "{mode:?} {count}");
+            let wanted: Vec<_> = state.then(|| status.clone()).into_iter().collect();
+            assert_eq!(lost.states, wanted, "{mode:?} {count}");
             let renewed = plan(&spec, &status, SOMEBODY, now()).unwrap();
             assert_eq!(renewed.kind, Kind::Renewal);
             assert_eq!(renewed.then, None, "renewals are not counted");
-            assert_eq!(renewed.state, wanted, "{mode:?} {count}");
+            assert_eq!(renewed.states, wanted, "{mode:?} {count}");
         }
         let first = Status {
             recovery_count: 2,
@@ -336,23 +348,32 @@ mod tests {
             ..nobody("")
         };
         for (mode, count, wanted) in [
-            (Mode::Standard, 1, None),
-            (Mode::Standard, 2, Some(1)),
-            (Mode::Relaxed, 9, Some(8)),
-            (Mode::Insecure, 2, None),
+            (Mode::Standard, 1, false),
+            (Mode::Standard, 2, true),
+            (Mode::Relaxed, 9, true),
+            (Mode::Insecure, 2, false),
         ] {
-            let (spec, status) = (spec(mode), bound(count));
+            let spec = Spec {
+                rotate_after: Some(now()),
+                ..spec(mode)
+            };
+            let status = bound(count);
             let plan = plan(&spec, &status, again, now()).unwrap();
             assert_eq!(
                 (plan.kind, plan.then),
                 (Kind::Again, None),
                 "{mode:?} {count}"
             );
-            let state = plan.state.map(|state| {
-                assert_eq!(state.bound_bot_instance_id, "before");
-                state.recovery_count
-            });
-            assert_eq!(state, wanted, "{mode:?} {count}");
+            assert!(!plan.rotate, "the answer is the same");
+            let states: Vec<_> = plan
+                .states
+                .iter()
+                .map(|state| (state.bound_bot_instance_id.as_str(), state.recovery_count))
+                .collect();
+            // The state may have been stored without the certificate, or neither of them.
+            let all = [("instance", count), ("before", count - 1)];
+            let expected = if wanted { &all[..] } else { &[] };
+            assert_eq!(states, expected, "{mode:?} {count}");
             let next = after(&status, Kind::Again, "key", false, now());
             assert_eq!(next, status);
         }

@@ -126,19 +126,20 @@ impl Verifier for BoundKeypair {
         if let Some(lock) = joining.lock {
             return Err(lock.clone());
         }
-        if let Some(state) = &plan.state {
-            check_state(joining, &init.previous_join_state, state, seen)?;
+        if !plan.states.is_empty() {
+            check_state(joining, &init.previous_join_state, &plan.states, seen)?;
         }
         let instance = joining.instance.unwrap_or_default();
         if plan.kind == Kind::Renewal && instance != status.bound_bot_instance_id {
             return Err(Refusal::denied("bot instance mismatch"));
         }
-        let (key, replaced) = if plan.rotate {
+        // A key that was made just now is as new as the token may want it.
+        let (key, replaced) = if plan.rotate && plan.first != First::NewKey {
             (exchange.other_key(&first).await?, Some(first))
         } else {
             (first, None)
         };
-        let status = after(&status, plan.kind, &key, replaced.is_some(), joining.now);
+        let status = after(&status, plan.kind, &key, plan.rotate, joining.now);
         let mut attributes = Map::new();
         attributes.insert("public_key".to_owned(), json!(key));
         attributes.insert("recovery_mode".to_owned(), json!(spec.mode.name()));
@@ -155,11 +156,12 @@ impl Verifier for BoundKeypair {
     }
 }
 
-/// Checks the join state. A wrong one means that the key is in two hands.
+/// Checks that the join state goes with one of `statuses`. A wrong one means that the key is in two
+/// hands.
 fn check_state(
     joining: &Joining<'_>,
     document: &[u8],
-    status: &Status,
+    statuses: &[Status],
     seen: &mut Seen,
 ) -> Result<(), Refusal> {
     if document.is_empty() {
@@ -171,10 +173,16 @@ fn check_state(
         cluster: joining.cluster,
         bot: joining.bot,
     };
-    state::check(joining.state_keys, document, about, status, joining.now).map_err(|error| {
-        seen.copied = Some(error.to_string());
-        Refusal::denied("join state verification failed")
-    })
+    for status in statuses {
+        match state::check(joining.state_keys, document, about, status, joining.now) {
+            Ok(()) => {
+                seen.copied = None;
+                return Ok(());
+            }
+            Err(error) => seen.copied = Some(error.to_string()),
+        }
+    }
+    Err(Refusal::denied("join state verification failed"))
 }
 
 /// The questions of one join.

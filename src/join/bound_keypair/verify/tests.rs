@@ -32,6 +32,8 @@ struct Token {
     suite: Suite,
     world: World,
     lock: Option<Refusal>,
+    /// The instance before the bound one, where its answer was lost.
+    lost: Option<String>,
     /// The instance that the bot's certificate names.
     instance: Option<String>,
     now: SystemTime,
@@ -49,6 +51,7 @@ impl Token {
             suite: Suite::BalancedV1,
             world: World::new(None).unwrap(),
             lock: None,
+            lost: None,
             instance: None,
             now: start(),
             instances: 0,
@@ -76,7 +79,7 @@ impl Token {
             cluster: CLUSTER,
             suite: self.suite,
             state_keys: &state_keys,
-            lost: None,
+            lost: self.lost.as_deref(),
             lock: self.lock.as_ref(),
             now: self.now,
             opening: &opening,
@@ -304,6 +307,55 @@ async fn a_copy_of_the_storage_locks_the_token_by_the_mode() {
         denied(verdict, "lock targeting JoinToken");
         assert_eq!(seen.copied, None);
     }
+}
+
+/// The bot stopped before its answer came, or between storing the join state and the certificate.
+#[tokio::test(start_paused = true)]
+async fn a_lost_answer_is_repeated_for_the_state_before_it_and_for_its_own() {
+    let mut token = Token::new("bound_keypair: {recovery: {limit: 9}}");
+    let mut copies = Vec::new();
+    let storage = storage().await;
+    let secret = token.secret();
+    for secret in [secret.as_str(), "", ""] {
+        token.lost = None;
+        token.instance = None;
+        let before = token.status().bound_bot_instance_id;
+        token
+            .join(&mut *bot(&storage, secret).await.unwrap())
+            .await
+            .unwrap();
+        copies.push(copy(&storage).await);
+        token.lost = Some(before);
+    }
+    token.instance = None;
+    for (storage, good) in copies.iter().zip([false, true, true]) {
+        let (verdict, seen) = token.judge(&mut *bot(storage, "").await.unwrap()).await;
+        assert_eq!(verdict.is_ok(), good);
+        assert_eq!(seen.copied.is_none(), good);
+        if let Some(bound) = seen.bound {
+            assert_eq!(bound.kind, Kind::Again);
+            assert_eq!(bound.status, token.status(), "nothing is counted");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_first_key_is_new_enough_for_any_wish() {
+    let mut token =
+        Token::new("bound_keypair: {rotate_after: \"2020-01-01T00:00:00Z\", recovery: {limit: 9}}");
+    let storage = storage().await;
+    let mut proof = bot(&storage, &token.secret()).await.unwrap();
+    let (verdict, seen) = token.judge(&mut *proof).await;
+    verdict.unwrap();
+    assert_eq!(seen.bound.unwrap().replaced, None);
+    token.join(&mut *proof).await.unwrap();
+    let first = token.status();
+    assert_eq!(first.last_rotated_at, Some(token.now));
+    token
+        .join(&mut *bot(&storage, "").await.unwrap())
+        .await
+        .unwrap();
+    assert_eq!(token.status(), first, "nor is it replaced at the next join");
 }
 
 #[tokio::test(start_paused = true)]
