@@ -235,10 +235,10 @@ async fn identify(
     let claims = claims(joining, token).await?;
     if attested.is_none() {
         check_age(&claims, joining.now)?;
-        let expires = expiry(&claims).unwrap_or(joining.now);
-        let used = &joining.world.used;
-        used.note(token, joining.address, joining.again, expires, joining.now)?;
     }
+    let expires = expiry(&claims).unwrap_or(joining.now);
+    let used = &joining.world.used;
+    used.note(token, joining.address, joining.again, expires, joining.now)?;
     let tenant = text(&claims, "tid").to_owned();
     let place = match (machine::of_claims(&claims), &attested) {
         (Some(place), Some(attested))
@@ -328,6 +328,12 @@ pub(super) fn signer(attested: &[u8]) -> Result<Certificate, String> {
     Ok(document.signer().clone())
 }
 
+/// Whether a text has the form of a tenant's ID, a UUID. It comes from a token that nobody has
+/// verified, and names who has to.
+fn is_tenant(text: &str) -> bool {
+    text.len() == 36 && text.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-')
+}
+
 /// The verified claims of an access token.
 async fn claims(joining: &Joining<'_>, token: &str) -> Result<Claims, AzureError> {
     let unverified = crate::crypto::jws::Token::parse(token)
@@ -335,11 +341,7 @@ async fn claims(joining: &Joining<'_>, token: &str) -> Result<Claims, AzureError
         .claims;
     let tenant = text(&unverified, "tid");
     // It becomes part of a URL.
-    if tenant.is_empty()
-        || !tenant
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b == b'-')
-    {
+    if !is_tenant(tenant) {
         return Err(AzureError::Token("it names no tenant"));
     }
     let issuer = format!("{ISSUER}/{tenant}/");

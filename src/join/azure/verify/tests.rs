@@ -175,6 +175,21 @@ fn tokens_that_come_alone_have_to_be_new() {
 }
 
 #[test]
+fn a_tenant_that_nobody_verified_is_a_uuid() {
+    let tenant = "66666666-7777-8888-9999-aaaaaaaaaaaa";
+    assert!(is_tenant(tenant));
+    for other in [
+        "",
+        "common",
+        "organizations",
+        "66666666-7777-8888-9999-aaaaaaaaaaa",
+        &tenant.replace('a', "/"),
+    ] {
+        assert!(!is_tenant(other), "{other}");
+    }
+}
+
+#[test]
 fn every_key_of_a_rule_has_to_match() {
     let place = Place {
         subscription: "S".to_owned(),

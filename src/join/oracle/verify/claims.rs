@@ -28,14 +28,14 @@ impl Claims {
                 .iter()
                 .filter_map(|unit| unit.split_once(':').filter(|(key, _)| *key == name))
                 .map(|(_, value)| value.to_owned());
-            (found.next().filter(|value| !value.is_empty()), found.next())
+            (found.next(), found.next())
         };
         let only = |name, missing| match unit(name) {
-            (Some(value), None) => Ok(value),
+            (Some(value), None) if !value.is_empty() => Ok(value),
             _ => Err(missing),
         };
         match unit("opc-certtype") {
-            (None, _) => {}
+            (None, None) => {}
             (Some(kind), None) if kind == "instance" => {}
             _ => return Err("opc-certtype is not instance"),
         }
@@ -129,11 +129,17 @@ mod tests {
             some.push(gone.split_inclusive(':').next().unwrap());
             assert!(Claims::read(&units(&some)).is_err(), "{gone} empty");
         }
-        let user = [&all[..], &["opc-certtype:user"]].concat();
-        assert_eq!(
-            Claims::read(&units(&user)),
-            Err("opc-certtype is not instance")
-        );
+        for other in [
+            &["opc-certtype:user"][..],
+            &["opc-certtype:"],
+            &["opc-certtype:", "opc-certtype:instance"],
+        ] {
+            let other = [&all[..], other].concat();
+            assert_eq!(
+                Claims::read(&units(&other)),
+                Err("opc-certtype is not instance")
+            );
+        }
     }
 
     #[test]

@@ -47,6 +47,9 @@ impl Verifier for Tpm {
             let message = "allow: at least one rule must be set";
             section.error("allow", message, Some("add `- ek_public_hash: HASH`"));
         }
+        let serial_alone = rules.iter().any(|rule| {
+            rule.get("ek_certificate_serial").is_some() && rule.get("ek_public_hash").is_none()
+        });
         set(&mut normal, "allow", rules);
         if let Some(allowed) = section
             .strings("ekcert_allowed_cas")
@@ -60,6 +63,12 @@ impl Verifier for Tpm {
                 );
             }
             set(&mut normal, "ekcert_allowed_cas", allowed);
+        } else if serial_alone {
+            let message = "a rule has `ek_certificate_serial` alone, and nobody says whose \
+                           certificates count: anyone can make one with that serial";
+            let hint = "add the maker's certificate to `ekcert_allowed_cas`, or `ek_public_hash` to \
+                        the rule";
+            section.warn("allow", message, Some(hint));
         }
         section.finish();
         set(stored, self.name(), normal);

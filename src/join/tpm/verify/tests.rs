@@ -13,6 +13,8 @@ use super::key::KeyError;
 use super::*;
 use crate::crypto::sha256;
 use crate::crypto::tpm::{P256, Reader, Writer, alg};
+use crate::join::verify::Verifier as _;
+use crate::yaml::{Fields, Problems, parse};
 
 mod fuzz;
 
@@ -353,6 +355,31 @@ fn certificates_are_taken_out_of_what_surrounds_them() {
         assert_eq!(ek_der(&stored), certificate, "{stored:x?}");
     }
     assert_eq!(ek_der(b""), b"");
+}
+
+#[test]
+fn a_serial_that_nobody_vouches_for_is_warned_of() {
+    let serial = "ek_certificate_serial: \"01\"";
+    for (rule, told) in [
+        (format!("{{{serial}}}"), true),
+        (format!("{{ek_public_hash: aa, {serial}}}"), false),
+        ("{ek_public_hash: aa}".to_owned(), false),
+    ] {
+        let node = parse(&format!("tpm: {{allow: [{rule}]}}")).unwrap();
+        let problems = Problems::new();
+        let mut fields = Fields::new(&node, "spec", &problems).unwrap();
+        Tpm.read(&mut fields, &mut json!({}));
+        fields.finish();
+        let lines = problems.into_sorted();
+        let lines: Vec<_> = lines.iter().map(|line| line.render("f")).collect();
+        assert_eq!(lines.len(), usize::from(told), "{lines:?}");
+        for line in &lines {
+            assert!(
+                line.contains("warning") && line.contains("ekcert_allowed_cas"),
+                "{line}"
+            );
+        }
+    }
 }
 
 #[test]
