@@ -18,7 +18,7 @@ use crate::clock::Clock;
 use crate::cluster::network::{Network, Settings};
 use crate::cluster::ping;
 use crate::cluster::trust::Trust;
-use crate::crypto::{PrivateKey, Purpose};
+use crate::crypto::{PrivateKey, Purpose, random};
 use crate::destination::{self, Destination};
 use crate::env::Env;
 use crate::join::bound_keypair::Keys;
@@ -116,6 +116,12 @@ async fn in_storage(
                 tracing::info!("There is a key already, --overwrite makes a new one");
                 return Shown::of(key);
             }
+            if known.any() && !args.overwrite {
+                bail!(
+                    "--storage: there are keys of a bot that may have joined with one of them; start it \
+                     again, or lose them with --overwrite"
+                );
+            }
         }
         Err(error) if args.overwrite => tracing::warn!(%error, "Replacing what is there"),
         Err(error) => return Err(error.into()),
@@ -149,8 +155,9 @@ async fn in_file(args: &CreateArgs, path: &Path, maker: Maker<'_>) -> anyhow::Re
 
 /// Puts a private file in the place of `path`, whole.
 fn write(path: &Path, text: &str) -> io::Result<()> {
+    // A name of its own: what is left of a run that was killed is in nobody's way.
     let mut draft = path.as_os_str().to_owned();
-    draft.push(".new");
+    draft.push(format!(".{}.new", hex::encode(random::<8>())));
     let mut file = OpenOptions::new()
         .write(true)
         .create_new(true)
@@ -242,18 +249,47 @@ mod tests {
         assert!(text.contains(&pem) && text.contains(&STANDARD.encode(&pem)));
     }
 
+    #[tokio::test]
+    async fn keys_that_a_bot_may_be_bound_to_are_not_replaced_unasked() {
+        let dir = tempfile::tempdir().unwrap();
+        let uri = format!("file://{}", dir.path().display());
+        let storage = destination::from_uri(&uri).unwrap().build();
+        storage.init().await.unwrap();
+        let key = PrivateKey::generate(KeyAlgorithm::Ed25519).unwrap();
+        let mut keys = Keys::default();
+        keys.add(key, Clock::system().now());
+        keys.store(&storage).await.unwrap();
+        let args = CreateArgs {
+            proxy_server: "127.0.0.1:1".to_owned(),
+            storage: Some(uri),
+            overwrite: false,
+            format: Form::Text,
+            is_static: false,
+            static_key_path: None,
+        };
+        let maker = Maker {
+            address: &args.proxy_server,
+            settings: Settings::from_env(&Env::default()).unwrap(),
+            insecure: true,
+        };
+        let refused = in_storage(&args, &storage, maker).await.map(|_shown| ());
+        let text = refused.unwrap_err().to_string();
+        assert!(text.contains("--overwrite"), "{text}");
+    }
+
     #[test]
     fn a_key_file_is_private_and_replaced_whole() {
         use std::os::unix::fs::PermissionsExt as _;
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("key");
+        std::fs::write(dir.path().join("key.new"), "of a run that was killed").unwrap();
         for text in ["first", "second"] {
             write(&path, text).unwrap();
             assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
             let mode = std::fs::metadata(&path).unwrap().permissions().mode();
             assert_eq!(mode & 0o777, 0o600);
         }
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
         assert!(write(&dir.path().join("none/key"), "text").is_err());
     }
 }

@@ -71,7 +71,23 @@ pub(crate) struct Keys {
 #[derive(Debug, Clone)]
 struct Entry {
     time: String,
-    key: PrivateKey,
+    /// As it is stored; what cannot be read is kept too.
+    pem: Secret<String>,
+    key: Option<PrivateKey>,
+}
+
+impl Entry {
+    fn of(key: PrivateKey, now: SystemTime) -> Self {
+        Self {
+            time: rfc3339_nanos(now),
+            pem: key.to_pem(),
+            key: Some(key),
+        }
+    }
+
+    fn readable(&self) -> bool {
+        self.key.is_some()
+    }
 }
 
 #[derive(Serialize, Deserialize, Zeroize, ZeroizeOnDrop)]
@@ -101,25 +117,28 @@ impl Keys {
         let state = storage.read(STATE).await?.filter(|bytes| !blank(bytes));
         let mut history = match storage.read(HISTORY).await? {
             Some(bytes) if !blank(&bytes) => match entries(&bytes) {
-                Some(history) => history,
+                Some(history) if history.is_empty() || history.iter().any(Entry::readable) => {
+                    let unreadable = history.iter().filter(|entry| !entry.readable()).count();
+                    if unreadable > 0 {
+                        tracing::warn!(unreadable, "Keys in {HISTORY} cannot be read");
+                    }
+                    history
+                }
                 // The key in use is enough, as long as the cluster is not set back.
-                None if key.is_some() => {
+                _ if key.is_some() => {
                     tracing::warn!(
                         "{HISTORY} in the bot's storage cannot be read and is begun anew"
                     );
                     Vec::new()
                 }
-                None => return Err(KeysError::Damaged(HISTORY)),
+                _ => return Err(KeysError::Damaged(HISTORY)),
             },
             _ => Vec::new(),
         };
         if let Some(key) = &key
             && history.is_empty()
         {
-            history.push(Entry {
-                time: rfc3339_nanos(now),
-                key: key.clone(),
-            });
+            history.push(Entry::of(key.clone(), now));
         }
         Ok(Self {
             active: key,
@@ -169,7 +188,7 @@ impl Keys {
                 .iter()
                 .map(|entry| HistoryEntry {
                     time: entry.time.clone(),
-                    private_key: entry.key.to_pem().expose().clone(),
+                    private_key: entry.pem.expose().clone(),
                 })
                 .collect(),
         };
@@ -200,7 +219,7 @@ impl Keys {
     /// [`KeysError::Unknown`].
     pub(crate) fn find(&self, public: &str) -> Result<&PrivateKey, KeysError> {
         let spki = ssh::spki_of_public_line(public).map_err(|_source| KeysError::Unknown)?;
-        let history = self.history.iter().map(|entry| &entry.key);
+        let history = self.history.iter().filter_map(|entry| entry.key.as_ref());
         self.active
             .iter()
             .chain(history)
@@ -210,8 +229,7 @@ impl Keys {
 
     /// Keeps a new key, to be stored before it is sent. It is not in use yet.
     pub(crate) fn add(&mut self, key: PrivateKey, now: SystemTime) {
-        let time = rfc3339_nanos(now);
-        self.history.insert(0, Entry { time, key });
+        self.history.insert(0, Entry::of(key, now));
         self.history.truncate(KEPT);
     }
 
@@ -237,12 +255,15 @@ fn key(bytes: &Secret<Vec<u8>>) -> Option<PrivateKey> {
 fn entries(bytes: &Secret<Vec<u8>>) -> Option<Vec<Entry>> {
     let file: HistoryFile = serde_json::from_slice(bytes.expose()).ok()?;
     let entry = |entry: &HistoryEntry| {
-        Some(Entry {
+        let pem = Secret::new(entry.private_key.clone());
+        let key = PrivateKey::from_pem(pem.expose()).ok();
+        Entry {
             time: entry.time.clone(),
-            key: PrivateKey::from_pem(&entry.private_key).ok()?,
-        })
+            pem,
+            key,
+        }
     };
-    file.entries.iter().take(KEPT).map(entry).collect()
+    Some(file.entries.iter().take(KEPT).map(entry).collect())
 }
 
 #[cfg(test)]

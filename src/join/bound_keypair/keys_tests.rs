@@ -117,6 +117,29 @@ async fn damage_is_not_taken_for_absence() {
 }
 
 #[tokio::test]
+async fn one_damaged_key_of_the_history_costs_no_other() {
+    let (storage, old) = (memory().await, new_key());
+    let history = serde_json::json!({"entries": [
+        {"time": "2026-11-21T09:12:03Z", "private_key": "damaged"},
+        {"time": "2026-11-21T09:12:02Z", "private_key": old.to_pem().expose()},
+    ]});
+    put(&storage, "bkp_key_history.json", &history.to_string()).await;
+    for active in ["", new_key().to_pem().expose()] {
+        put(&storage, "id_bkp", active).await;
+        let keys = Keys::load(&storage, now()).await.unwrap();
+        assert!(keys.find(&line(&old)).is_ok());
+        keys.store(&storage).await.unwrap();
+        let stored = text(&storage, "bkp_key_history.json").await;
+        let stored: serde_json::Value = serde_json::from_str(&stored).unwrap();
+        assert_eq!(stored, history, "somebody may mend it");
+    }
+    let history = history.to_string().replace("PRIVATE", "");
+    put(&storage, "bkp_key_history.json", &history).await;
+    put(&storage, "id_bkp", "").await;
+    assert!(Keys::load(&storage, now()).await.is_err(), "none is left");
+}
+
+#[tokio::test]
 async fn ten_keys_are_kept_and_the_one_in_use_beside_them() {
     let storage = memory().await;
     let key = new_key();

@@ -141,7 +141,14 @@ impl Prover for Settings {
         let secret = match keys.state() {
             // The bot is bound: the secret is used up, and its file may be gone.
             Some(_) => None,
-            None => self.secret(around)?,
+            None => match self.secret(around) {
+                // It may have joined without having heard of it.
+                Err(error) if keys.any() => {
+                    tracing::warn!(%error, "Joining with the bot's key and without the secret");
+                    None
+                }
+                secret => secret?,
+            },
         };
         if !keys.any() {
             if secret.is_none() {

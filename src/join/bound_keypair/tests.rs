@@ -116,6 +116,10 @@ async fn the_secret_is_sent_only_before_the_first_join() {
     // Stored before it is sent; still unbound, so the secret goes with the next attempt too.
     let again = prepared(&settings, &env, &storage).await.unwrap();
     assert_eq!(sent(&*again).initial_join_secret, "s");
+    // It may be bound without knowing: a secret that is gone is no reason to stop.
+    let path = "registration_secret_path: /gone/by/now";
+    let gone = prepared(&read(path).unwrap(), &env, &storage).await;
+    assert_eq!(sent(&*gone.unwrap()).initial_join_secret, "");
     proof
         .settle(BoundKeypairResult {
             join_state: b"state".to_vec(),
@@ -123,7 +127,6 @@ async fn the_secret_is_sent_only_before_the_first_join() {
         })
         .await
         .unwrap();
-    let path = "registration_secret_path: /gone/by/now";
     for settings in [settings, read(path).unwrap()] {
         let bound = prepared(&settings, &env, &storage).await.unwrap();
         assert_eq!(sent(&*bound).initial_join_secret, "");
