@@ -261,6 +261,25 @@ fn a_copy_of_the_storage_locks_the_token_unless_nobody_looks() {
     }
 }
 
+#[test]
+fn a_lock_on_the_instance_holds_for_its_recoveries() {
+    let sandbox = Sandbox::new();
+    let scene = Scene::new(&sandbox, "{recovery: {limit: 9}}");
+    scene
+        .join("bot", &["--registration-secret", &scene.secret()])
+        .success();
+    let instance = scene.status()["bound_bot_instance_id"].clone();
+    scene.cluster.create(&format!(
+        "kind: lock\nversion: v2\nmetadata: {{name: out}}\nspec: {{target: {{bot_instance_id: \
+         {instance}}}}}\n"
+    ));
+    scene.forget("bot");
+    refused(&scene.join("bot", &[]), "BotInstanceID");
+    assert_eq!(scene.status()["recovery_count"], 1);
+    scene.cluster.run(&["rm", "lock/out"]);
+    scene.join("bot", &[]).success();
+}
+
 /// A copy of a storage whose certificate still lives: the generation tells.
 #[test]
 fn a_copy_that_renews_locks_the_token_too() {

@@ -39,11 +39,15 @@ fn by_secret(secret: &Value) -> Arc<dyn Prover> {
     method.with_parameter(secret).unwrap()
 }
 
-/// A place in memory where the join state cannot be written a number of times.
+/// A place in memory where the join state, or the identity after it, cannot be written a number of
+/// times.
 #[derive(Debug)]
 struct Shaky {
     inner: Arc<dyn Destination>,
     failures: AtomicU32,
+    identities: AtomicU32,
+    /// Whether a join state was the last that was written.
+    settled: AtomicBool,
 }
 
 impl Shaky {
@@ -51,7 +55,16 @@ impl Shaky {
         Arc::new(Self {
             inner: destination::from_uri("memory://").unwrap().build(),
             failures: AtomicU32::new(failures),
+            identities: AtomicU32::new(0),
+            settled: AtomicBool::new(false),
         })
+    }
+}
+
+fn full() -> DestinationError {
+    DestinationError::Unsuitable {
+        path: "memory".to_owned(),
+        problem: "it is full".to_owned(),
     }
 }
 
@@ -66,16 +79,20 @@ impl Destination for Shaky {
     }
 
     async fn write(&self, files: FileSet) -> Result<(), DestinationError> {
-        if files.contains_key("bkp_state") {
-            let left = self.failures.load(Ordering::Relaxed);
+        let state = files.contains_key("bkp_state");
+        let failures = match (state, self.settled.load(Ordering::Relaxed)) {
+            (true, _) => Some(&self.failures),
+            (false, true) => Some(&self.identities),
+            (false, false) => None,
+        };
+        if let Some(failures) = failures {
+            let left = failures.load(Ordering::Relaxed);
             if left > 0 {
-                self.failures.store(left - 1, Ordering::Relaxed);
-                return Err(DestinationError::Unsuitable {
-                    path: "memory".to_owned(),
-                    problem: "it is full".to_owned(),
-                });
+                failures.store(left - 1, Ordering::Relaxed);
+                return Err(full());
             }
         }
+        self.settled.store(state, Ordering::Relaxed);
         self.inner.write(files).await
     }
 
@@ -167,6 +184,14 @@ async fn an_answer_that_could_not_be_stored_is_given_again() {
         setup.network.out.store(false, Ordering::Relaxed);
         tokio::time::sleep(Duration::from_mins(30)).await;
         assert_eq!(status(&setup)["recovery_count"], 2);
+        // The join state is stored, and the certificate is not: both places for it fail.
+        setup.network.out.store(true, Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_hours(3)).await;
+        storage.identities.store(2, Ordering::Relaxed);
+        setup.network.out.store(false, Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_mins(30)).await;
+        assert_eq!(storage.identities.load(Ordering::Relaxed), 0);
+        assert_eq!(status(&setup)["recovery_count"], 3);
         reload(0).await;
         assert!(setup.registry.snapshot().at(setup.clock.now()).healthy());
         assert_eq!(storage.failures.load(Ordering::Relaxed), 0);
