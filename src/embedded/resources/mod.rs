@@ -182,6 +182,9 @@ pub fn readable_kinds() -> impl Iterator<Item = &'static str> {
         .chain(DERIVED.iter().copied())
 }
 
+/// How the warning of a key that nothing reads begins.
+const UNKNOWN: &str = "unknown key";
+
 /// Reads all documents of `text`, which came from `file` (any name, for messages).
 ///
 /// Expiries that are past by `now` are refused; none are if it is `None`.
@@ -199,16 +202,20 @@ pub fn parse(file: &str, text: &str, now: Option<SystemTime>) -> Result<Vec<Reso
         let resource = document(node, &problems, now);
         let title = title(node);
         for mut problem in problems.into_sorted() {
-            // What the agent's configuration only warns of, a cluster refuses: a misspelt key in a
-            // rule must not widen it.
-            if problem.severity == Severity::Warning {
-                problem.severity = Severity::Error;
-                "unknown key".clone_into(&mut problem.message);
-            }
             problem.path = match problem.path.as_str() {
                 "" => title.clone(),
                 path => format!("{title} {path}"),
             };
+            if problem.severity == Severity::Warning {
+                if !problem.message.starts_with(UNKNOWN) {
+                    tracing::warn!("{}", problem.render(file));
+                    continue;
+                }
+                // What the agent's configuration only warns of, a cluster refuses: a misspelt key in
+                // a rule must not widen it.
+                problem.severity = Severity::Error;
+                UNKNOWN.clone_into(&mut problem.message);
+            }
             lines.push(problem.render(file));
         }
         resources.extend(resource);

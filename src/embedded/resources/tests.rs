@@ -680,3 +680,22 @@ async fn a_token_that_was_used_up_is_not_brought_back_by_a_file() {
     put(&store, &audit, text, Mode::Create).unwrap();
     assert!(store.get("token", name).unwrap().is_some());
 }
+
+#[test]
+fn what_is_only_warned_of_is_taken_and_a_key_that_nobody_reads_is_not() {
+    let token = |rule: &str| {
+        format!(
+            "kind: token\nversion: v2\nmetadata: {{name: t}}\nspec: {{roles: [Bot], bot_name: example, \
+             join_method: tpm, tpm: {{allow: [{{{rule}}}]}}}}\n"
+        )
+    };
+    let serial = "ek_certificate_serial: \"01\"";
+    assert_eq!(parse("f", &token(serial), None).unwrap().len(), 1);
+    let misspelt = parse("f", &token(&format!("{serial}, ek_public_hsh: aa")), None);
+    let lines = misspelt.unwrap_err().lines;
+    assert!(lines.contains("error: token \"t\" spec.tpm"), "{lines}");
+    assert!(
+        lines.contains("unknown key") && !lines.contains("ignored"),
+        "{lines}"
+    );
+}
