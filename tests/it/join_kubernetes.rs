@@ -186,6 +186,8 @@ fn an_api_server_judges_the_tokens_of_its_pods() {
         account,
         &variables,
     );
+    // Each is a service account's token by its looks; what it is worth, the API server says.
+    let token = |name: &str| key.sign(&changed(|it| it["jti"] = json!(name)));
     let legacy = |mut review: Value| {
         review["user"]["extra"] = json!({});
         review
@@ -210,9 +212,9 @@ fn an_api_server_judges_the_tokens_of_its_pods() {
         ("person", person(review("tbot", Cluster::NAME))),
         ("outsider", outsider(review("tbot", Cluster::NAME))),
     ]
-    .map(|(token, review)| (token.to_owned(), review))
+    .map(|(name, review)| (token(name), review))
     .into();
-    for (token, text) in [
+    for (name, text) in [
         ("unknown", "kubernetes failed to validate token"),
         ("for-another", "kubernetes failed to validate token"),
         ("another", "did not match any allow rules"),
@@ -226,19 +228,30 @@ fn an_api_server_judges_the_tokens_of_its_pods() {
             "does not belong to the 'system:serviceaccounts' group",
         ),
     ] {
-        let refused = agent(&sandbox, &cluster, token, "refused");
+        let refused = agent(&sandbox, &cluster, &token(name), "refused");
         let told = refused.text();
-        assert_eq!(refused.status.code(), Some(1), "{token}: {told}");
-        assert!(told.contains(text), "{token}: {told}");
+        assert_eq!(refused.status.code(), Some(1), "{name}: {told}");
+        assert!(told.contains(text), "{name}: {told}");
     }
+    // What cannot be a service account's token is not sent to anybody.
+    let asked = api.state().reviewed.len();
+    for nonsense in [
+        "opaque",
+        &key.sign(&changed(|it| it["sub"] = json!("mona"))),
+    ] {
+        let refused = agent(&sandbox, &cluster, nonsense, "refused");
+        assert_eq!(refused.status.code(), Some(1), "{}", refused.text());
+    }
+    assert_eq!(api.state().reviewed.len(), asked);
     let near = cluster.events("bot.join");
     let near = near.iter().find_map(|event| event["nearest_rule"].as_str());
     assert!(
         near.is_some_and(|near| near.contains("service_account")),
         "{near:?}"
     );
-    for (token, storage) in [("good", "bot"), ("for-the-api", "bot-2")] {
-        agent(&sandbox, &cluster, token, storage).success();
+    for (name, storage) in [("good", "bot"), ("for-the-api", "bot-2")] {
+        let token = token(name);
+        agent(&sandbox, &cluster, &token, storage).success();
         let asked = api.state().reviewed.pop().unwrap();
         let audiences = json!([Cluster::NAME, "https://kubernetes.default.svc"]);
         assert_eq!(asked, json!({"token": token, "audiences": audiences}));
@@ -246,22 +259,22 @@ fn an_api_server_judges_the_tokens_of_its_pods() {
 
     // The API server refuses to judge, answers nonsense, or not at all.
     for (fault, text) in [
-        (Fault::Answer(403), "system:auth-delegator"),
-        (Fault::Answer(500), "500"),
+        (Fault::Answer(403), "it answered 403"),
+        (Fault::Answer(500), "it answered 500"),
         (Fault::Nonsense, "kubernetes failed to validate token"),
         (Fault::Hang, "did not answer within 10 s"),
     ] {
         // As often as a run tries.
         let faults = std::iter::repeat_n(("POST", fault.clone()), 3);
         api.state().faults = faults.collect();
-        let refused = agent(&sandbox, &cluster, "good", "away");
+        let refused = agent(&sandbox, &cluster, &token("good"), "away");
         api.state().faults.clear();
         let told = refused.text();
         assert_eq!(refused.status.code(), Some(1), "{fault:?}: {told}");
         assert!(told.contains(text), "{fault:?}: {told}");
         assert!(!told.contains("hunter2"), "{told}");
     }
-    agent(&sandbox, &cluster, "good", "away").success();
+    agent(&sandbox, &cluster, &token("good"), "away").success();
 }
 
 /// A pod whose storage is a Secret: it is replaced, its token has been too, and it goes on.
