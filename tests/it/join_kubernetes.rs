@@ -187,7 +187,12 @@ fn an_api_server_judges_the_tokens_of_its_pods() {
         &variables,
     );
     // Each is a service account's token by its looks; what it is worth, the API server says.
-    let token = |name: &str| key.sign(&changed(|it| it["jti"] = json!(name)));
+    let base = claims();
+    let token = |name: &str| {
+        let mut claims = base.clone();
+        claims["jti"] = json!(name);
+        key.sign(&claims)
+    };
     let legacy = |mut review: Value| {
         review["user"]["extra"] = json!({});
         review
