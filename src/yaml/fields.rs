@@ -325,20 +325,13 @@ impl<'a> Fields<'a> {
     }
 
     /// Warns about every key that was not asked for: upstream ignores them, so they are no error.
+    /// Where the file is read [strictly](Problems::strict), they are.
     pub fn warn_unknown(&self) {
-        self.report_unknown(Severity::Warning, "unknown key, ignored");
-    }
-
-    /// Reports every key that was not asked for as an error, in the mapping of what is let in: what such
-    /// a key was to exclude would be let in.
-    pub fn refuse_unknown(&self) {
-        self.report_unknown(
-            Severity::Error,
-            "unknown key: without it more would be let in than the file says",
-        );
-    }
-
-    fn report_unknown(&self, severity: Severity, message: &str) {
+        let (severity, message) = if self.problems.is_strict() {
+            (Severity::Error, "unknown key")
+        } else {
+            (Severity::Warning, "unknown key, ignored")
+        };
         for (key, _) in self.entries {
             if self.known.contains(&key.text) {
                 continue;

@@ -72,7 +72,10 @@ impl fmt::Display for Problem {
 
 /// Collects problems while a tree is read; shared by reference among all readers of one tree.
 #[derive(Debug, Default)]
-pub struct Problems(RefCell<Vec<Problem>>);
+pub struct Problems {
+    all: RefCell<Vec<Problem>>,
+    strict: bool,
+}
 
 impl Problems {
     /// An empty collection.
@@ -81,14 +84,28 @@ impl Problems {
         Self::default()
     }
 
+    /// An empty collection for a file in which a key that nobody reads is an error.
+    #[must_use]
+    pub fn strict() -> Self {
+        Self {
+            strict: true,
+            ..Self::default()
+        }
+    }
+
+    /// Whether a key that nobody reads is an error.
+    pub(super) fn is_strict(&self) -> bool {
+        self.strict
+    }
+
     /// Adds one.
     pub fn push(&self, problem: Problem) {
-        self.0.borrow_mut().push(problem);
+        self.all.borrow_mut().push(problem);
     }
 
     /// Whether the file cannot be used.
     pub fn has_errors(&self) -> bool {
-        self.0
+        self.all
             .borrow()
             .iter()
             .any(|problem| problem.severity == Severity::Error)
@@ -97,7 +114,7 @@ impl Problems {
     /// All of them in the order of the file; those without a place come last.
     #[must_use]
     pub fn into_sorted(self) -> Vec<Problem> {
-        let mut all = self.0.into_inner();
+        let mut all = self.all.into_inner();
         all.sort_by_key(|problem| (problem.span.is_none(), problem.span));
         all
     }

@@ -182,9 +182,6 @@ pub fn readable_kinds() -> impl Iterator<Item = &'static str> {
         .chain(DERIVED.iter().copied())
 }
 
-/// How the warning of a key that nothing reads begins.
-const UNKNOWN: &str = "unknown key";
-
 /// Reads all documents of `text`, which came from `file` (any name, for messages).
 ///
 /// Expiries that are past by `now` are refused; none are if it is `None`.
@@ -198,7 +195,9 @@ pub fn parse(file: &str, text: &str, now: Option<SystemTime>) -> Result<Vec<Reso
         .iter()
         .filter(|node| node.value != yaml::Value::Null)
     {
-        let problems = Problems::new();
+        // What the agent's configuration only warns of, a cluster refuses: a misspelt key in a rule must
+        // not widen it.
+        let problems = Problems::strict();
         let resource = document(node, &problems, now);
         let title = title(node);
         for mut problem in problems.into_sorted() {
@@ -207,14 +206,8 @@ pub fn parse(file: &str, text: &str, now: Option<SystemTime>) -> Result<Vec<Reso
                 path => format!("{title} {path}"),
             };
             if problem.severity == Severity::Warning {
-                if !problem.message.starts_with(UNKNOWN) {
-                    tracing::warn!("{}", problem.render(file));
-                    continue;
-                }
-                // What the agent's configuration only warns of, a cluster refuses: a misspelt key in
-                // a rule must not widen it.
-                problem.severity = Severity::Error;
-                UNKNOWN.clone_into(&mut problem.message);
+                tracing::warn!("{}", problem.render(file));
+                continue;
             }
             lines.push(problem.render(file));
         }

@@ -6,7 +6,9 @@ use serde_json::{Map, Value, json};
 
 use crate::join::verify::oidc::issuers::Issuer;
 use crate::join::verify::oidc::{Claims, Expected, Source, claims};
-use crate::join::verify::{Carrier, Dialogue, Joining, Seen, Verifier, set};
+use crate::join::verify::{
+    Carrier, Dialogue, Joining, Seen, Verifier, admitted, rules, section, set,
+};
 use crate::refusal::Refusal;
 use crate::yaml::Fields;
 
@@ -33,30 +35,17 @@ impl Verifier for Gcp {
     }
 
     fn read(&self, spec: &mut Fields<'_>, stored: &mut Value) {
-        let Some(mut section) = spec.section(self.name()) else {
-            let message = "`gcp` is required for the join method `gcp`";
-            return spec.error(
-                self.name(),
-                message,
-                Some("add `gcp: {allow: [{project_ids: [ID]}]}`"),
+        let missing = (
+            "`gcp` is required for the join method `gcp`",
+            "add `gcp: {allow: [{project_ids: [ID]}]}`",
+        );
+        section(self.name(), missing, spec, stored, |section| {
+            let missing = (
+                "the \"gcp\" join method requires at least one token allow rule",
+                "add `- project_ids: [ID]`",
             );
-        };
-        let rules: Vec<Value> = section
-            .sections("allow")
-            .unwrap_or_default()
-            .into_iter()
-            .map(|mut rule| {
-                let stored = read_rule(&mut rule);
-                rule.refuse_unknown();
-                stored
-            })
-            .collect();
-        if rules.is_empty() {
-            let message = "the \"gcp\" join method requires at least one token allow rule";
-            section.error("allow", message, Some("add `- project_ids: [ID]`"));
-        }
-        section.finish();
-        set(stored, self.name(), json!({"allow": rules}));
+            json!({"allow": rules(section, missing, read_rule)})
+        });
     }
 
     async fn verify(
@@ -187,19 +176,7 @@ impl<'a> Account<'a> {
 
     /// Whether a rule lets it in; otherwise what each differs in.
     fn admitted(&self, allow: Option<&Value>) -> Result<(), String> {
-        let rules = allow
-            .and_then(Value::as_array)
-            .map(Vec::as_slice)
-            .unwrap_or_default();
-        let mut misses = Vec::new();
-        for (at, rule) in rules.iter().enumerate() {
-            let miss = self.differs(rule);
-            if miss.is_empty() {
-                return Ok(());
-            }
-            misses.push(format!("rule {} differs in {}", at + 1, miss.join(", ")));
-        }
-        Err(misses.join("; "))
+        admitted(allow, |rule| self.differs(rule))
     }
 
     fn differs(&self, rule: &Value) -> Vec<&'static str> {

@@ -85,7 +85,7 @@ impl Verifier for GenericOidc {
         if !allow.is_empty() {
             set(&mut normal, ALLOW, allow);
         }
-        section.refuse_unknown();
+        section.finish();
         set(stored, self.name(), normal);
     }
 
@@ -185,7 +185,7 @@ fn read_rule(rule: &mut Fields<'_>) -> Value {
             "write one of them",
         );
     }
-    rule.refuse_unknown();
+    rule.warn_unknown();
     match source {
         Some(source) => json!({ "expression": source }),
         None => json!({ "conditions": conditions }),
@@ -223,6 +223,6 @@ fn read_condition(condition: &mut Fields<'_>) -> Value {
             "write `eq: {value: …}`, for example",
         );
     }
-    condition.refuse_unknown();
+    condition.warn_unknown();
     stored
 }

@@ -88,7 +88,7 @@ impl Rules {
                 stored.insert(key.name.to_owned(), value);
             }
         }
-        rule.refuse_unknown();
+        rule.warn_unknown();
         for group in self.needs {
             // An empty text, say of a variable that is not set, asks for nothing.
             if !group.iter().any(|name| stored.contains_key(*name)) {
