@@ -9,12 +9,13 @@ use bytes::Bytes;
 use http::{Request, StatusCode, Uri};
 use http_body_util::Full;
 use rustls::crypto::aws_lc_rs;
-use rustls::pki_types::ServerName;
+use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
+use crate::crypto::pem;
 use crate::exchange::ask_for_bytes;
 
 /// The longest that one answer may take, from connecting to the last byte.
@@ -223,6 +224,25 @@ where
     })
 }
 
+/// A TLS configuration that believes the authorities of `pem` alone.
+///
+/// # Errors
+/// What is wrong with `pem`.
+pub(crate) fn trusting(pem: &str) -> Result<ClientConfig, String> {
+    let certificates = pem::certificates(pem).map_err(|error| error.to_string())?;
+    let mut roots = RootCertStore::empty();
+    let count = certificates.len();
+    let certificates = certificates.into_iter().map(CertificateDer::from);
+    let (_, unusable) = roots.add_parsable_certificates(certificates);
+    if count == 0 || unusable > 0 {
+        return Err("it has to be certificates in PEM".to_owned());
+    }
+    let config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(|error| error.to_string())?;
+    Ok(config.with_root_certificates(roots).with_no_client_auth())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -250,6 +270,17 @@ mod tests {
             "http://u@a",
         ] {
             assert_eq!(Target::parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn authorities_are_certificates() {
+        for pem in [
+            "",
+            "x",
+            "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+        ] {
+            assert!(trusting(pem).is_err(), "{pem}");
         }
     }
 }

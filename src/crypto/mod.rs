@@ -36,6 +36,12 @@ pub fn random<const N: usize>() -> [u8; N] {
     bytes
 }
 
+/// Whether two secrets are the same, in a time that does not depend on where they differ.
+#[must_use]
+pub fn same(one: &[u8], other: &[u8]) -> bool {
+    aws_lc_rs::constant_time::verify_slices_are_equal(one, other).is_ok()
+}
+
 /// A uniform number in `[0, 1)`, for jitter.
 #[must_use]
 #[expect(clippy::cast_precision_loss, reason = "53 bits fit a double exactly")]

@@ -20,7 +20,9 @@ use crate::crypto::x509::{Certificate, split};
 use crate::join::verify::oidc::issuers::Issuer;
 use crate::join::verify::oidc::used::Replayed;
 use crate::join::verify::oidc::{Claims, Expected, OidcError, expiry};
-use crate::join::verify::{Carrier, Dialogue, Joining, Seen, Verifier, World, set};
+use crate::join::verify::{
+    Carrier, Dialogue, Joining, Seen, Verifier, World, admitted, rules, section, set,
+};
 use crate::outbound::{OutboundError, Target};
 use crate::pb::teleport::join::v1::{
     AzureChallenge, AzureChallengeSolution, challenge, challenge_solution,
@@ -132,30 +134,17 @@ impl Verifier for Azure {
     }
 
     fn read(&self, spec: &mut Fields<'_>, stored: &mut Value) {
-        let Some(mut section) = spec.section(self.name()) else {
-            let message = "`azure` is required for the join method `azure`";
-            return spec.error(
-                self.name(),
-                message,
-                Some("add `azure: {allow: [{subscription: …}]}`"),
+        let missing = (
+            "`azure` is required for the join method `azure`",
+            "add `azure: {allow: [{subscription: …}]}`",
+        );
+        section(self.name(), missing, spec, stored, |section| {
+            let missing = (
+                "the \"azure\" join method requires defined azure allow rules",
+                "add `- subscription: ID`",
             );
-        };
-        let rules: Vec<Value> = section
-            .sections("allow")
-            .unwrap_or_default()
-            .into_iter()
-            .map(|mut rule| {
-                let stored = read_rule(&mut rule);
-                rule.finish();
-                stored
-            })
-            .collect();
-        if rules.is_empty() {
-            let message = "the \"azure\" join method requires defined azure allow rules";
-            section.error("allow", message, Some("add `- subscription: ID`"));
-        }
-        section.finish();
-        set(stored, self.name(), json!({"allow": rules}));
+            json!({"allow": rules(section, missing, read_rule)})
+        });
     }
 
     async fn verify(
@@ -378,19 +367,7 @@ fn text<'a>(claims: &'a Map<String, Value>, name: &str) -> &'a str {
 
 /// Whether a rule lets the machine in; otherwise what each differs in.
 fn admit(allow: Option<&Value>, tenant: &str, place: &Place) -> Result<(), String> {
-    let rules = allow
-        .and_then(Value::as_array)
-        .map(Vec::as_slice)
-        .unwrap_or_default();
-    let mut misses = Vec::new();
-    for (at, rule) in rules.iter().enumerate() {
-        let miss = differs(rule, tenant, place);
-        if miss.is_empty() {
-            return Ok(());
-        }
-        misses.push(format!("rule {} differs in {}", at + 1, miss.join(", ")));
-    }
-    Err(misses.join("; "))
+    admitted(allow, |rule| differs(rule, tenant, place))
 }
 
 fn differs(rule: &Value, tenant: &str, place: &Place) -> Vec<&'static str> {

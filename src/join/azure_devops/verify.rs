@@ -5,9 +5,8 @@ use async_trait::async_trait;
 use serde_json::{Map, Value, json};
 
 use crate::join::verify::oidc::attributes::{Attribute, of, same};
-use crate::join::verify::oidc::issuers::Issuer;
 use crate::join::verify::oidc::rules::{Rules, exact};
-use crate::join::verify::oidc::{Claims, Expected, Shape, Source, claims, member, text};
+use crate::join::verify::oidc::{Claims, Shape, member, published, section, text};
 use crate::join::verify::{Carrier, Dialogue, Joining, Seen, Verifier, set};
 use crate::query::unescape;
 use crate::refusal::Refusal;
@@ -62,19 +61,13 @@ impl Verifier for AzureDevops {
     }
 
     fn read(&self, spec: &mut Fields<'_>, stored: &mut Value) {
-        let Some(mut section) = spec.section(self.name()) else {
-            return spec.error(
-                self.name(),
-                "`azure_devops` is required",
-                Some("add `azure_devops: {allow: […]}`"),
-            );
-        };
-        let mut normal = json!({"allow": SHAPE.rules.read(&mut section)});
-        if let Some(organization) = section.required("organization_id") {
-            set(&mut normal, "organization_id", organization);
-        }
-        section.finish();
-        set(stored, self.name(), normal);
+        section(self.name(), spec, stored, |section| {
+            let mut normal = json!({"allow": SHAPE.rules.read(section)});
+            if let Some(organization) = section.required("organization_id") {
+                set(&mut normal, "organization_id", organization);
+            }
+            normal
+        });
     }
 
     async fn verify(
@@ -85,14 +78,8 @@ impl Verifier for AzureDevops {
     ) -> Result<(), Refusal> {
         let section = &joining.spec[self.name()];
         let organization = member(section, "organization_id").unwrap_or_default();
-        let issuer = Issuer::web(format!("https://vstoken.dev.azure.com/{organization}"));
-        let expected = Expected {
-            issuer: Some(&issuer.url),
-            audience: AUDIENCE,
-            authorized_party: true,
-        };
-        let source = Source::Discovery(issuer.clone());
-        let mut claims = claims(joining, &source, &expected).await?;
+        let issuer = format!("https://vstoken.dev.azure.com/{organization}");
+        let mut claims = published(joining, &issuer, AUDIENCE).await?;
         let found = text(&claims, "org_id").unwrap_or_default();
         if found != organization {
             return Err(Refusal::bad_parameter(format!(

@@ -5,9 +5,8 @@ use async_trait::async_trait;
 use serde_json::{Value, json};
 
 use crate::join::verify::oidc::attributes::{Attribute, of, same};
-use crate::join::verify::oidc::issuers::Issuer;
 use crate::join::verify::oidc::rules::{Rules, exact};
-use crate::join::verify::oidc::{Expected, Shape, Source, claims, member, url};
+use crate::join::verify::oidc::{Shape, member, published, section, url};
 use crate::join::verify::{Carrier, Dialogue, Joining, Seen, Verifier, set};
 use crate::refusal::Refusal;
 use crate::yaml::Fields;
@@ -50,22 +49,16 @@ impl Verifier for Bitbucket {
     }
 
     fn read(&self, spec: &mut Fields<'_>, stored: &mut Value) {
-        let Some(mut section) = spec.section(self.name()) else {
-            return spec.error(
-                self.name(),
-                "`bitbucket` is required",
-                Some("add `bitbucket: {allow: […]}`"),
-            );
-        };
-        let mut normal = json!({"allow": SHAPE.rules.read(&mut section)});
-        if let Some(audience) = section.required("audience") {
-            set(&mut normal, "audience", audience);
-        }
-        if let Some(provider) = url(&mut section, "identity_provider_url", false) {
-            set(&mut normal, "identity_provider_url", provider);
-        }
-        section.finish();
-        set(stored, self.name(), normal);
+        section(self.name(), spec, stored, |section| {
+            let mut normal = json!({"allow": SHAPE.rules.read(section)});
+            if let Some(audience) = section.required("audience") {
+                set(&mut normal, "audience", audience);
+            }
+            if let Some(provider) = url(section, "identity_provider_url", false) {
+                set(&mut normal, "identity_provider_url", provider);
+            }
+            normal
+        });
     }
 
     async fn verify(
@@ -75,14 +68,13 @@ impl Verifier for Bitbucket {
         seen: &mut Seen,
     ) -> Result<(), Refusal> {
         let section = &joining.spec[self.name()];
-        let issuer = Issuer::web(member(section, "identity_provider_url").unwrap_or_default());
-        let expected = Expected {
-            issuer: Some(&issuer.url),
-            audience: member(section, "audience").unwrap_or_default(),
-            authorized_party: true,
-        };
-        let source = Source::Discovery(issuer.clone());
-        let claims = claims(joining, &source, &expected).await?;
+        let issuer = member(section, "identity_provider_url").unwrap_or_default();
+        let claims = published(
+            joining,
+            issuer,
+            member(section, "audience").unwrap_or_default(),
+        )
+        .await?;
         SHAPE.admit(section, &claims, seen)
     }
 }

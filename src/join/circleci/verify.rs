@@ -5,9 +5,8 @@ use async_trait::async_trait;
 use serde_json::{Value, json};
 
 use crate::join::verify::oidc::attributes::{Attribute, Form, of, same};
-use crate::join::verify::oidc::issuers::Issuer;
 use crate::join::verify::oidc::rules::{How, Key, Rules, exact};
-use crate::join::verify::oidc::{Expected, Shape, Source, claims, member};
+use crate::join::verify::oidc::{Shape, member, published, section};
 use crate::join::verify::{Carrier, Dialogue, Joining, Seen, Verifier, set};
 use crate::refusal::Refusal;
 use crate::yaml::Fields;
@@ -52,19 +51,13 @@ impl Verifier for Circleci {
     }
 
     fn read(&self, spec: &mut Fields<'_>, stored: &mut Value) {
-        let Some(mut section) = spec.section(self.name()) else {
-            return spec.error(
-                self.name(),
-                "`circleci` is required",
-                Some("add `circleci: {allow: […]}`"),
-            );
-        };
-        let mut normal = json!({"allow": SHAPE.rules.read(&mut section)});
-        if let Some(organization) = section.required("organization_id") {
-            set(&mut normal, "organization_id", organization);
-        }
-        section.finish();
-        set(stored, self.name(), normal);
+        section(self.name(), spec, stored, |section| {
+            let mut normal = json!({"allow": SHAPE.rules.read(section)});
+            if let Some(organization) = section.required("organization_id") {
+                set(&mut normal, "organization_id", organization);
+            }
+            normal
+        });
     }
 
     async fn verify(
@@ -75,14 +68,8 @@ impl Verifier for Circleci {
     ) -> Result<(), Refusal> {
         let section = &joining.spec[self.name()];
         let organization = member(section, "organization_id").unwrap_or_default();
-        let issuer = Issuer::web(format!("https://oidc.circleci.com/org/{organization}"));
-        let expected = Expected {
-            issuer: Some(&issuer.url),
-            audience: organization,
-            authorized_party: true,
-        };
-        let source = Source::Discovery(issuer.clone());
-        let claims = claims(joining, &source, &expected).await?;
+        let issuer = format!("https://oidc.circleci.com/org/{organization}");
+        let claims = published(joining, &issuer, organization).await?;
         SHAPE.admit(section, &claims, seen)
     }
 }

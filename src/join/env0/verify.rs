@@ -5,10 +5,9 @@ use async_trait::async_trait;
 use serde_json::{Value, json};
 
 use crate::join::verify::oidc::attributes::{Attribute, of, same};
-use crate::join::verify::oidc::issuers::Issuer;
 use crate::join::verify::oidc::rules::{Rules, exact};
-use crate::join::verify::oidc::{Expected, Shape, Source, claims};
-use crate::join::verify::{Carrier, Dialogue, Joining, Seen, Verifier, set};
+use crate::join::verify::oidc::{Shape, published, section};
+use crate::join::verify::{Carrier, Dialogue, Joining, Seen, Verifier};
 use crate::refusal::Refusal;
 use crate::yaml::Fields;
 
@@ -68,16 +67,10 @@ impl Verifier for Env0 {
     }
 
     fn read(&self, spec: &mut Fields<'_>, stored: &mut Value) {
-        let Some(mut section) = spec.section(self.name()) else {
-            return spec.error(
-                self.name(),
-                "`env0` is required",
-                Some("add `env0: {allow: […]}`"),
-            );
-        };
-        let normal = json!({"allow": SHAPE.rules.read(&mut section)});
-        section.finish();
-        set(stored, self.name(), normal);
+        section(self.name(), spec, stored, |section| {
+            let normal = json!({"allow": SHAPE.rules.read(section)});
+            normal
+        });
     }
 
     async fn verify(
@@ -87,13 +80,7 @@ impl Verifier for Env0 {
         seen: &mut Seen,
     ) -> Result<(), Refusal> {
         let section = &joining.spec[self.name()];
-        let source = Source::Discovery(Issuer::web(ISSUER));
-        let expected = Expected {
-            issuer: Some(ISSUER),
-            audience: AUDIENCE,
-            authorized_party: true,
-        };
-        let claims = claims(joining, &source, &expected).await?;
+        let claims = published(joining, ISSUER, AUDIENCE).await?;
         SHAPE.admit(section, &claims, seen)
     }
 }

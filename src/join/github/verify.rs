@@ -6,7 +6,9 @@ use serde_json::{Value, json};
 
 use crate::join::verify::oidc::attributes::{Attribute, same};
 use crate::join::verify::oidc::rules::{Rules, exact, pattern};
-use crate::join::verify::oidc::{Expected, Shape, Source, claims, host, member, static_jwks};
+use crate::join::verify::oidc::{
+    Expected, Shape, Source, claims, host, member, section, static_jwks,
+};
 use crate::join::verify::{Carrier, Dialogue, Joining, Seen, Verifier, set};
 use crate::refusal::Refusal;
 use crate::yaml::Fields;
@@ -68,42 +70,36 @@ impl Verifier for Github {
     }
 
     fn read(&self, spec: &mut Fields<'_>, stored: &mut Value) {
-        let Some(mut section) = spec.section(self.name()) else {
-            return spec.error(
-                self.name(),
-                "`github` is required",
-                Some("add `github: {allow: […]}`"),
-            );
-        };
-        let mut github = json!({"allow": SHAPE.rules.read(&mut section)});
-        let host = host(&mut section, HOST);
-        let slug = section.string(SLUG);
-        if host.is_some() && slug.is_some() {
-            section.error(
-                SLUG,
-                format!("`{SLUG}` together with `{HOST}`"),
-                Some("keep one: a slug is of an enterprise on github.com"),
-            );
-        }
-        if slug.as_ref().is_some_and(|slug| slug.contains('/')) {
-            section.error(
-                SLUG,
-                "it is the enterprise's name in URLs, without slashes",
-                Some("write what stands behind `github.com/enterprises/`"),
-            );
-        }
-        let texts = [
-            (HOST, host),
-            (SLUG, slug),
-            ("static_jwks", static_jwks(&mut section)),
-        ];
-        for (key, text) in texts {
-            if let Some(text) = text {
-                set(&mut github, key, text);
+        section(self.name(), spec, stored, |section| {
+            let mut github = json!({"allow": SHAPE.rules.read(section)});
+            let host = host(section, HOST);
+            let slug = section.string(SLUG);
+            if host.is_some() && slug.is_some() {
+                section.error(
+                    SLUG,
+                    format!("`{SLUG}` together with `{HOST}`"),
+                    Some("keep one: a slug is of an enterprise on github.com"),
+                );
             }
-        }
-        section.finish();
-        set(stored, self.name(), github);
+            if slug.as_ref().is_some_and(|slug| slug.contains('/')) {
+                section.error(
+                    SLUG,
+                    "it is the enterprise's name in URLs, without slashes",
+                    Some("write what stands behind `github.com/enterprises/`"),
+                );
+            }
+            let texts = [
+                (HOST, host),
+                (SLUG, slug),
+                ("static_jwks", static_jwks(section)),
+            ];
+            for (key, text) in texts {
+                if let Some(text) = text {
+                    set(&mut github, key, text);
+                }
+            }
+            github
+        });
     }
 
     async fn verify(

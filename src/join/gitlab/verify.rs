@@ -6,7 +6,9 @@ use serde_json::{Value, json};
 
 use crate::join::verify::oidc::attributes::{Attribute, Form, same};
 use crate::join::verify::oidc::rules::{How, Key, Rules, exact, pattern};
-use crate::join::verify::oidc::{Expected, Shape, Source, claims, host, member, static_jwks};
+use crate::join::verify::oidc::{
+    Expected, Shape, Source, claims, host, member, section, static_jwks,
+};
 use crate::join::verify::{Carrier, Dialogue, Joining, Seen, Verifier, set};
 use crate::refusal::Refusal;
 use crate::yaml::Fields;
@@ -94,21 +96,15 @@ impl Verifier for Gitlab {
     }
 
     fn read(&self, spec: &mut Fields<'_>, stored: &mut Value) {
-        let Some(mut section) = spec.section(self.name()) else {
-            return spec.error(
-                self.name(),
-                "`gitlab` is required",
-                Some("add `gitlab: {allow: […]}`"),
-            );
-        };
-        let mut normal = json!({"allow": SHAPE.rules.read(&mut section)});
-        let domain = host(&mut section, "domain").unwrap_or_else(|| DOMAIN.to_owned());
-        set(&mut normal, "domain", domain);
-        if let Some(keys) = static_jwks(&mut section) {
-            set(&mut normal, "static_jwks", keys);
-        }
-        section.finish();
-        set(stored, self.name(), normal);
+        section(self.name(), spec, stored, |section| {
+            let mut normal = json!({"allow": SHAPE.rules.read(section)});
+            let domain = host(section, "domain").unwrap_or_else(|| DOMAIN.to_owned());
+            set(&mut normal, "domain", domain);
+            if let Some(keys) = static_jwks(section) {
+                set(&mut normal, "static_jwks", keys);
+            }
+            normal
+        });
     }
 
     async fn verify(

@@ -16,7 +16,7 @@ use time::{OffsetDateTime, PrimitiveDateTime, macros::format_description};
 
 pub use method::Iam;
 
-use crate::crypto::sha256;
+use crate::crypto::same;
 use crate::join::verify::glob;
 
 /// The body of every request, byte for byte.
@@ -216,7 +216,8 @@ impl StsRequest {
         if !is_sts_host(host) {
             return Err(IamError::Host(host.to_owned()));
         }
-        if !one(CHALLENGE_HEADER)?.is_some_and(|given| same(given, challenge)) {
+        if !one(CHALLENGE_HEADER)?.is_some_and(|given| same(given.as_bytes(), challenge.as_bytes()))
+        {
             return Err(IamError::Challenge);
         }
         let signed = signed_headers(one("authorization")?.unwrap_or_default())?;
@@ -311,15 +312,6 @@ pub fn is_sts_host(host: &str) -> bool {
     OTHER_HOSTS.contains(&host)
         || region_of("sts.").is_some_and(|region| REGIONS.contains(&region))
         || region_of("sts-fips.").is_some_and(|region| FIPS_REGIONS.contains(&region))
-}
-
-/// Equality that takes the same time wherever the texts differ.
-fn same(one: &str, other: &str) -> bool {
-    let (one, other) = (sha256(one.as_bytes()), sha256(other.as_bytes()));
-    one.iter()
-        .zip(other)
-        .fold(0, |difference, (one, other)| difference | (one ^ other))
-        == 0
 }
 
 /// The names that a SigV4 `Authorization` header says it covers.

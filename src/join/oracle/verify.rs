@@ -25,7 +25,7 @@ use self::request::Question;
 use crate::crypto::chain::{self, Untrusted, Usage};
 use crate::crypto::pem;
 use crate::crypto::x509::{Certificate, CertificateError};
-use crate::join::verify::{Carrier, Dialogue, Joining, Seen, Verifier, World, set};
+use crate::join::verify::{Carrier, Dialogue, Joining, Seen, Verifier, World, rules, section, set};
 use crate::outbound::{OutboundError, Target};
 use crate::pb::teleport::join::v1::{
     OracleChallenge, OracleChallengeSolution, challenge, challenge_solution,
@@ -114,30 +114,17 @@ impl Verifier for Oracle {
     }
 
     fn read(&self, spec: &mut Fields<'_>, stored: &mut Value) {
-        let Some(mut section) = spec.section(self.name()) else {
-            let message = "`oracle` is required for the join method `oracle`";
-            return spec.error(
-                self.name(),
-                message,
-                Some("add `oracle: {allow: [{tenancy: OCID}]}`"),
+        let missing = (
+            "`oracle` is required for the join method `oracle`",
+            "add `oracle: {allow: [{tenancy: OCID}]}`",
+        );
+        section(self.name(), missing, spec, stored, |section| {
+            let missing = (
+                "the \"oracle\" join method requires at least one allow rule",
+                "add `- tenancy: ocid1.tenancy.…`",
             );
-        };
-        let rules: Vec<Value> = section
-            .sections("allow")
-            .unwrap_or_default()
-            .into_iter()
-            .map(|mut rule| {
-                let stored = read_rule(&mut rule);
-                rule.finish();
-                stored
-            })
-            .collect();
-        if rules.is_empty() {
-            let message = "the \"oracle\" join method requires at least one allow rule";
-            section.error("allow", message, Some("add `- tenancy: ocid1.tenancy.…`"));
-        }
-        section.finish();
-        set(stored, self.name(), json!({"allow": rules}));
+            json!({"allow": rules(section, missing, read_rule)})
+        });
     }
 
     async fn verify(

@@ -5,9 +5,8 @@ use async_trait::async_trait;
 use serde_json::{Value, json};
 
 use crate::join::verify::oidc::attributes::{Attribute, of, same};
-use crate::join::verify::oidc::issuers::Issuer;
 use crate::join::verify::oidc::rules::{Rules, exact, pattern};
-use crate::join::verify::oidc::{Expected, Shape, Source, claims, host, member};
+use crate::join::verify::oidc::{Shape, host, member, published, section};
 use crate::join::verify::{Carrier, Dialogue, Joining, Seen, Verifier, set};
 use crate::refusal::Refusal;
 use crate::yaml::Fields;
@@ -67,24 +66,18 @@ impl Verifier for Spacelift {
     }
 
     fn read(&self, spec: &mut Fields<'_>, stored: &mut Value) {
-        let Some(mut section) = spec.section(self.name()) else {
-            return spec.error(
-                self.name(),
-                "`spacelift` is required",
-                Some("add `spacelift: {allow: […]}`"),
-            );
-        };
-        let mut normal = json!({"allow": SHAPE.rules.read(&mut section)});
-        if let Some(host) = host(&mut section, "hostname") {
-            set(&mut normal, "hostname", host);
-        } else if !section.has("hostname") {
-            section.required("hostname");
-        }
-        if let Some(globs) = section.bool(GLOBS) {
-            set(&mut normal, GLOBS, globs);
-        }
-        section.finish();
-        set(stored, self.name(), normal);
+        section(self.name(), spec, stored, |section| {
+            let mut normal = json!({"allow": SHAPE.rules.read(section)});
+            if let Some(host) = host(section, "hostname") {
+                set(&mut normal, "hostname", host);
+            } else if !section.has("hostname") {
+                section.required("hostname");
+            }
+            if let Some(globs) = section.bool(GLOBS) {
+                set(&mut normal, GLOBS, globs);
+            }
+            normal
+        });
     }
 
     async fn verify(
@@ -95,14 +88,8 @@ impl Verifier for Spacelift {
     ) -> Result<(), Refusal> {
         let section = &joining.spec[self.name()];
         let host = member(section, "hostname").unwrap_or_default();
-        let issuer = Issuer::web(format!("https://{host}"));
-        let expected = Expected {
-            issuer: Some(&issuer.url),
-            audience: host,
-            authorized_party: true,
-        };
-        let source = Source::Discovery(issuer.clone());
-        let claims = claims(joining, &source, &expected).await?;
+        let issuer = format!("https://{host}");
+        let claims = published(joining, &issuer, host).await?;
         let shape = if section[GLOBS] == true {
             &GLOBBED
         } else {

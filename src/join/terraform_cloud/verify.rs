@@ -5,9 +5,8 @@ use async_trait::async_trait;
 use serde_json::{Value, json};
 
 use crate::join::verify::oidc::attributes::{Attribute, of, same};
-use crate::join::verify::oidc::issuers::Issuer;
 use crate::join::verify::oidc::rules::{Rules, exact};
-use crate::join::verify::oidc::{Expected, Shape, Source, claims, host, member};
+use crate::join::verify::oidc::{Shape, host, member, published, section};
 use crate::join::verify::{Carrier, Dialogue, Joining, Seen, Verifier, set};
 use crate::refusal::Refusal;
 use crate::yaml::Fields;
@@ -64,25 +63,19 @@ impl Verifier for TerraformCloud {
     }
 
     fn read(&self, spec: &mut Fields<'_>, stored: &mut Value) {
-        let Some(mut section) = spec.section(self.name()) else {
-            return spec.error(
-                self.name(),
-                "`terraform_cloud` is required",
-                Some("add `terraform_cloud: {allow: […]}`"),
-            );
-        };
-        let mut normal = json!({"allow": SHAPE.rules.read(&mut section)});
-        let texts = [
-            ("audience", section.string("audience")),
-            ("hostname", host(&mut section, "hostname")),
-        ];
-        for (key, text) in texts {
-            if let Some(text) = text {
-                set(&mut normal, key, text);
+        section(self.name(), spec, stored, |section| {
+            let mut normal = json!({"allow": SHAPE.rules.read(section)});
+            let texts = [
+                ("audience", section.string("audience")),
+                ("hostname", host(section, "hostname")),
+            ];
+            for (key, text) in texts {
+                if let Some(text) = text {
+                    set(&mut normal, key, text);
+                }
             }
-        }
-        section.finish();
-        set(stored, self.name(), normal);
+            normal
+        });
     }
 
     async fn verify(
@@ -93,14 +86,13 @@ impl Verifier for TerraformCloud {
     ) -> Result<(), Refusal> {
         let section = &joining.spec[self.name()];
         let host = member(section, "hostname").unwrap_or(HOST);
-        let issuer = Issuer::web(format!("https://{host}"));
-        let expected = Expected {
-            issuer: Some(&issuer.url),
-            audience: member(section, "audience").unwrap_or(joining.cluster),
-            authorized_party: true,
-        };
-        let source = Source::Discovery(issuer.clone());
-        let claims = claims(joining, &source, &expected).await?;
+        let issuer = format!("https://{host}");
+        let claims = published(
+            joining,
+            &issuer,
+            member(section, "audience").unwrap_or(joining.cluster),
+        )
+        .await?;
         SHAPE.admit(section, &claims, seen)
     }
 }

@@ -11,7 +11,6 @@ mod method;
 
 use std::time::SystemTime;
 
-use aws_lc_rs::constant_time::verify_slices_are_equal;
 use serde_json::Value;
 
 pub use self::method::Tpm;
@@ -19,7 +18,8 @@ pub use self::method::Tpm;
 use self::credential::{Credential, Unusable};
 use crate::crypto::chain::{self, Untrusted, Usage};
 use crate::crypto::x509::{self, Certificate, CertificateError};
-use crate::crypto::{pem, random, sha256_hex};
+use crate::crypto::{pem, random, same, sha256_hex};
+use crate::join::verify::admitted;
 
 /// The longest of each part that an agent sends, in bytes. Real ones stay below 2 KiB.
 const MAX_PART: usize = 8 * 1024;
@@ -115,19 +115,7 @@ impl Endorsement {
     /// Checks the `allow` rules of a token: one of them must match in every key that it has. The error
     /// says in what each differs.
     pub(crate) fn allowed_by(&self, allow: Option<&Value>) -> Result<(), String> {
-        let rules = allow
-            .and_then(Value::as_array)
-            .map(Vec::as_slice)
-            .unwrap_or_default();
-        let mut misses = Vec::new();
-        for (at, rule) in rules.iter().enumerate() {
-            let miss = self.differs(rule);
-            if miss.is_empty() {
-                return Ok(());
-            }
-            misses.push(format!("rule {} differs in {}", at + 1, miss.join(", ")));
-        }
-        Err(misses.join("; "))
+        admitted(allow, |rule| self.differs(rule))
     }
 
     /// A rule without a condition lets in nothing.
@@ -176,7 +164,9 @@ impl Expected {
 
     /// Compares, in a time that says nothing.
     pub(crate) fn check(&self, solution: &[u8]) -> Result<(), TpmError> {
-        verify_slices_are_equal(&self.0, solution).map_err(|_source| TpmError::Solution)
+        same(&self.0, solution)
+            .then_some(())
+            .ok_or(TpmError::Solution)
     }
 }
 

@@ -207,6 +207,70 @@ pub trait Verifier: Send + Sync + fmt::Debug {
     ) -> Result<(), Refusal>;
 }
 
+/// Whether one of the `allow` rules has nothing against who joins; otherwise what each differs in, as
+/// `differs` names the keys.
+///
+/// # Errors
+/// The differences, for the audit log.
+pub(crate) fn admitted(
+    allow: Option<&Value>,
+    differs: impl Fn(&Value) -> Vec<&'static str>,
+) -> Result<(), String> {
+    let rules = allow
+        .and_then(Value::as_array)
+        .map(Vec::as_slice)
+        .unwrap_or_default();
+    let mut misses = Vec::new();
+    for (at, rule) in rules.iter().enumerate() {
+        let miss = differs(rule);
+        if miss.is_empty() {
+            return Ok(());
+        }
+        misses.push(format!("rule {} differs in {}", at + 1, miss.join(", ")));
+    }
+    Err(misses.join("; "))
+}
+
+/// Reads the section of the method `name` in a token's `spec` with `read`, and stores the normal form that
+/// it gives. `missing` is what is wrong without a section, and `example` how to write one.
+pub(crate) fn section(
+    name: &str,
+    (missing, example): (&str, &str),
+    spec: &mut Fields<'_>,
+    stored: &mut Value,
+    read: impl FnOnce(&mut Fields<'_>) -> Value,
+) {
+    let Some(mut section) = spec.section(name) else {
+        return spec.error(name, missing, Some(example));
+    };
+    let normal = read(&mut section);
+    section.finish();
+    set(stored, name, normal);
+}
+
+/// Reads the rules under `allow` of a method's section, of which there has to be one: `missing` is what is
+/// wrong without, and `example` how to write one.
+pub(crate) fn rules(
+    section: &mut Fields<'_>,
+    (missing, example): (&str, &str),
+    read: impl Fn(&mut Fields<'_>) -> Value,
+) -> Vec<Value> {
+    let rules: Vec<Value> = section
+        .sections("allow")
+        .unwrap_or_default()
+        .into_iter()
+        .map(|mut rule| {
+            let stored = read(&mut rule);
+            rule.finish();
+            stored
+        })
+        .collect();
+    if rules.is_empty() {
+        section.error("allow", missing, Some(example));
+    }
+    rules
+}
+
 /// Writes `value` under `key` of a JSON object.
 pub fn set(object: &mut Value, key: &str, value: impl Into<Value>) {
     if !object.is_object() {

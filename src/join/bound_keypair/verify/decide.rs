@@ -16,6 +16,7 @@
 use std::time::SystemTime;
 
 use super::record::{Mode, Spec, Status};
+use crate::crypto::same;
 use crate::refusal::Refusal;
 
 /// What comes with a request.
@@ -146,16 +147,11 @@ fn first<'a>(
     }
     let late = spec.must_register_before.is_some_and(|until| now > until);
     // Compared also when it is too late: the time it takes tells nothing.
-    let right = same(&status.registration_secret, secret);
+    let right = same(status.registration_secret.as_bytes(), secret.as_bytes());
     if late || !right {
         return Err(Refusal::denied("a valid registration secret is required"));
     }
     Ok(First::NewKey)
-}
-
-/// Whether two secrets are the same, in a time that does not depend on where they differ.
-fn same(one: &str, other: &str) -> bool {
-    aws_lc_rs::constant_time::verify_slices_are_equal(one.as_bytes(), other.as_bytes()).is_ok()
 }
 
 /// Whether a key that was made before `rotate_after` is still in use after it.

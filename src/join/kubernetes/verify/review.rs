@@ -2,22 +2,17 @@
 //! that this cluster runs in (Kubernetes API reference, `authentication.k8s.io/v1`).
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use bytes::Bytes;
 use http::{Request, StatusCode, header};
 use http_body_util::Full;
-use rustls::crypto::aws_lc_rs;
-use rustls::pki_types::CertificateDer;
-use rustls::{ClientConfig, RootCertStore};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::Account;
 use crate::crypto::jws::Token;
-use crate::crypto::pem;
 use crate::env::Env;
-use crate::outbound::{Outbound, Target};
+use crate::outbound::{Outbound, Target, trusting};
 use crate::refusal::Refusal;
 
 /// Where Kubernetes mounts what a pod needs to reach its API server.
@@ -218,22 +213,6 @@ impl Server<'_> {
         serde_json::from_slice(&answer.body)
             .map_err(|_source| failed("the answer is not what an API server answers".to_owned()))
     }
-}
-
-/// A TLS configuration that believes the authorities of `pem` alone.
-fn trusting(pem: &str) -> Result<ClientConfig, String> {
-    let certificates = pem::certificates(pem).map_err(|error| error.to_string())?;
-    let mut roots = RootCertStore::empty();
-    let certificates = certificates.into_iter().map(CertificateDer::from);
-    let (added, unusable) = roots.add_parsable_certificates(certificates);
-    if added == 0 || unusable > 0 {
-        return Err("it has to be certificates in PEM".to_owned());
-    }
-    let provider = Arc::new(aws_lc_rs::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| error.to_string())?;
-    Ok(config.with_root_certificates(roots).with_no_client_auth())
 }
 
 /// Whom the token may be for: `cluster`, and whom our own is for, which is what this API server takes.

@@ -4,6 +4,7 @@ use serde_json::Value;
 
 use super::Region;
 use crate::crypto::x509::{Certificate, ORGANIZATIONAL_UNIT};
+use crate::join::verify::admitted;
 
 /// What a certificate says of its instance.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,19 +49,7 @@ impl Claims {
 
     /// Whether a rule lets the instance in; otherwise what each differs in.
     pub(super) fn admitted(&self, allow: Option<&Value>) -> Result<(), String> {
-        let rules = allow
-            .and_then(Value::as_array)
-            .map(Vec::as_slice)
-            .unwrap_or_default();
-        let mut misses = Vec::new();
-        for (at, rule) in rules.iter().enumerate() {
-            let miss = self.differs(rule);
-            if miss.is_empty() {
-                return Ok(());
-            }
-            misses.push(format!("rule {} differs in {}", at + 1, miss.join(", ")));
-        }
-        Err(misses.join("; "))
+        admitted(allow, |rule| self.differs(rule))
     }
 
     fn differs(&self, rule: &Value) -> Vec<&'static str> {

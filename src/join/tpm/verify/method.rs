@@ -4,7 +4,7 @@ use async_trait::async_trait;
 use serde_json::{Value, json};
 
 use super::{Endorsement, Expected, TpmError, authorities};
-use crate::join::verify::{Carrier, Dialogue, Joining, Seen, Verifier, set};
+use crate::join::verify::{Carrier, Dialogue, Joining, Seen, Verifier, rules, set};
 use crate::pb::teleport::join::v1::{
     TpmEncryptedCredential, challenge, challenge_solution, join_request, tpm_init,
 };
@@ -33,20 +33,11 @@ impl Verifier for Tpm {
             return spec.error(self.name(), message, Some(hint));
         };
         let mut normal = json!({});
-        let rules: Vec<Value> = section
-            .sections("allow")
-            .unwrap_or_default()
-            .into_iter()
-            .map(|mut rule| {
-                let stored = read_rule(&mut rule);
-                rule.finish();
-                stored
-            })
-            .collect();
-        if rules.is_empty() {
-            let message = "allow: at least one rule must be set";
-            section.error("allow", message, Some("add `- ek_public_hash: HASH`"));
-        }
+        let missing = (
+            "allow: at least one rule must be set",
+            "add `- ek_public_hash: HASH`",
+        );
+        let rules = rules(&mut section, missing, read_rule);
         let serial_alone = rules.iter().any(|rule| {
             rule.get("ek_certificate_serial").is_some() && rule.get("ek_public_hash").is_none()
         });

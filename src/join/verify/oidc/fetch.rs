@@ -1,17 +1,11 @@
 //! Asking issuers over the network.
 
-use std::sync::Arc;
-
 use async_trait::async_trait;
 use http::{Request, Uri, header};
 use http_body_util::Full;
-use rustls::crypto::aws_lc_rs;
-use rustls::pki_types::CertificateDer;
-use rustls::{ClientConfig, RootCertStore};
 
 use super::issuers::{Fetch, FetchError, Issuer};
-use crate::crypto::pem;
-use crate::outbound::{Outbound, Target};
+use crate::outbound::{Outbound, Target, trusting};
 
 /// Asks over HTTPS, with the system's roots or those that the issuer's join token has.
 #[derive(Debug)]
@@ -58,22 +52,6 @@ pub(super) fn split(url: &str, insecure: bool) -> Option<(Target, String)> {
     Some((target, path.to_owned()))
 }
 
-/// A TLS configuration that believes the authorities of `pem` alone.
-pub(super) fn trusting(pem: &str) -> Result<ClientConfig, String> {
-    let certificates = pem::certificates(pem).map_err(|error| error.to_string())?;
-    let mut roots = RootCertStore::empty();
-    let count = certificates.len();
-    let certificates = certificates.into_iter().map(CertificateDer::from);
-    let (_, unusable) = roots.add_parsable_certificates(certificates);
-    if count == 0 || unusable > 0 {
-        return Err("it has to be certificates in PEM".to_owned());
-    }
-    let config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
-        .with_safe_default_protocol_versions()
-        .map_err(|error| error.to_string())?;
-    Ok(config.with_root_certificates(roots).with_no_client_auth())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -98,17 +76,6 @@ mod tests {
             "ftp://a",
         ] {
             assert_eq!(path(url, true), None, "{url}");
-        }
-    }
-
-    #[test]
-    fn authorities_are_certificates() {
-        for pem in [
-            "",
-            "x",
-            "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
-        ] {
-            assert!(trusting(pem).is_err(), "{pem}");
         }
     }
 }

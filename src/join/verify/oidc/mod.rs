@@ -20,7 +20,9 @@ use self::issuers::FetchError;
 use self::keys::{KeySet, KeysError};
 use crate::crypto::jws::{JwsError, Token};
 pub(crate) use fetch::Web;
-pub(crate) use proof::{Shape, Source, claims, host, member, static_jwks, tls_ca, url};
+pub(crate) use proof::{
+    Shape, Source, claims, host, member, published, section, static_jwks, tls_ca, url,
+};
 
 /// How far an issuer's clock may be from this cluster's: what upstream grants with `static_jwks`.
 pub const LEEWAY: Duration = Duration::from_secs(10);

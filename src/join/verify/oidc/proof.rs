@@ -4,13 +4,13 @@
 use serde_json::Value;
 
 use super::attributes::{Attribute, attributes, metadata};
-use super::fetch::{split, trusting};
+use super::fetch::split;
 use super::issuers::Issuer;
 use super::keys::KeySet;
 use super::rules::Rules;
 use super::{Claims, Expected, OidcError, expiry, verify};
 use crate::join::verify::{Joining, Seen};
-use crate::outbound::Target;
+use crate::outbound::{Target, trusting};
 use crate::pb::teleport::join::v1::join_request::Payload;
 use crate::refusal::Refusal;
 use crate::yaml::Fields;
@@ -74,6 +74,35 @@ pub(crate) async fn claims(
     used.note(token, joining.address, joining.again, expires, joining.now)
         .map_err(|error| Refusal::denied(error.to_string()))?;
     Ok(claims)
+}
+
+/// Verifies the ID token of `joining` with the keys that `issuer` publishes, for `audience`.
+///
+/// # Errors
+/// As [`claims`].
+pub(crate) async fn published(
+    joining: &Joining<'_>,
+    issuer: &str,
+    audience: &str,
+) -> Result<Claims, Refusal> {
+    let expected = Expected {
+        issuer: Some(issuer),
+        audience,
+        authorized_party: true,
+    };
+    claims(joining, &Source::Discovery(Issuer::web(issuer)), &expected).await
+}
+
+/// Reads the section of the method `name`, as [`verify::section`](crate::join::verify::section) does.
+pub(crate) fn section(
+    name: &str,
+    spec: &mut Fields<'_>,
+    stored: &mut Value,
+    read: impl FnOnce(&mut Fields<'_>) -> Value,
+) {
+    let missing = format!("`{name}` is required");
+    let example = format!("add `{name}: {{allow: […]}}`");
+    crate::join::verify::section(name, (&missing, &example), spec, stored, read);
 }
 
 /// What a method's rules look like, and what of the claims is passed on.
