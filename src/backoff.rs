@@ -1,6 +1,10 @@
 //! The one backoff of the program, and the tracker that keeps repeated failures out of the log.
 
+use std::fmt::Display;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::time::Duration;
+
+use tokio::time::Instant;
 
 /// Exponential backoff with half jitter: the n-th wait lies in `[d/2, d]`, `d = min(cap, base·2ⁿ)`.
 #[derive(Debug, Clone)]
@@ -53,7 +57,7 @@ impl Backoff {
     }
 }
 
-/// How loudly a failure is to be told: the first few of a row are news, the rest is noise.
+/// How loudly a failure is to be told: what is new in a row is news, the rest is noise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Loudness {
     /// Worth a warning.
@@ -63,19 +67,44 @@ pub enum Loudness {
 }
 
 /// Counts failures in a row, so that a long outage does not flood the log.
+///
+/// Told are the first few of a row, each new reason, and once an hour that it still fails: who reads
+/// the log of a day sees the trouble, and sees it change.
 #[derive(Debug, Clone, Default)]
 pub struct Repeated {
     failures: u32,
+    warned: Option<Instant>,
+    /// Digests of the reasons that were told since the last reminder.
+    told: Vec<u64>,
 }
 
 impl Repeated {
-    /// Failures of a row that are told as warnings.
+    /// Failures of a row that are told as warnings, whatever their reason.
     const LOUD: u32 = 3;
+    /// Reasons that are told between two reminders. A text that is another one each time, with a
+    /// process ID for example, is told no more often than that.
+    const REASONS: usize = 8;
+    /// After this time without a warning, the next failure is one.
+    const REMINDER: Duration = Duration::from_hours(1);
 
-    /// Counts one more failure and says how to tell it.
-    pub fn failed(&mut self) -> Loudness {
+    /// Counts one more failure, which happened `now` for this `reason`, and says how to tell it.
+    pub fn failed(&mut self, now: Instant, reason: impl Display) -> Loudness {
         self.failures = self.failures.saturating_add(1);
-        if self.failures <= Self::LOUD {
+        let mut digest = DefaultHasher::new();
+        reason.to_string().hash(&mut digest);
+        let reason = digest.finish();
+        let due = self
+            .warned
+            .is_none_or(|warned| now.duration_since(warned) >= Self::REMINDER);
+        if due {
+            self.told.clear();
+        }
+        let new = self.told.len() < Self::REASONS && !self.told.contains(&reason);
+        if new {
+            self.told.push(reason);
+        }
+        if new || due || self.failures <= Self::LOUD {
+            self.warned = Some(now);
             Loudness::Warn
         } else {
             Loudness::Debug
@@ -84,7 +113,7 @@ impl Repeated {
 
     /// Ends the row. Returns the number of failures it had, if any: the recovery is news.
     pub fn recovered(&mut self) -> Option<u32> {
-        let row = std::mem::take(&mut self.failures);
+        let row = std::mem::take(self).failures;
         (row > 0).then_some(row)
     }
 }
@@ -116,14 +145,45 @@ mod tests {
     }
 
     #[test]
-    fn only_the_first_failures_of_a_row_are_loud() {
+    fn of_a_row_the_first_failures_are_loud() {
         let mut row = Repeated::default();
+        let now = Instant::now();
         assert_eq!(row.recovered(), None);
         for _ in 0..3 {
-            assert_eq!(row.failed(), Loudness::Warn);
+            assert_eq!(row.failed(now, "down"), Loudness::Warn);
         }
-        assert_eq!(row.failed(), Loudness::Debug);
+        assert_eq!(row.failed(now, "down"), Loudness::Debug);
         assert_eq!(row.recovered(), Some(4));
-        assert_eq!(row.failed(), Loudness::Warn);
+        assert_eq!(row.failed(now, "down"), Loudness::Warn);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_changes_in_a_row_is_told_and_once_an_hour_that_it_lasts() {
+        let mut row = Repeated::default();
+        let mut loud = |reason: &str| row.failed(Instant::now(), reason) == Loudness::Warn;
+        assert!((0..3).all(|_| loud("down")));
+        assert!(!loud("down"));
+        assert!(loud("refused"), "another reason");
+        assert!(!loud("refused"));
+        assert!(!loud("down"), "and back: told already");
+        tokio::time::advance(Duration::from_mins(59)).await;
+        assert!(!loud("down"));
+        tokio::time::advance(Duration::from_mins(1)).await;
+        assert!(loud("down"), "it lasts");
+        assert!(!loud("down"));
+        assert!(loud("refused"), "after a reminder, all is news again");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn reasons_that_never_repeat_do_not_flood() {
+        let mut row = Repeated::default();
+        let mut loud = 0;
+        for second in 0..24 * 3600 {
+            let reason = format!("process {second} is gone");
+            loud += usize::from(row.failed(Instant::now(), reason) == Loudness::Warn);
+            tokio::time::advance(Duration::from_secs(1)).await;
+        }
+        assert!(row.told.len() <= Repeated::REASONS);
+        assert_eq!(loud, 24 * Repeated::REASONS);
     }
 }

@@ -15,6 +15,7 @@ use std::convert::Infallible;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::backoff::{Backoff, Loudness, Repeated};
@@ -89,7 +90,7 @@ async fn follow(handle: &Handle, clock: &Clock, reload: &watch::Sender<u64>, int
             );
             return;
         }
-        match failures.failed() {
+        match failures.failed(Instant::now(), &error) {
             Loudness::Warn => {
                 tracing::warn!(%error, "Lost sight of the cluster's rotations, trying again");
             }

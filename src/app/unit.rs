@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 use futures_util::FutureExt as _;
+use tokio::time::Instant;
 
 use crate::backoff::{Backoff, Loudness, Repeated};
 use crate::crypto::jitter;
@@ -83,7 +84,7 @@ impl Unit {
             let wait = backoff.next_wait(jitter());
             let (service, error) = (&*self.context.name, one_line(&error));
             let retry_in = format!("{:.1}s", wait.as_secs_f64());
-            match row.failed() {
+            match row.failed(Instant::now(), &error) {
                 Loudness::Warn => {
                     tracing::warn!(service, error, retry_in, "The service failed");
                 }

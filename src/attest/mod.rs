@@ -1,7 +1,7 @@
 //! Who is asking: the peer pinned at accept, and the attestors that describe it.
 //!
 //! [`Peer`] is the pinned process, [`Plan`] the configured attestors, [`Attestors`] runs them:
-//! `unix` first and in any case, the others each for itself. [`Attested`] is what they found.
+//! `unix` first and in any case, the others each for itself and at the same time. [`Attested`] is what they found.
 
 mod attested;
 mod container;
@@ -28,7 +28,8 @@ pub use runner::{Attestors, Gone};
 use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
 use crate::yaml::{Fields, Tree};
 
-/// The attestors, in the order in which they run. `unix` always runs first.
+/// The attestors, in the order in which what they find is told. `unix` always runs first, those that
+/// [read others](Attestor::reads_others) last.
 pub const ATTESTORS: &[&dyn AttestorKind] = &[
     &unix::Kind,
     &kubernetes::Kind,
@@ -82,6 +83,11 @@ pub trait Attestor: Send + Sync + fmt::Debug {
     /// Adds what it finds to `attributes`. The caller makes sure afterwards that the peer still
     /// lives, so that what was found by its process ID was about it.
     async fn attest(&self, peer: &Peer, attributes: &mut WorkloadAttrs) -> Result<(), AttestError>;
+    /// Whether it goes by what other attestors find: it runs after them then. The others run at the
+    /// same time, and see of each other nothing.
+    fn reads_others(&self) -> bool {
+        false
+    }
     /// Hears that nothing was issued to a process with these attributes: what was remembered of them
     /// may be out of date.
     fn nothing_issued(&self, attributes: &WorkloadAttrs) {

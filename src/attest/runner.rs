@@ -1,12 +1,14 @@
-//! Runs the attestors on one peer.
+//! Runs the attestors on one peer: the base first, then all that look for themselves, together, then
+//! those that go by what others found.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use tokio::time::{Instant, timeout_at};
 
 use super::peer::Program;
-use super::{Attested, Attestor, Peer};
+use super::{AttestError, Attested, Attestor, Peer};
 use crate::backoff::{Loudness, Repeated};
 use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
 
@@ -29,8 +31,12 @@ pub struct Gone {
 /// The attestors of a service, ready to run.
 #[derive(Debug)]
 pub struct Attestors {
-    steps: Vec<Step>,
+    /// Each row is run when the one before it has ended.
+    rows: [Vec<Step>; 3],
 }
+
+/// What an attestor sees: everything known with it, or why it sees nothing.
+type Seen = Result<WorkloadAttrs, AttestError>;
 
 #[derive(Debug)]
 struct Step {
@@ -39,15 +45,22 @@ struct Step {
 }
 
 impl Attestors {
-    /// `attestors` run in this order. The first one is the base: without it nothing is known.
+    /// The first of `attestors` is the base: without it nothing is known.
     pub fn new(attestors: impl IntoIterator<Item = Arc<dyn Attestor>>) -> Self {
-        let step = |attestor| Step {
+        let mut steps = attestors.into_iter().map(|attestor| Step {
             attestor,
             failures: Mutex::new(Repeated::default()),
-        };
+        });
+        let base = steps.next().into_iter().collect();
+        let (last, middle) = steps.partition(|step| step.attestor.reads_others());
         Self {
-            steps: attestors.into_iter().map(step).collect(),
+            rows: [base, middle, last],
         }
+    }
+
+    /// In the order in which they were given, those that read others last.
+    fn steps(&self) -> impl Iterator<Item = &Step> {
+        self.rows.iter().flatten()
     }
 
     /// Everything that could be found out about `peer`, now or up to a second ago: see
@@ -85,7 +98,7 @@ impl Attestors {
 
     /// Tells that nothing was issued to a process with these attributes.
     pub fn nothing_issued(&self, attributes: &WorkloadAttrs) {
-        for step in &self.steps {
+        for step in self.steps() {
             step.attestor.nothing_issued(attributes);
         }
     }
@@ -121,22 +134,21 @@ impl Attestors {
         peer: &Peer,
     ) -> Result<Vec<(&'static str, Result<WorkloadAttrs, String>)>, Gone> {
         let deadline = Instant::now() + DEADLINE;
-        let mut attributes = WorkloadAttrs::default();
-        let mut seen = Vec::new();
-        for step in &self.steps {
-            let mut found = attributes.clone();
-            let outcome = match timeout_at(deadline, step.attestor.attest(peer, &mut found)).await {
-                Ok(Ok(())) => {
-                    attributes.clone_from(&found);
-                    Ok(found)
+        let mut known = WorkloadAttrs::default();
+        let mut all = Vec::new();
+        for row in &self.rows {
+            for (step, seen) in look_together(row, peer, &known, deadline).await {
+                if let Ok(found) = &seen {
+                    add(&mut known, found.clone());
                 }
-                Ok(Err(error)) => Err(error.to_string()),
-                Err(_) => Err(format!("no answer within {} s", DEADLINE.as_secs())),
-            };
-            seen.push((step.attestor.name(), outcome));
+                all.push((
+                    step.attestor.name(),
+                    seen.map_err(|error| error.to_string()),
+                ));
+            }
         }
         if peer.is_alive() {
-            Ok(seen)
+            Ok(all)
         } else {
             Err(Gone { pid: peer.pid() })
         }
@@ -149,36 +161,76 @@ impl Attestors {
     async fn look(&self, peer: &Peer) -> (WorkloadAttrs, bool) {
         let mut complete = true;
         let deadline = Instant::now() + DEADLINE;
-        let mut attributes = WorkloadAttrs::default();
-        for (index, step) in self.steps.iter().enumerate() {
-            // Each works on a copy, so that one that is cut off leaves nothing half done.
-            let mut found = attributes.clone();
-            let problem = match timeout_at(deadline, step.attestor.attest(peer, &mut found)).await {
-                Ok(Ok(())) => {
-                    step.recovered();
-                    attributes = found;
-                    continue;
+        let mut known = WorkloadAttrs::default();
+        for (index, row) in self.rows.iter().enumerate() {
+            let base = index == 0;
+            for (step, seen) in look_together(row, peer, &known, deadline).await {
+                match seen {
+                    Ok(found) => {
+                        step.recovered();
+                        add(&mut known, found);
+                    }
+                    // A peer that ended is no fault of the attestor's.
+                    Err(_) if !peer.is_alive() => return (known, false),
+                    Err(error) => {
+                        complete = false;
+                        step.failed(&error, base);
+                    }
                 }
-                Ok(Err(error)) => error.to_string(),
-                Err(_) => format!("no answer within {} s", DEADLINE.as_secs()),
-            };
-            complete = false;
-            if !peer.is_alive() {
-                break;
             }
-            step.failed(&problem, index == 0);
-            if index == 0 {
-                attributes = WorkloadAttrs::default();
+            if base && !complete {
                 break;
             }
         }
-        (attributes, complete)
+        (known, complete)
     }
 }
 
+/// What each of `row` sees of `peer`, in their order. It takes as long as the slowest one.
+async fn look_together<'a>(
+    row: &'a [Step],
+    peer: &Peer,
+    known: &WorkloadAttrs,
+    deadline: Instant,
+) -> Vec<(&'a Step, Seen)> {
+    let look = async |step: &'a Step| {
+        // Each works on a copy, so that one that is cut off leaves nothing half done.
+        let mut found = known.clone();
+        let seen = match timeout_at(deadline, step.attestor.attest(peer, &mut found)).await {
+            Ok(outcome) => outcome.map(|()| found),
+            Err(_) => Err(AttestError {
+                attestor: step.attestor.name(),
+                pid: peer.pid(),
+                problem: format!("no answer within {} s", DEADLINE.as_secs()),
+            }),
+        };
+        (step, seen)
+    };
+    join_all(row.iter().map(look)).await
+}
+
+/// Adds what one attestor found to what is `known`.
+fn add(known: &mut WorkloadAttrs, found: WorkloadAttrs) {
+    let WorkloadAttrs {
+        unix,
+        kubernetes,
+        podman,
+        docker,
+        systemd,
+        sigstore,
+    } = found;
+    known.unix = unix.or(known.unix.take());
+    known.kubernetes = kubernetes.or(known.kubernetes.take());
+    known.podman = podman.or(known.podman.take());
+    known.docker = docker.or(known.docker.take());
+    known.systemd = systemd.or(known.systemd.take());
+    known.sigstore = sigstore.or(known.sigstore.take());
+}
+
 impl Step {
-    fn failed(&self, problem: &str, base: bool) {
-        let loudness = self.row().failed();
+    fn failed(&self, error: &AttestError, base: bool) {
+        // Of which process does not matter: the same trouble with the next one is no news.
+        let loudness = self.row().failed(Instant::now(), &error.problem);
         let attestor = self.attestor.name();
         let effect = if base {
             "the caller stays unattested"
@@ -186,8 +238,12 @@ impl Step {
             "its attributes stay unset"
         };
         match loudness {
-            Loudness::Warn => tracing::warn!(attestor, problem, effect, "Attestation failed"),
-            Loudness::Debug => tracing::debug!(attestor, problem, effect, "Attestation failed"),
+            Loudness::Warn => {
+                tracing::warn!(attestor, problem = %error, effect, "Attestation failed");
+            }
+            Loudness::Debug => {
+                tracing::debug!(attestor, problem = %error, effect, "Attestation failed");
+            }
         }
     }
 
@@ -209,8 +265,10 @@ impl Step {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attest::AttestError;
-    use crate::pb::teleport::workloadidentity::v1::{WorkloadAttrsSystemd, WorkloadAttrsUnix};
+    use crate::pb::teleport::workloadidentity::v1::{
+        SigstoreVerificationPayload, WorkloadAttrsDocker, WorkloadAttrsSigstore,
+        WorkloadAttrsSystemd, WorkloadAttrsUnix,
+    };
     use crate::yaml::Tree;
     use async_trait::async_trait;
     use std::io::{Read as _, Write as _};
@@ -224,6 +282,16 @@ mod tests {
         Hangs,
         /// Tells that it was reached, then waits to be let on.
         Waits(Arc<Notify>, Arc<Notify>),
+        /// Finds a container after so many seconds.
+        Container(u64),
+        /// Finds a service after so many seconds.
+        Slow(u64),
+        /// Goes by the container, and takes so many seconds.
+        Reader(u64),
+    }
+
+    async fn seconds(seconds: u64) {
+        tokio::time::sleep(Duration::from_secs(seconds)).await;
     }
 
     #[async_trait]
@@ -255,8 +323,29 @@ mod tests {
                     reached.notify_one();
                     on.notified().await;
                 }
+                Self::Container(takes) => {
+                    seconds(*takes).await;
+                    assert!(found.systemd.is_none(), "of each other they see nothing");
+                    found.docker = Some(WorkloadAttrsDocker::default());
+                }
+                Self::Slow(takes) => {
+                    seconds(*takes).await;
+                    found.systemd = Some(WorkloadAttrsSystemd::default());
+                }
+                Self::Reader(takes) => {
+                    seconds(*takes).await;
+                    let payloads = vec![
+                        SigstoreVerificationPayload::default();
+                        usize::from(found.docker.is_some())
+                    ];
+                    found.sigstore = Some(WorkloadAttrsSigstore { payloads });
+                }
             }
             Ok(())
+        }
+
+        fn reads_others(&self) -> bool {
+            matches!(self, Self::Reader(_))
         }
 
         fn emit(&self) -> Tree {
@@ -363,6 +452,56 @@ mod tests {
             .await
             .unwrap();
         assert!(found.attributes().unix.is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn all_together_take_as_long_as_the_slowest() {
+        let fakes = || {
+            attestors([
+                Fake::Unix,
+                Fake::Reader(2),
+                Fake::Slow(7),
+                Fake::Container(5),
+                Fake::Fails,
+            ])
+        };
+        let begun = Instant::now();
+        let found = fakes().attest(&own()).await.unwrap();
+        assert_eq!(begun.elapsed().as_secs(), 7 + 2);
+        let found = found.attributes();
+        assert!(found.unix.is_some() && found.docker.is_some() && found.systemd.is_some());
+        let payloads = &found.sigstore.as_ref().unwrap().payloads;
+        assert_eq!(payloads.len(), 1, "who reads others runs after them");
+
+        let begun = Instant::now();
+        let seen = fakes().explain(&own()).await.unwrap();
+        assert_eq!(begun.elapsed().as_secs(), 7 + 2);
+        let fields = |seen: &Result<WorkloadAttrs, String>| {
+            let seen = seen.as_ref().ok()?;
+            Some([
+                seen.systemd.is_some(),
+                seen.docker.is_some(),
+                seen.sigstore.is_some(),
+            ])
+        };
+        let seen: Vec<_> = seen.iter().map(|(_, seen)| fields(seen)).collect();
+        let expected = [
+            Some([false, false, false]),
+            Some([true, false, false]),
+            Some([false, true, false]),
+            None,
+            Some([true, true, true]),
+        ];
+        assert_eq!(seen, expected);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_hanging_one_delays_nobody_beside_it() {
+        let found = attestors([Fake::Unix, Fake::Hangs, Fake::Slow(39)])
+            .attest(&own())
+            .await
+            .unwrap();
+        assert!(found.attributes().systemd.is_some());
     }
 
     #[tokio::test]

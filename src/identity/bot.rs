@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::handle::{Handle, new_key};
@@ -252,7 +253,12 @@ impl Bot {
                             self.settings.interval,
                             [jitter(), jitter()],
                         );
-                        tell(row.failed(), self.settings.route.address(), &error, wait);
+                        tell(
+                            row.failed(Instant::now(), &error),
+                            self.settings.route.address(),
+                            &error,
+                            wait,
+                        );
                         failed + wait
                     }
                 },

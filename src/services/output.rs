@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::reload::{self, Hooks};
@@ -357,7 +358,7 @@ impl Driver {
                 Err(error) => {
                     let ended = self.schedule.failed(self.clock.now(), jitter());
                     let error = one_line(&error);
-                    match row.failed() {
+                    match row.failed(Instant::now(), &error) {
                         Loudness::Warn => tracing::warn!(
                             service = %self.name,
                             error,

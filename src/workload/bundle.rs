@@ -8,6 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::backoff::{Backoff, Loudness, Repeated};
 use crate::clock::Clock;
@@ -280,7 +281,7 @@ pub async fn follow(
                 tracing::info!(failures, "Trust bundles are current again");
             }
         }
-        match failures.failed() {
+        match failures.failed(Instant::now(), &error) {
             Loudness::Warn => {
                 tracing::warn!(%error, "Following the trust bundles failed, trying again");
             }

@@ -14,6 +14,7 @@ use der::{Decode as _, Encode as _, Reader as _, SliceReader, Tag, TagNumber, Ta
 use futures_util::StreamExt as _;
 use futures_util::stream::BoxStream;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::backoff::{Backoff, Loudness, Repeated};
 use crate::clock::Clock;
@@ -108,7 +109,7 @@ async fn keep(feed: &dyn CrlFeed, clock: &Clock, published: &watch::Sender<Crl>)
             Ended::Failed(error) => Some(error),
         };
         let problem = error.map_or_else(|| "the stream ended".to_owned(), |e| e.to_string());
-        match failures.failed() {
+        match failures.failed(Instant::now(), &problem) {
             Loudness::Warn => {
                 tracing::warn!(
                     problem,

@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use tokio::time::Instant;
+
 use super::issue::{IssueError, Svid};
 use crate::backoff::{Loudness, Repeated};
 use crate::clock::rfc3339;
@@ -31,11 +33,11 @@ impl Who {
 pub(super) struct Failures(HashMap<Who, Repeated>);
 
 impl Failures {
-    fn failed(&mut self, who: Who) -> Loudness {
+    fn failed(&mut self, who: Who, error: &IssueError) -> Loudness {
         if self.0.len() >= REMEMBERED {
             self.0.retain(|known, _| *known == who);
         }
-        self.0.entry(who).or_default().failed()
+        self.0.entry(who).or_default().failed(Instant::now(), error)
     }
 
     /// Logs an outcome.
@@ -66,7 +68,7 @@ impl Failures {
                     );
                 }
             }
-            Err(error) => match self.failed(who) {
+            Err(error) => match self.failed(who, error) {
                 Loudness::Warn => {
                     tracing::warn!(pid, uid, systemd_service = service, %error, "No SVID was issued");
                 }
@@ -101,22 +103,35 @@ mod tests {
     #[test]
     fn a_unit_that_starts_again_and_again_is_told_of_a_few_times() {
         let mut failures = Failures::default();
+        let error = IssueError::Unavailable("away".to_owned());
         let loud = (1..=100)
-            .filter(|pid| failures.failed(Who::of(&process(*pid, "foo"))) == Loudness::Warn)
+            .filter(|pid| {
+                let who = Who::of(&process(*pid, "foo"));
+                failures.failed(who, &error) == Loudness::Warn
+            })
             .count();
         assert_eq!(loud, 3);
         let other = Who::of(&process(101, "bar"));
-        assert_eq!(failures.failed(other), Loudness::Warn, "another unit");
+        assert_eq!(
+            failures.failed(other, &error),
+            Loudness::Warn,
+            "another unit"
+        );
         failures.tell(&process(102, "foo"), &Ok(Vec::new()));
         let again = Who::of(&process(103, "foo"));
-        assert_eq!(failures.failed(again), Loudness::Warn, "after a success");
+        assert_eq!(
+            failures.failed(again, &error),
+            Loudness::Warn,
+            "after a success"
+        );
     }
 
     #[test]
     fn what_is_remembered_is_bounded() {
         let mut failures = Failures::default();
+        let error = IssueError::Unavailable("away".to_owned());
         for n in 0..10_000 {
-            failures.failed(Who::of(&process(n, &n.to_string())));
+            failures.failed(Who::of(&process(n, &n.to_string())), &error);
         }
         assert!(failures.0.len() <= REMEMBERED);
     }

@@ -284,7 +284,7 @@ async fn keep(inner: Arc<Inner>, storage: Option<Arc<dyn Destination>>, clock: C
             Ok(()) => {
                 failures.recovered();
             }
-            Err(error) => match failures.failed() {
+            Err(error) => match failures.failed(Instant::now(), &error) {
                 Loudness::Warn => tracing::warn!(
                     %error,
                     "SVIDs cannot be stored; after a restart, workloads depend on the cluster"

@@ -163,6 +163,11 @@ impl Attestor for Sigstore {
         Ok(())
     }
 
+    /// The image is what an engine or the kubelet told.
+    fn reads_others(&self) -> bool {
+        true
+    }
+
     fn nothing_issued(&self, attributes: &WorkloadAttrs) {
         if let Some(image) = Image::of(attributes) {
             self.cache.mark(image.digest);

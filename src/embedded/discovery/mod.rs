@@ -16,6 +16,7 @@ use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_credential_types::Credentials;
 use aws_credential_types::provider::ProvideCredentials as _;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::ClusterState;
@@ -213,7 +214,7 @@ impl Discovery {
             return;
         };
         let row = self.failures.entry(place.to_owned()).or_default();
-        match row.failed() {
+        match row.failed(Instant::now(), error) {
             Loudness::Warn => tracing::warn!(
                 place, %error,
                 "Discovery failed: what is known from there stays until it can be looked at again"

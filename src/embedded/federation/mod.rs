@@ -17,6 +17,7 @@ use std::time::{Duration, SystemTime};
 use serde_json::{Value, json};
 use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::ClusterState;
@@ -215,7 +216,7 @@ impl Syncer {
         failing.until = self.state.clock.now() + wait;
         let message = "The bundle of a federated trust domain could not be fetched; the last good \
                        one stays";
-        match failing.row.failed() {
+        match failing.row.failed(Instant::now(), &error) {
             Loudness::Warn => tracing::warn!(domain, %error, again_in = ?wait, "{message}"),
             Loudness::Debug => tracing::debug!(domain, %error, again_in = ?wait, "{message}"),
         }
