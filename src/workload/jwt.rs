@@ -80,15 +80,7 @@ impl JwtIssuer {
         let Some(Kind::JwtSvid(issued)) = credential.credential else {
             return Err("it holds no JWT-SVID".into());
         };
-        let audience = audiences.first().map(String::as_str).unwrap_or_default();
-        // A cluster issues for its own trust domain, whatever others it federates with.
-        let verified = jwt::validate(&issued.jwt, audience, self.clock.now(), |domain| {
-            (domain == bundles.trust_domain()).then(|| bundles.jwt())
-        })
-        .map_err(|source| source.to_string())?;
-        if let Some(missing) = audiences.iter().find(|name| !verified.is_for(name)) {
-            return Err(format!("a token came without the audience {missing:?}"));
-        }
+        let verified = verified(&issued.jwt, audiences, bundles, self.clock.now())?;
         if verified.id.to_string() != credential.spiffe_id {
             return Err(format!(
                 "a token of {} came for {}",
@@ -108,6 +100,40 @@ impl JwtIssuer {
             hint: credential.hint,
             not_after: verified.expires,
         })
+    }
+}
+
+/// Verifies a token that has to be for each of `audiences`. A cluster issues for its own trust
+/// domain, whatever others it federates with.
+fn verified(
+    token: &str,
+    audiences: &[String],
+    bundles: &Bundles,
+    now: SystemTime,
+) -> Result<jwt::JwtSvid, String> {
+    let audience = audiences.first().map(String::as_str).unwrap_or_default();
+    let verified = jwt::validate(token, audience, now, |domain| {
+        (domain == bundles.trust_domain()).then(|| bundles.jwt())
+    })
+    .map_err(|source| source.to_string())?;
+    match audiences.iter().find(|name| !verified.is_for(name)) {
+        Some(missing) => Err(format!("a token came without the audience {missing:?}")),
+        None => Ok(verified),
+    }
+}
+
+/// Whether a token that was kept is what it was: the cluster's, and for each of `audiences`.
+pub(super) fn still_good(
+    svid: &JwtSvid,
+    audiences: &[String],
+    bundles: &Bundles,
+    now: SystemTime,
+) -> Result<(), String> {
+    let verified = verified(&svid.token, audiences, bundles, now)?;
+    if verified.id == svid.id && svid.not_after <= verified.expires && now < svid.not_after {
+        Ok(())
+    } else {
+        Err("it is another token than it was kept as, or has expired".to_owned())
     }
 }
 

@@ -6,14 +6,14 @@
 //! storage is a directory, all of it is written there, after the answer was given and at most every
 //! few seconds (`docs/adr/0012`).
 //!
-//! Nothing of it is believed unchecked: SVIDs are held against their key and the bundle each time
-//! they are taken, and given only to the process that they were issued to, told by its attributes,
+//! Nothing of it is believed unchecked: X.509-SVIDs are held against their key and the bundle each
+//! time they are taken, JWT-SVIDs against the keys of the bundle and their audiences, and given only to the process that they were issued to, told by its attributes,
 //! its ID, the moment in which it began and the boot of the machine. An agent that is pointed elsewhere
 //! meanwhile, or joins with another token, begins with an empty shelf.
 
 mod record;
+mod row;
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -23,7 +23,9 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
+use self::row::{Kept, Row};
 use super::issue::{self, Svid};
+use super::jwt::{self, JwtSvid};
 use super::{Bundles, Crl};
 use crate::attest::Process;
 use crate::backoff::{Loudness, Repeated};
@@ -32,8 +34,8 @@ use crate::destination::{Destination, FileSet};
 
 /// The file's name in the bot's storage.
 const FILE: &str = ".svids";
-/// Answers that are kept. Beyond that, the one that expires first makes room.
-const MAX: usize = 2048;
+/// The longest answer of JWT-SVIDs that is kept, in bytes. A token has some 700.
+const TOKENS: usize = 16 * 1024;
 /// How often what is over is thrown away.
 const SWEEP: Duration = Duration::from_mins(1);
 /// The shortest time between two writes.
@@ -44,18 +46,13 @@ const SHARE: u32 = 20;
 /// What an answer is found by: a digest of who asked for what.
 pub(super) type Mark = [u8; 32];
 
-/// One answer of the cluster.
-#[derive(Debug, Clone)]
-struct Kept {
-    process: Process,
-    svids: Arc<[Svid]>,
-}
-
-impl Kept {
-    fn not_after(&self) -> SystemTime {
-        let ends = self.svids.iter().map(|svid| svid.not_after);
-        ends.min().unwrap_or(SystemTime::UNIX_EPOCH)
-    }
+/// The JWT-SVIDs of one answer. Share it with `Arc`.
+#[derive(Debug)]
+pub(super) struct Tokens {
+    /// When the cluster was asked for them.
+    pub(super) asked: SystemTime,
+    /// In the cluster's order.
+    pub(super) svids: Vec<JwtSvid>,
 }
 
 /// What stands beside SVIDs in an answer.
@@ -88,7 +85,8 @@ impl Origin {
 
 #[derive(Debug, Default, Clone)]
 struct Content {
-    kept: HashMap<Mark, Kept>,
+    svids: Row<Arc<[Svid]>>,
+    tokens: Row<Arc<Tokens>>,
     beside: Option<Beside>,
 }
 
@@ -135,7 +133,7 @@ impl Shelf {
     /// [`Shelf::tell`]. Only as long as there is an SVID that they stand beside.
     pub fn beside(&self, now: SystemTime) -> Option<Beside> {
         let content = self.inner.content();
-        let used = content.kept.values().any(|kept| kept.not_after() > now);
+        let used = content.svids.is_used(now) || content.tokens.is_used(now);
         content.beside.clone().filter(|_| used)
     }
 
@@ -157,22 +155,38 @@ impl Shelf {
 
     /// Keeps an answer to `process`.
     pub(super) fn put(&self, mark: Mark, process: Process, svids: &Arc<[Svid]>) {
-        let mut content = self.inner.content();
-        if content.kept.len() >= MAX && !content.kept.contains_key(&mark) {
-            let first = content.kept.iter().min_by_key(|(_, kept)| kept.not_after());
-            if let Some(mark) = first.map(|(mark, _)| *mark) {
-                content.kept.remove(&mark);
-            }
+        let kept = Kept {
+            process,
+            not_after: first_end(svids.iter().map(|svid| svid.not_after)),
+            what: Arc::clone(svids),
+        };
+        self.inner.change(|content| content.svids.put(mark, kept));
+    }
+
+    /// Keeps JWT-SVIDs that `process` was given, unless they are very long.
+    pub(super) fn put_tokens(&self, mark: Mark, process: Process, tokens: Tokens) {
+        let length: usize = tokens.svids.iter().map(|svid| svid.token.len()).sum();
+        if length > TOKENS {
+            return self.withdraw_tokens(&mark);
         }
-        let svids = Arc::clone(svids);
-        content.kept.insert(mark, Kept { process, svids });
-        drop(content);
-        self.inner.changed.notify_one();
+        let kept = Kept {
+            process,
+            not_after: first_end(tokens.svids.iter().map(|svid| svid.not_after)),
+            what: Arc::new(tokens),
+        };
+        self.inner.change(|content| content.tokens.put(mark, kept));
     }
 
     /// Throws an answer away.
     pub(super) fn withdraw(&self, mark: &Mark) {
-        if self.inner.content().kept.remove(mark).is_some() {
+        if self.inner.content().svids.remove(mark) {
+            self.inner.changed.notify_one();
+        }
+    }
+
+    /// The same for JWT-SVIDs.
+    pub(super) fn withdraw_tokens(&self, mark: &Mark) {
+        if self.inner.content().tokens.remove(mark) {
             self.inner.changed.notify_one();
         }
     }
@@ -180,22 +194,63 @@ impl Shelf {
     /// What is kept under `mark`, if it is still good: not expired, for its key, and issued by an
     /// authority of the current bundle.
     pub(super) fn get(&self, mark: &Mark, now: SystemTime) -> Option<Arc<[Svid]>> {
-        let (kept, beside) = {
+        let (svids, beside) = {
             let content = self.inner.content();
-            (content.kept.get(mark)?.clone(), content.beside.clone()?)
+            let kept = content.svids.get(mark)?;
+            (Arc::clone(&kept.what), content.beside.clone()?)
         };
-        let good = kept
-            .svids
+        let good = svids
             .iter()
             .try_for_each(|svid| issue::still_good(svid, &beside.bundles, now));
         match good {
-            Ok(()) => Some(kept.svids),
+            Ok(()) => Some(svids),
             Err(problem) => {
                 tracing::debug!(problem, "What was kept for a workload is not used");
                 self.withdraw(mark);
                 None
             }
         }
+    }
+
+    /// The JWT-SVIDs that are kept under `mark`, if they are still good: not expired, for these
+    /// audiences, and signed by a key of the current bundle.
+    pub(super) fn tokens(
+        &self,
+        mark: &Mark,
+        audiences: &[String],
+        now: SystemTime,
+    ) -> Option<Arc<Tokens>> {
+        let (tokens, beside) = {
+            let content = self.inner.content();
+            let kept = content.tokens.get(mark)?;
+            (Arc::clone(&kept.what), content.beside.clone()?)
+        };
+        let good = tokens
+            .svids
+            .iter()
+            .try_for_each(|svid| jwt::still_good(svid, audiences, &beside.bundles, now));
+        match good {
+            Ok(()) => Some(tokens),
+            Err(problem) => {
+                tracing::debug!(
+                    problem,
+                    "JWT-SVIDs that were kept for a workload are not used"
+                );
+                self.withdraw_tokens(mark);
+                None
+            }
+        }
+    }
+}
+
+/// When the first of several SVIDs expires.
+fn first_end(ends: impl Iterator<Item = SystemTime>) -> SystemTime {
+    ends.min().unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
+impl Content {
+    fn is_empty(&self) -> bool {
+        self.svids.len() == 0 && self.tokens.len() == 0
     }
 }
 
@@ -204,22 +259,25 @@ impl Inner {
         self.content.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn change(&self, change: impl FnOnce(&mut Content)) {
+        change(&mut self.content());
+        self.changed.notify_one();
+    }
+
     /// Throws away what is over, and what was for processes that have ended. Says whether that was
     /// anything.
     fn sweep(&self, now: SystemTime) -> bool {
-        let over: Vec<Mark> = {
-            let all = self.content().kept.clone();
-            let over = |kept: &Kept| kept.not_after() <= now || !kept.process.is_running();
-            all.iter()
-                .filter(|(_, kept)| over(kept))
-                .map(|(mark, _)| *mark)
-                .collect()
-        };
+        // Processes are looked at while others use the shelf.
+        let all = self.content().clone();
+        let (svids, tokens) = (all.svids.over(now), all.tokens.over(now));
         let mut content = self.content();
-        for mark in &over {
-            content.kept.remove(mark);
+        for mark in &svids {
+            content.svids.remove(mark);
         }
-        !over.is_empty()
+        for mark in &tokens {
+            content.tokens.remove(mark);
+        }
+        !(svids.is_empty() && tokens.is_empty())
     }
 }
 
@@ -231,7 +289,7 @@ async fn load(storage: &dyn Destination, origin: &Origin, now: SystemTime) -> Co
         Err(error) => Err(error.to_string()),
     };
     let content = content.and_then(|(from, content)| {
-        if content.kept.is_empty() || from.matches(origin) {
+        if content.is_empty() || from.matches(origin) {
             Ok(content)
         } else {
             Err("they are of another cluster or another join token".to_owned())
@@ -239,9 +297,10 @@ async fn load(storage: &dyn Destination, origin: &Origin, now: SystemTime) -> Co
     });
     match content {
         Ok(content) => {
-            if !content.kept.is_empty() {
+            if !content.is_empty() {
                 tracing::info!(
-                    workloads = content.kept.len(),
+                    x509 = content.svids.len(),
+                    jwt = content.tokens.len(),
                     "Still valid SVIDs were kept from before the restart"
                 );
             }

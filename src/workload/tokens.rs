@@ -3,7 +3,8 @@
 //!
 //! Nothing is renewed that nobody asks for. Who asks late waits for a fresh token; if the cluster
 //! cannot be reached, the old one serves almost to its end. What to do for a caller is decided by
-//! [`Slot::look`], a pure function.
+//! [`Slot::look`], a pure function. What was issued stays on the [`Shelf`] too, for the same process to
+//! come back to when the agent was restarted.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -15,10 +16,11 @@ use tokio::sync::{Semaphore, watch};
 use super::issue::IssueError;
 use super::jwt::{JwtSvid, TokenIssuer};
 use super::selector::Selector;
+use super::shelf::{self, Mark, Shelf};
 use crate::attest::Attested;
 use crate::backoff::Backoff;
 use crate::clock::Clock;
-use crate::crypto::jitter;
+use crate::crypto::{jitter, sha256};
 
 /// Requests in flight at a time.
 const IN_FLIGHT: usize = 16;
@@ -62,6 +64,16 @@ impl Issued {
         }
     }
 
+    /// The same, not to be handed out from `now` on while the cluster can be reached.
+    fn stale_from(&self, now: SystemTime) -> Self {
+        Self {
+            svids: self.svids.clone(),
+            fresh_until: self.fresh_until.min(now),
+            usable_until: self.usable_until,
+            message: self.message.clone(),
+        }
+    }
+
     /// The message that everybody gets who asks for all of them, made once.
     pub fn message(&self, make: impl FnOnce(&[JwtSvid]) -> Bytes) -> Bytes {
         self.message.get_or_init(|| make(&self.svids)).clone()
@@ -79,6 +91,9 @@ struct Inner {
     ttl: Duration,
     clock: Clock,
     flights: Semaphore,
+    shelf: Shelf,
+    /// When all were last asked to renew.
+    renewed: Mutex<Option<SystemTime>>,
     /// By the digest of who asked.
     table: Mutex<HashMap<[u8; 32], Vec<Arc<Slot>>>>,
 }
@@ -115,12 +130,14 @@ enum Answer {
 }
 
 impl Tokens {
-    /// Keeps what `issuer` issues by `selector` with a wished life of `ttl`.
+    /// Keeps what `issuer` issues by `selector` with a wished life of `ttl`; what is on `shelf` serves
+    /// whom it was issued to.
     pub fn new(
         issuer: Arc<dyn TokenIssuer>,
         selector: Selector,
         ttl: Duration,
         clock: Clock,
+        shelf: Shelf,
     ) -> Self {
         Self(Arc::new(Inner {
             issuer,
@@ -128,6 +145,8 @@ impl Tokens {
             ttl,
             clock,
             flights: Semaphore::new(IN_FLIGHT),
+            shelf,
+            renewed: Mutex::default(),
             table: Mutex::default(),
         }))
     }
@@ -143,7 +162,10 @@ impl Tokens {
         audiences.dedup();
         let clock = &self.0.clock;
         let asked = clock.now();
-        let slot = self.0.slot(attested.digest(), audiences, asked);
+        let slot = match self.0.known(&attested.digest(), &audiences) {
+            Some(slot) => slot,
+            None => self.0.begin(attested, audiences, asked),
+        };
         loop {
             match slot.look(clock.now(), asked) {
                 Answer::Serve(issued) => return Ok(issued),
@@ -181,6 +203,8 @@ impl Tokens {
                 )
                 .await;
             drop(permit);
+            let outcome = outcome.and_then(at_least_one);
+            inner.keep(&attested, &slot.audiences, asked, &outcome);
             slot.finish(outcome, asked, inner.clock.now(), jitter());
             drop(flying);
         });
@@ -190,17 +214,12 @@ impl Tokens {
     /// operator's wish changed.
     pub fn renew_all(&self) {
         let now = self.0.clock.now();
+        *self.0.renewed() = Some(now);
         for slot in self.0.table().values().flatten() {
             let mut state = slot.state();
             state.retry = now;
-            state.held = state.held.take().map(|held| {
-                Arc::new(Issued {
-                    svids: held.svids.clone(),
-                    fresh_until: held.fresh_until.min(now),
-                    usable_until: held.usable_until,
-                    message: held.message.clone(),
-                })
-            });
+            let held = state.held.take();
+            state.held = held.map(|held| Arc::new(held.stale_from(now)));
         }
     }
 
@@ -225,12 +244,80 @@ impl Inner {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn slot(&self, who: [u8; 32], audiences: Vec<String>, now: SystemTime) -> Arc<Slot> {
+    fn renewed(&self) -> MutexGuard<'_, Option<SystemTime>> {
+        self.renewed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn known(&self, who: &[u8; 32], audiences: &[String]) -> Option<Arc<Slot>> {
+        let table = self.table();
+        let mut slots = table.get(who)?.iter();
+        slots
+            .find(|slot| slot.audiences == audiences)
+            .map(Arc::clone)
+    }
+
+    /// A slot for what was not asked for lately, with what is on the shelf.
+    fn begin(&self, attested: &Attested, audiences: Vec<String>, now: SystemTime) -> Arc<Slot> {
+        // Checking what is there takes a while; others are not held up for it.
+        let held = self.shelved(attested, &audiences, now);
+        self.add(attested.digest(), Slot::new(audiences, held, now))
+    }
+
+    /// What an earlier agent, or this one a while ago, was given for this process.
+    fn shelved(
+        &self,
+        attested: &Attested,
+        audiences: &[String],
+        now: SystemTime,
+    ) -> Option<Arc<Issued>> {
+        attested.process()?;
+        let mark = self.mark(attested, audiences);
+        let kept = self.shelf.tokens(&mark, audiences, now)?;
+        let issued = Issued::new(kept.svids.clone(), kept.asked);
+        let outdated = self.renewed().is_some_and(|renewed| kept.asked <= renewed);
+        Some(Arc::new(if outdated {
+            issued.stale_from(now)
+        } else {
+            issued
+        }))
+    }
+
+    /// Puts an answer of the cluster on the shelf; a refusal takes away what is there.
+    fn keep(
+        &self,
+        attested: &Attested,
+        audiences: &[String],
+        asked: SystemTime,
+        outcome: &Result<Vec<JwtSvid>, IssueError>,
+    ) {
+        let Some(process) = attested.process() else {
+            return;
+        };
+        let mark = self.mark(attested, audiences);
+        match outcome {
+            Ok(svids) => {
+                let svids = svids.clone();
+                let tokens = shelf::Tokens { asked, svids };
+                self.shelf.put_tokens(mark, process, tokens);
+            }
+            Err(IssueError::Refused(_)) => self.shelf.withdraw_tokens(&mark),
+            Err(IssueError::Unavailable(_) | IssueError::Answer(_)) => {}
+        }
+    }
+
+    /// What makes two requests the same, for what is kept across restarts.
+    fn mark(&self, attested: &Attested, audiences: &[String]) -> Mark {
+        let who = attested.digest();
+        // Formatted for debugging, texts are quoted: no two requests look the same.
+        let what = format!("{:?} {:?} {who:?} {audiences:?}", self.selector, self.ttl);
+        sha256(what.as_bytes())
+    }
+
+    /// Adds a slot, unless somebody else just did.
+    fn add(&self, who: [u8; 32], slot: Slot) -> Arc<Slot> {
         let mut table = self.table();
-        if let Some(slot) = table
-            .get(&who)
-            .and_then(|slots| slots.iter().find(|slot| slot.audiences == audiences))
-        {
+        let same = |other: &&Arc<Slot>| other.audiences == slot.audiences;
+        if let Some(slot) = table.get(&who).and_then(|slots| slots.iter().find(same)) {
             return Arc::clone(slot);
         }
         if table.len() >= WORKLOADS && !table.contains_key(&who) {
@@ -247,7 +334,7 @@ impl Inner {
                 slots.swap_remove(at);
             }
         }
-        let slot = Arc::new(Slot::new(audiences, now));
+        let slot = Arc::new(slot);
         slots.push(Arc::clone(&slot));
         slot
     }
@@ -265,12 +352,12 @@ fn last_use(slots: &[Arc<Slot>]) -> Option<SystemTime> {
 }
 
 impl Slot {
-    fn new(audiences: Vec<String>, now: SystemTime) -> Self {
+    fn new(audiences: Vec<String>, held: Option<Arc<Issued>>, now: SystemTime) -> Self {
         Self {
             audiences,
             state: Mutex::new(State {
                 used: now,
-                held: None,
+                held,
                 failed: None,
                 retry: now,
                 backoff: Backoff::new(BACKOFF.0, BACKOFF.1),
@@ -321,13 +408,6 @@ impl Slot {
         random: f64,
     ) {
         let mut state = self.state();
-        let outcome = match outcome {
-            Ok(svids) if svids.is_empty() => Err(IssueError::Refused(
-                "no workload identity with the selector's labels may be issued to this workload"
-                    .into(),
-            )),
-            outcome => outcome,
-        };
         match outcome {
             Ok(svids) => {
                 state.held = Some(Arc::new(Issued::new(svids, asked)));
@@ -345,6 +425,15 @@ impl Slot {
             }
         }
     }
+}
+
+/// An answer with nothing in it is a refusal.
+fn at_least_one(svids: Vec<JwtSvid>) -> Result<Vec<JwtSvid>, IssueError> {
+    if svids.is_empty() {
+        let why = "no workload identity with the selector's labels may be issued to this workload";
+        return Err(IssueError::Refused(why.to_owned()));
+    }
+    Ok(svids)
 }
 
 #[cfg(test)]

@@ -4,8 +4,10 @@ use async_trait::async_trait;
 use futures_util::future::join_all;
 
 use super::*;
+use crate::attest::Process;
 use crate::pb::teleport::workloadidentity::v1::{WorkloadAttrs, WorkloadAttrsUnix};
-use crate::workload::tests::{HOUR, start};
+use crate::workload::Crl;
+use crate::workload::tests::{HOUR, TokenKey, start};
 
 const MINUTE: Duration = Duration::from_mins(1);
 
@@ -17,6 +19,7 @@ struct Fake {
     always: Mutex<Option<IssueError>>,
     calls: Mutex<Vec<Vec<String>>>,
     delay: Mutex<Duration>,
+    key: TokenKey,
 }
 
 #[async_trait]
@@ -44,12 +47,10 @@ impl TokenIssuer for Fake {
         if let Some(error) = self.always.lock().unwrap().clone() {
             return Err(error);
         }
-        Ok(vec![JwtSvid {
-            id: "spiffe://example.org/a".parse().unwrap(),
-            token: number.to_string(),
-            hint: String::new(),
-            not_after: self.clock.now() + HOUR,
-        }])
+        let audiences: Vec<&str> = audiences.iter().map(String::as_str).collect();
+        let mut svid = self.key.token("/a", &audiences, self.clock.now() + HOUR);
+        svid.hint = number.to_string();
+        Ok(vec![svid])
     }
 }
 
@@ -57,23 +58,40 @@ struct World {
     fake: Arc<Fake>,
     tokens: Tokens,
     clock: Clock,
+    shelf: Shelf,
 }
 
 fn world() -> World {
     let clock = Clock::simulated(start());
+    let key = TokenKey::new();
+    let shelf = Shelf::default();
+    shelf.tell(&key.bundles(), &Crl::None);
     let fake = Arc::new(Fake {
         clock: clock.clone(),
         script: Mutex::default(),
         always: Mutex::default(),
         calls: Mutex::default(),
         delay: Mutex::new(Duration::from_millis(50)),
+        key,
     });
-    let issuer: Arc<dyn TokenIssuer> = Arc::clone(&fake) as _;
     World {
-        tokens: Tokens::new(issuer, Selector::Name("a".into()), HOUR, clock.clone()),
+        tokens: tokens(&fake, &shelf),
         fake,
         clock,
+        shelf,
     }
+}
+
+fn tokens(fake: &Arc<Fake>, shelf: &Shelf) -> Tokens {
+    let issuer: Arc<dyn TokenIssuer> = Arc::clone(fake) as _;
+    let clock = fake.clock.clone();
+    Tokens::new(
+        issuer,
+        Selector::Name("a".into()),
+        HOUR,
+        clock,
+        shelf.clone(),
+    )
 }
 
 fn workload(pid: i32) -> Arc<Attested> {
@@ -91,7 +109,22 @@ impl World {
     async fn get(&self, pid: i32, audiences: &[&str]) -> Result<String, IssueError> {
         let audiences = audiences.iter().map(|&text| text.to_owned()).collect();
         let issued = self.tokens.get(&workload(pid), audiences).await?;
-        Ok(issued.svids[0].token.clone())
+        Ok(issued.svids[0].hint.clone())
+    }
+
+    /// The same for a process that is known again after a restart.
+    async fn get_known(&self, audiences: &[&str]) -> Result<String, IssueError> {
+        let audiences = audiences.iter().map(|&text| text.to_owned()).collect();
+        let pid = i32::try_from(std::process::id()).unwrap();
+        let attributes = workload(pid).attributes().clone();
+        let attested = Arc::new(Attested::new(attributes, Process::of(pid)));
+        let issued = self.tokens.get(&attested, audiences).await?;
+        Ok(issued.svids[0].hint.clone())
+    }
+
+    /// As if the agent were another one that has this one's shelf.
+    fn restart(&mut self) {
+        self.tokens = tokens(&self.fake, &self.shelf);
     }
 
     fn calls(&self) -> usize {
@@ -256,4 +289,50 @@ async fn what_is_kept_is_bounded_and_ends_after_its_last_use() {
         () = world.clock.sleep(IDLE + 2 * MINUTE) => {}
     }
     assert_eq!(world.tokens.len(), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_restart_forgets_neither_tokens_nor_how_old_they_are() {
+    let mut world = world();
+    assert_eq!(world.get_known(&["a", "b"]).await.unwrap(), "1");
+    assert_eq!(world.get(1, &["a", "b"]).await.unwrap(), "2");
+    world.fail_with(Some(outage()));
+    world.restart();
+    assert_eq!(world.get_known(&["b", "a"]).await.unwrap(), "1");
+    assert_eq!(world.calls(), 2, "a young one needs no cluster");
+    assert_eq!(world.get_known(&["a"]).await, Err(outage()), "others");
+    assert_eq!(world.get(1, &["a", "b"]).await, Err(outage()), "unknown");
+
+    world.clock.sleep(31 * MINUTE).await;
+    world.restart();
+    let calls = world.calls();
+    assert_eq!(
+        world.get_known(&["a", "b"]).await.unwrap(),
+        "1",
+        "an outage"
+    );
+    assert_eq!(world.calls(), calls + 1, "an old one is asked about");
+    world.clock.sleep(28 * MINUTE).await;
+    world.restart();
+    assert_eq!(world.get_known(&["a", "b"]).await, Err(outage()), "too old");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_renewed_or_refused_does_not_come_back_from_the_shelf() {
+    let mut world = world();
+    world.get_known(&["a"]).await.unwrap();
+    world.tokens.renew_all();
+    tokio::select! {
+        () = world.tokens.run() => {}
+        () = world.clock.sleep(IDLE + 2 * MINUTE) => {}
+    }
+    assert_eq!(world.tokens.len(), (0, 0));
+    assert_eq!(world.get_known(&["a"]).await.unwrap(), "2", "asked anew");
+
+    world.tokens.renew_all();
+    world.fail_with(Some(refusal()));
+    assert_eq!(world.get_known(&["a"]).await, Err(refusal()));
+    world.fail_with(Some(outage()));
+    world.restart();
+    assert_eq!(world.get_known(&["a"]).await, Err(outage()));
 }

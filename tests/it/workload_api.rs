@@ -3,10 +3,12 @@
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
+use prost::Message;
 use tbot::pb::workload_api::{
     JwtBundlesRequest, JwtBundlesResponse, JwtsvidRequest, JwtsvidResponse, X509BundlesRequest,
     X509BundlesResponse, X509svidRequest, X509svidResponse,
 };
+use tokio::runtime::Handle;
 use tonic::Code;
 
 use crate::common::{Cluster, OutputText as _, Process, RECORDED, Sandbox, Workload, eventually};
@@ -31,7 +33,19 @@ fn started(sandbox: &Sandbox, config: &Path) -> Process {
 
 /// The status with which another process than this one is turned away; `None` if it is served.
 fn status_of_another(sandbox: &Sandbox, socket: &Path) -> Option<String> {
-    let message = sandbox.write("empty", [0; 5]);
+    status_of_anothers(sandbox, socket, "FetchX509SVID", &X509svidRequest {})
+}
+
+/// The same for any call.
+fn status_of_anothers(
+    sandbox: &Sandbox,
+    socket: &Path,
+    call: &str,
+    message: &impl Message,
+) -> Option<String> {
+    let message = message.encode_to_vec();
+    let length = u32::try_from(message.len()).unwrap().to_be_bytes();
+    let message = sandbox.write("message", [&[0], &length[..], &message].concat());
     let mut command = sandbox.command("curl");
     let shown = command
         .args(["--silent", "--show-error", "--http2-prior-knowledge"])
@@ -50,7 +64,7 @@ fn status_of_another(sandbox: &Sandbox, socket: &Path) -> Option<String> {
         .arg(format!("@{}", message.display()))
         .arg("--unix-socket")
         .arg(socket)
-        .arg("http://localhost/SpiffeWorkloadAPI/FetchX509SVID")
+        .arg(format!("http://localhost/SpiffeWorkloadAPI/{call}"))
         .output()
         .unwrap()
         .text();
@@ -141,6 +155,80 @@ async fn a_token_is_kept_for_its_audiences_and_through_an_outage() {
     cluster.resume();
     assert_eq!(token(&["a", "b"]).await.unwrap(), first);
     assert_eq!(issued(&cluster), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_outlives_the_agent_and_the_cluster_until_it_is_refused() {
+    let sandbox = Sandbox::new();
+    let mut cluster = Cluster::start(&sandbox, RECORDED);
+    let (config, socket) = configured(&sandbox, &cluster);
+    let request = |audience: &[&str]| JwtsvidRequest {
+        audience: audience.iter().map(|&text| text.to_owned()).collect(),
+        spiffe_id: String::new(),
+    };
+    let token = async |workload: &Workload, audience: &[&str]| {
+        let answer: JwtsvidResponse = workload.fetch("FetchJWTSVID", &request(audience)).await?;
+        Ok::<_, tonic::Status>(answer.svids[0].svid.clone())
+    };
+    let mut agent = started(&sandbox, &config);
+    agent.wait_for_log("The bot has a fresh identity");
+    let workload = Workload::connect(&socket).await;
+    let first = token(&workload, &["a", "b"]).await.unwrap();
+    let path = sandbox.path("bot/.svids");
+    let stored = || {
+        let file = std::fs::metadata(&path).map_err(|e| e.to_string())?;
+        assert_eq!(file.permissions().mode() & 0o7777, 0o600);
+        std::fs::read_to_string(&path).map_err(|e| e.to_string())
+    };
+    eventually("the token is stored", || {
+        let text = stored()?;
+        text.contains(&first).then_some(()).ok_or(text)
+    });
+    agent.signal("KILL");
+    agent.wait();
+    cluster.stop();
+
+    let mut agent = started(&sandbox, &config);
+    agent.wait_for_log("Still valid SVIDs were kept from before the restart");
+    let workload = Workload::connect(&socket).await;
+    assert_eq!(token(&workload, &["b", "a"]).await.unwrap(), first);
+    let refused = token(&workload, &["a"]).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unavailable, "for others: {refused}");
+    let both = request(&["a", "b"]);
+    let anothers = status_of_anothers(&sandbox, &socket, "FetchJWTSVID", &both);
+    assert_eq!(anothers, Some((Code::Unavailable as i32).to_string()));
+    let signature = first.rsplit('.').next().unwrap();
+    assert!(!agent.log().contains(signature), "no token is logged");
+
+    cluster.resume();
+    eventually("others are served again", || {
+        let status = status_of_anothers(&sandbox, &socket, "FetchJWTSVID", &both);
+        status.map_or(Ok(()), Err)
+    });
+    cluster.run(&["rm", "workload_identity/example-workload-identity"]);
+    // A reload asks about what is still young, too.
+    agent.signal("HUP");
+    eventually("the token is refused", || {
+        let asked = tokio::task::block_in_place(|| {
+            Handle::current().block_on(token(&workload, &["a", "b"]))
+        });
+        match asked {
+            Err(status) if status.code() == Code::PermissionDenied => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    });
+    eventually("the token is not stored any more", || {
+        let text = stored()?;
+        (!text.contains(&first)).then_some(()).ok_or(text)
+    });
+    agent.signal("KILL");
+    agent.wait();
+    cluster.stop();
+    let mut agent = started(&sandbox, &config);
+    agent.wait_for_log("Workload API is listening");
+    let workload = Workload::connect(&socket).await;
+    let refused = token(&workload, &["a", "b"]).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unavailable, "{refused}");
 }
 
 /// A request for X.509-SVIDs as bytes of HTTP/2, as nothing but a program without libraries would

@@ -216,6 +216,7 @@ impl Server for WorkloadApi {
             self.plan.selector.clone(),
             context.lifetime.ttl,
             context.clock.clone(),
+            context.shelf.clone(),
         );
         let issuer =
             ClusterIssuer::new(access, bundles.clone(), context.clock.clone()).with_keys_ahead();

@@ -16,7 +16,7 @@ use crate::services::trust::Feeds;
 use crate::services::{Sockets, testing};
 use crate::workload::jwt::JwtSvid;
 use crate::workload::tests::{Authority, DOMAIN, HOUR, message, start};
-use crate::workload::{Crl, IssueError, Issuer, Svid, TokenIssuer};
+use crate::workload::{Crl, IssueError, Issuer, Shelf, Svid, TokenIssuer};
 use crate::yaml::emit;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -182,6 +182,7 @@ impl World {
                 Selector::Name("foo".into()),
                 HOUR,
                 clock.clone(),
+                Shelf::default(),
             ),
             view: View::new(
                 Feeds {

@@ -10,8 +10,10 @@ use bytes::Bytes;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
+use super::super::jwt::JwtSvid;
 use super::super::{Bundles, Federated, Svid};
-use super::{Beside, Content, Kept, MAX, Origin};
+use super::row::{Kept, MAX};
+use super::{Beside, Content, Mark, Origin, Tokens, first_end};
 use crate::attest::Process;
 use crate::crypto::sha256_hex;
 use crate::crypto::x509::Certificate;
@@ -21,6 +23,9 @@ use crate::spiffe::jwt::JwtBundle;
 
 /// The first word and the version of the form.
 const MAGIC: &str = "tbot-svids-2";
+/// The most bytes of JWT-SVIDs that are written. X.509-SVIDs are not lost to a file that is too long to
+/// read.
+const TOKENS: usize = 4 * 1024 * 1024;
 
 #[derive(Serialize, Deserialize)]
 struct Record {
@@ -28,6 +33,9 @@ struct Record {
     bundles: StoredBundles,
     crl: Option<Blob>,
     answers: Vec<Answer>,
+    /// Files of earlier versions have none.
+    #[serde(default)]
+    tokens: Vec<StoredTokens>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -48,7 +56,7 @@ struct StoredBundle {
 struct Answer {
     mark: Blob,
     process: Process,
-    key: SecretBlob,
+    key: SecretText,
     /// Seconds since 1970.
     issued_at: u64,
     svids: Vec<StoredSvid>,
@@ -61,6 +69,24 @@ struct StoredSvid {
     name: String,
     revision: String,
     chain: Blob,
+}
+
+#[derive(Serialize, Deserialize)]
+struct StoredTokens {
+    mark: Blob,
+    process: Process,
+    /// Seconds since 1970.
+    asked: u64,
+    svids: Vec<StoredToken>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct StoredToken {
+    id: String,
+    hint: String,
+    /// Seconds since 1970.
+    not_after: u64,
+    token: SecretText,
 }
 
 /// Bytes that are written as base64.
@@ -80,9 +106,9 @@ impl<'de> Deserialize<'de> for Blob {
     }
 }
 
-/// A private key in base64, wiped when it is dropped.
+/// A private key in base64, or a token; wiped when it is dropped.
 #[derive(Serialize, Deserialize, Zeroize, ZeroizeOnDrop)]
-struct SecretBlob(String);
+struct SecretText(String);
 
 pub(super) fn encode(origin: &Origin, content: &Content) -> Secret<Vec<u8>> {
     let record = content.beside.as_ref().map(|beside| Record {
@@ -90,10 +116,11 @@ pub(super) fn encode(origin: &Origin, content: &Content) -> Secret<Vec<u8>> {
         bundles: stored(&beside.bundles),
         crl: beside.crl.clone().map(Blob),
         answers: content
-            .kept
+            .svids
             .iter()
             .filter_map(|(mark, kept)| answer(mark, kept))
             .collect(),
+        tokens: stored_tokens(content),
     });
     // These types have a JSON form, always.
     let body = Secret::new(serde_json::to_vec(&record).unwrap_or_default());
@@ -119,19 +146,58 @@ fn stored(bundles: &Bundles) -> StoredBundles {
     }
 }
 
-fn answer(mark: &[u8; 32], kept: &Kept) -> Option<Answer> {
-    let first = kept.svids.first()?;
-    let since = first
-        .issued_at
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .ok()?;
+fn stored_tokens(content: &Content) -> Vec<StoredTokens> {
+    let mut left = TOKENS;
+    let mut all = Vec::new();
+    for (mark, kept) in content.tokens.iter() {
+        let length: usize = kept.what.svids.iter().map(|svid| svid.token.len()).sum();
+        let Some(rest) = left.checked_sub(length) else {
+            continue;
+        };
+        let Some(tokens) = tokens_of(mark, kept) else {
+            continue;
+        };
+        left = rest;
+        all.push(tokens);
+    }
+    all
+}
+
+fn tokens_of(mark: &Mark, kept: &Kept<Arc<Tokens>>) -> Option<StoredTokens> {
+    let svids = kept.what.svids.iter().map(|svid| {
+        Some(StoredToken {
+            id: svid.id.to_string(),
+            hint: svid.hint.clone(),
+            not_after: seconds(svid.not_after)?,
+            token: SecretText(svid.token.clone()),
+        })
+    });
+    Some(StoredTokens {
+        mark: Blob(Bytes::copy_from_slice(mark)),
+        process: kept.process,
+        asked: seconds(kept.what.asked)?,
+        svids: svids.collect::<Option<_>>()?,
+    })
+}
+
+fn seconds(time: SystemTime) -> Option<u64> {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+    Some(since.as_secs())
+}
+
+fn time(seconds: u64) -> Option<SystemTime> {
+    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
+}
+
+fn answer(mark: &Mark, kept: &Kept<Arc<[Svid]>>) -> Option<Answer> {
+    let first = kept.what.first()?;
     Some(Answer {
         mark: Blob(Bytes::copy_from_slice(mark)),
         process: kept.process,
-        key: SecretBlob(STANDARD.encode(&first.key)),
-        issued_at: since.as_secs(),
+        key: SecretText(STANDARD.encode(&first.key)),
+        issued_at: seconds(first.issued_at)?,
         svids: kept
-            .svids
+            .what
             .iter()
             .map(|svid| StoredSvid {
                 id: svid.id.to_string(),
@@ -163,18 +229,19 @@ pub(super) fn decode(
         return Ok(<(Origin, Content)>::default());
     };
     let bundles = bundles(&record.bundles).ok_or("its trust bundles cannot be read")?;
-    let kept = record
-        .answers
-        .iter()
-        .take(MAX)
-        .filter_map(|answer| {
-            let mark = answer.mark.0.as_ref().try_into().ok()?;
-            let kept = kept(answer)?;
-            (kept.not_after() > now).then_some((mark, kept))
-        })
-        .collect();
+    let svids = record.answers.iter().take(MAX).filter_map(|answer| {
+        let mark = answer.mark.0.as_ref().try_into().ok()?;
+        let kept = kept(answer)?;
+        (kept.not_after > now).then_some((mark, kept))
+    });
+    let tokens = record.tokens.iter().take(MAX).filter_map(|stored| {
+        let mark = stored.mark.0.as_ref().try_into().ok()?;
+        let kept = kept_tokens(stored)?;
+        (kept.not_after > now).then_some((mark, kept))
+    });
     let content = Content {
-        kept,
+        svids: svids.collect(),
+        tokens: tokens.collect(),
         beside: Some(Beside {
             bundles: Arc::new(bundles),
             crl: record.crl.map(|crl| crl.0),
@@ -208,10 +275,30 @@ fn bundles(stored: &StoredBundles) -> Option<Bundles> {
     )
 }
 
-fn kept(answer: &Answer) -> Option<Kept> {
+fn kept_tokens(stored: &StoredTokens) -> Option<Kept<Arc<Tokens>>> {
+    let svids = stored.svids.iter().map(|stored| {
+        Some(JwtSvid {
+            id: stored.id.parse().ok()?,
+            token: stored.token.0.clone(),
+            hint: stored.hint.clone(),
+            not_after: time(stored.not_after)?,
+        })
+    });
+    let tokens = Tokens {
+        asked: time(stored.asked)?,
+        svids: svids.collect::<Option<_>>()?,
+    };
+    Some(Kept {
+        process: stored.process,
+        not_after: first_end(tokens.svids.iter().map(|svid| svid.not_after)),
+        what: Arc::new(tokens),
+    })
+}
+
+fn kept(answer: &Answer) -> Option<Kept<Arc<[Svid]>>> {
     let key = Bytes::from(STANDARD.decode(&answer.key.0).ok()?);
-    let issued_at = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(answer.issued_at))?;
-    let svids = answer
+    let issued_at = time(answer.issued_at)?;
+    let svids: Vec<_> = answer
         .svids
         .iter()
         .map(|stored| {
@@ -229,10 +316,10 @@ fn kept(answer: &Answer) -> Option<Kept> {
                 revision: stored.revision.clone(),
             })
         })
-        .collect::<Option<Vec<_>>>()
-        .filter(|svids| !svids.is_empty())?;
+        .collect::<Option<_>>()?;
     Some(Kept {
         process: answer.process,
-        svids: svids.into(),
+        not_after: first_end(svids.iter().map(|svid| svid.not_after)),
+        what: svids.into(),
     })
 }

@@ -2,7 +2,7 @@ use super::*;
 use crate::crypto::{KeyAlgorithm, PrivateKey};
 use crate::destination::from_uri;
 use crate::secret::Secret;
-use crate::workload::tests::{Authority, DOMAIN, HOUR, message, start};
+use crate::workload::tests::{Authority, DOMAIN, HOUR, TokenKey, message, start};
 
 const MARK: Mark = [1; 32];
 
@@ -26,6 +26,30 @@ fn svids(authority: &Authority) -> Arc<[Svid]> {
         name: "foo".into(),
         revision: "r".into(),
     }])
+}
+
+/// As if there were a process with this ID.
+fn process(pid: i32) -> Process {
+    serde_json::from_value(serde_json::json!({ "boot": 1, "pid": pid, "began": 1 })).unwrap()
+}
+
+fn kept(svids: &Arc<[Svid]>) -> Kept<Arc<[Svid]>> {
+    Kept {
+        process: own(),
+        not_after: svids[0].not_after,
+        what: Arc::clone(svids),
+    }
+}
+
+fn content(authority: &Authority) -> Content {
+    Content {
+        svids: Row::from_iter([(MARK, kept(&svids(authority)))]),
+        tokens: Row::default(),
+        beside: Some(Beside {
+            bundles: bundles(authority),
+            crl: None,
+        }),
+    }
 }
 
 fn bundles(authority: &Authority) -> Arc<Bundles> {
@@ -88,7 +112,7 @@ async fn a_restart_loses_nothing_that_is_still_good() {
 
     let late = Clock::simulated(start() + HOUR);
     let late = Shelf::open(storage, late, origin("a", "t")).await;
-    assert!(late.inner.content().kept.is_empty());
+    assert!(late.inner.content().is_empty());
 }
 
 #[tokio::test]
@@ -97,19 +121,7 @@ async fn what_another_cluster_or_bot_was_issued_is_not_used() {
     let storage = storage(&directory.path().canonicalize().unwrap()).await;
     let clock = Clock::simulated(start());
     let authority = Authority::new(DOMAIN);
-    let content = Content {
-        kept: HashMap::from([(
-            MARK,
-            Kept {
-                process: own(),
-                svids: svids(&authority),
-            },
-        )]),
-        beside: Some(Beside {
-            bundles: bundles(&authority),
-            crl: None,
-        }),
-    };
+    let content = content(&authority);
     for (written, configured, used) in [
         (("a", "t"), ("a", "t"), true),
         (("a", "t"), ("b", "t"), false),
@@ -170,19 +182,7 @@ async fn damaged_files_are_ignored_and_replaced() {
     let storage = storage(&directory.path().canonicalize().unwrap()).await;
     let clock = Clock::simulated(start());
     let authority = Authority::new(DOMAIN);
-    let content = Content {
-        kept: HashMap::from([(
-            MARK,
-            Kept {
-                process: own(),
-                svids: svids(&authority),
-            },
-        )]),
-        beside: Some(Beside {
-            bundles: bundles(&authority),
-            crl: None,
-        }),
-    };
+    let content = content(&authority);
     let good = record::encode(&origin("a", "t"), &content).expose().clone();
     let sealed = |body: &[u8]| {
         let sum = crate::crypto::sha256_hex(body);
@@ -206,7 +206,7 @@ async fn damaged_files_are_ignored_and_replaced() {
         let file = FileSet::from([(FILE.to_owned(), Secret::new(bytes.clone()))]);
         storage.write(file).await.unwrap();
         let shelf = Shelf::open(Arc::clone(&storage), clock.clone(), origin("a", "t")).await;
-        assert!(shelf.inner.content().kept.is_empty(), "{what}");
+        assert!(shelf.inner.content().is_empty(), "{what}");
         assert!(shelf.beside(start()).is_none(), "{what}");
         shelf.tell(&bundles(&authority), &Crl::None);
         let now = written(&storage, &bytes).await;
@@ -225,17 +225,20 @@ fn what_is_over_or_for_nobody_goes() {
     let inner = Inner::default();
     let svids = svids(&authority);
     for (mark, process) in [([1; 32], own()), ([2; 32], process)] {
-        let svids = Arc::clone(&svids);
-        inner.content().kept.insert(mark, Kept { process, svids });
+        let svids = Kept {
+            process,
+            ..kept(&svids)
+        };
+        inner.content().svids.put(mark, svids);
     }
     assert!(!inner.sweep(start()));
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(inner.sweep(start()));
-    assert!(inner.content().kept.contains_key(&[1; 32]));
-    assert_eq!(inner.content().kept.len(), 1);
+    assert!(inner.content().svids.get(&[1; 32]).is_some());
+    assert_eq!(inner.content().svids.len(), 1);
     assert!(inner.sweep(start() + HOUR));
-    assert!(inner.content().kept.is_empty());
+    assert!(inner.content().is_empty());
 }
 
 #[test]
@@ -248,12 +251,134 @@ fn what_is_kept_is_bounded() {
         ..long[0].clone()
     }]);
     shelf.put([0; 32], own(), &short);
-    for number in 1..=MAX + 5 {
+    for number in 1..=row::MAX + 5 {
         let mut mark = [9; 32];
         mark[..8].copy_from_slice(&number.to_be_bytes());
-        shelf.put(mark, own(), &long);
+        shelf.put(mark, process(i32::try_from(number).unwrap()), &long);
     }
-    let content = shelf.inner.content();
-    assert_eq!(content.kept.len(), MAX);
-    assert!(!content.kept.contains_key(&[0; 32]), "the first to expire");
+    {
+        let content = shelf.inner.content();
+        assert_eq!(content.svids.len(), row::MAX);
+        assert!(content.svids.get(&[0; 32]).is_none(), "the first to expire");
+    }
+
+    // One process that asks for ever more takes nobody else's room.
+    let shelf = Shelf::default();
+    shelf.put([0; 32], own(), &short);
+    for number in 1..=100 {
+        shelf.put([number; 32], process(1), &long);
+    }
+    assert!(shelf.inner.content().svids.get(&[0; 32]).is_some());
+    assert_eq!(shelf.inner.content().svids.len(), 17);
+}
+
+fn tokens(key: &TokenKey, audiences: &[&str]) -> Tokens {
+    Tokens {
+        asked: start(),
+        svids: vec![key.token("/svc/foo", audiences, start() + HOUR)],
+    }
+}
+
+fn names(audiences: &[&str]) -> Vec<String> {
+    audiences.iter().map(|&name| name.to_owned()).collect()
+}
+
+#[tokio::test]
+async fn tokens_survive_a_restart_too_and_are_for_their_audiences_and_keys_only() {
+    let directory = tempfile::tempdir().unwrap();
+    let storage = storage(&directory.path().canonicalize().unwrap()).await;
+    let clock = Clock::simulated(start());
+    let (key, next) = (TokenKey::new(), TokenKey::new());
+    let given = tokens(&key, &["a", "b"]);
+    let shelf = Shelf::open(Arc::clone(&storage), clock.clone(), origin("a", "t")).await;
+    shelf.tell(&key.bundles(), &Crl::None);
+    let first = written(&storage, b"").await;
+    shelf.put_tokens(MARK, own(), tokens(&key, &["a", "b"]));
+    let file = written(&storage, first.expose()).await;
+    drop(shelf);
+    let text = String::from_utf8_lossy(file.expose());
+    assert!(text.contains(&given.svids[0].token));
+
+    let both = names(&["a", "b"]);
+    let open = async || Shelf::open(Arc::clone(&storage), clock.clone(), origin("a", "t")).await;
+    let again = open().await;
+    let kept = again.tokens(&MARK, &both, start()).unwrap();
+    assert_eq!(kept.svids[0].token, given.svids[0].token);
+    assert_eq!(kept.svids[0].not_after, given.svids[0].not_after);
+    assert_eq!(kept.asked, start());
+    assert!(again.beside(start()).is_some(), "tokens need them too");
+    assert!(again.get(&MARK, start()).is_none(), "no X.509-SVID");
+    assert!(
+        again.tokens(&[2; 32], &both, start()).is_none(),
+        "somebody else's"
+    );
+    assert!(
+        again.tokens(&MARK, &both, start() + HOUR).is_none(),
+        "expired"
+    );
+    assert!(again.tokens(&MARK, &both, start()).is_none(), "and gone");
+
+    let again = open().await;
+    let others = names(&["a", "b", "c"]);
+    assert!(
+        again.tokens(&MARK, &others, start()).is_none(),
+        "for another"
+    );
+
+    let again = open().await;
+    again.tell(&next.bundles(), &Crl::None);
+    assert!(
+        again.tokens(&MARK, &both, start()).is_none(),
+        "of another key"
+    );
+
+    let again = open().await;
+    again.withdraw_tokens(&MARK);
+    assert!(again.tokens(&MARK, &both, start()).is_none());
+    assert!(again.beside(start()).is_none());
+}
+
+#[test]
+fn very_long_tokens_are_not_kept_and_take_the_place_of_none() {
+    let key = TokenKey::new();
+    let shelf = Shelf::default();
+    shelf.tell(&key.bundles(), &Crl::None);
+    let long = "x".repeat(TOKENS);
+    for (audiences, kept) in [(["a"], true), ([&*long], false)] {
+        shelf.put_tokens(MARK, own(), tokens(&key, &audiences));
+        let found = shelf.tokens(&MARK, &names(&audiences), start());
+        assert_eq!(found.is_some(), kept);
+    }
+    assert!(shelf.inner.content().is_empty());
+}
+
+#[test]
+fn tokens_are_written_up_to_a_limit() {
+    let key = TokenKey::new();
+    let long = "x".repeat(TOKENS / 2);
+    let mut content = content(&Authority::new(DOMAIN));
+    let token = key.token("/svc/foo", &[&long], start() + HOUR);
+    for number in 0..1000_u16 {
+        let mut mark = [9; 32];
+        mark[..2].copy_from_slice(&number.to_be_bytes());
+        let tokens = Tokens {
+            asked: start(),
+            svids: vec![token.clone()],
+        };
+        let kept = Kept {
+            process: process(i32::from(number)),
+            not_after: token.not_after,
+            what: Arc::new(tokens),
+        };
+        content.tokens.put(mark, kept);
+    }
+    let bytes = record::encode(&origin("a", "t"), &content);
+    assert!(
+        bytes.expose().len() < 6 * 1024 * 1024,
+        "{}",
+        bytes.expose().len()
+    );
+    let (_, read) = record::decode(&bytes, start()).unwrap();
+    assert_eq!(read.svids.len(), 1);
+    assert!(read.tokens.len() > 300, "{}", read.tokens.len());
 }

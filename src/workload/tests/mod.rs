@@ -5,11 +5,21 @@ mod cache;
 mod crl;
 mod issue;
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use serde_json::{Value, json};
+
+use super::Bundles;
+use super::jwt::JwtSvid;
 use crate::crypto::{KeyAlgorithm, PrivateKey};
 use crate::embedded::ca::mint::{Issuer, Subject, Template, serial, uri};
 use crate::pb::types::{CaKeySet, CertAuthoritySpecV2, CertAuthorityV2, TlsKeyPair};
+use crate::spiffe::TrustDomain;
+use crate::spiffe::jwt::JwtBundle;
 use x509_cert::ext::pkix::KeyUsages;
 use x509_cert::name::RdnSequence;
 
@@ -124,5 +134,45 @@ pub(crate) fn message(domain: &str, authorities: &[&Authority]) -> CertAuthority
             ..CertAuthoritySpecV2::default()
         }),
         ..CertAuthorityV2::default()
+    }
+}
+
+/// A key that signs JWT-SVIDs.
+#[derive(Debug)]
+pub(crate) struct TokenKey(PrivateKey);
+
+impl TokenKey {
+    pub(crate) fn new() -> Self {
+        Self(PrivateKey::generate(KeyAlgorithm::Rsa2048).unwrap())
+    }
+
+    fn bundle(&self) -> JwtBundle {
+        JwtBundle::from_pems([self.0.public_pem().as_str()]).unwrap()
+    }
+
+    /// Bundles of [`DOMAIN`] in which it is.
+    pub(crate) fn bundles(&self) -> Arc<Bundles> {
+        let domain = TrustDomain::new(DOMAIN).unwrap();
+        let authority = Authority::new(DOMAIN).der.into();
+        let bundles = Bundles::restored(domain, &authority, self.bundle(), BTreeMap::new());
+        Arc::new(bundles.unwrap())
+    }
+
+    /// A JWT-SVID for `audiences`.
+    pub(crate) fn token(&self, path: &str, audiences: &[&str], not_after: SystemTime) -> JwtSvid {
+        let keys: Value = serde_json::from_slice(&self.bundle().jwks()).unwrap();
+        let id = format!("spiffe://{DOMAIN}{path}");
+        let expires = not_after.duration_since(SystemTime::UNIX_EPOCH).unwrap();
+        let header = json!({ "alg": "RS256", "kid": keys["keys"][0]["kid"], "typ": "JWT" });
+        let claims = json!({ "sub": id, "aud": audiences, "exp": expires.as_secs() });
+        let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
+        let signed = format!("{}.{}", part(&header), part(&claims));
+        let signature = URL_SAFE_NO_PAD.encode(self.0.sign(signed.as_bytes()).unwrap());
+        JwtSvid {
+            id: id.parse().unwrap(),
+            token: format!("{signed}.{signature}"),
+            hint: String::new(),
+            not_after: SystemTime::UNIX_EPOCH + Duration::from_secs(expires.as_secs()),
+        }
     }
 }
