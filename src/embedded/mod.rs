@@ -9,6 +9,7 @@
 //! - [`resources`]: resource files, checked and applied as `tctl create` does.
 //! - [`discovery`]: EKS clusters that become resources.
 //! - `federation`: the trust bundles of other trust domains.
+//! - `desk`: resources read and written over gRPC, by whom a role lets.
 //! - [`workload_identity`]: who may have which SVID, and the making of it.
 //! - [`audit`]: one JSON line for each join, certificate, refusal and administrative change.
 //! - [`auth`]: joins, certificates, authorities and what else agents call.
@@ -25,6 +26,7 @@ pub mod auth;
 pub mod ca;
 pub mod caller;
 mod cluster;
+mod desk;
 pub mod discovery;
 mod federation;
 mod files;

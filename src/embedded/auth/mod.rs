@@ -34,6 +34,7 @@ pub use crate::refusal::Refusal;
 
 use super::ClusterState;
 use super::caller::Caller;
+use super::federation::Federations;
 use crate::join::verify::{World, WorldError};
 use crate::pb::proto::auth_service_server::AuthServiceServer;
 use crate::pb::proto::join_service_server::JoinServiceServer;
@@ -75,6 +76,9 @@ const MAX_HEARTBEAT: usize = 64 * 1024;
 /// The largest question about something that has a name.
 const MAX_QUESTION: usize = 16 * 1024;
 
+/// The largest federation: the bundle of a big trust domain may stand in it.
+const MAX_FEDERATION: usize = 1024 * 1024;
+
 /// How much of a client's description of itself is kept, in characters.
 const MAX_AGENT: usize = 256;
 
@@ -104,7 +108,9 @@ pub fn routes(
     let heartbeats = BotInstanceServiceServer::new(auth.clone());
     let presence = PresenceServiceServer::new(auth.clone());
     let config = ClusterConfigServiceServer::new(auth.clone());
-    let federations = SpiffeFederationServiceServer::new(auth.clone());
+    let federations = SpiffeFederationServiceServer::new(Federations {
+        state: Arc::clone(state),
+    });
     let trust = TrustServiceServer::new(auth.clone());
     let auth = AuthServiceServer::new(auth);
     let mut routes = AuthRoutes {
@@ -113,7 +119,9 @@ pub fn routes(
             .add_service(checked(join.clone()))
             .add_service(checked(heartbeats.max_decoding_message_size(MAX_HEARTBEAT)))
             .add_service(checked(config.max_decoding_message_size(MAX_QUESTION)))
-            .add_service(checked(federations.max_decoding_message_size(MAX_QUESTION)))
+            .add_service(checked(
+                federations.max_decoding_message_size(MAX_FEDERATION),
+            ))
             .add_service(checked(presence.max_decoding_message_size(MAX_QUESTION))),
         join: Routes::default().add_service(join),
     };

@@ -5,10 +5,10 @@ use tonic::{Request, Response, Status};
 use super::watch::Watched;
 use super::{Auth, Refusal, WhileAllowed, authorize, blocking, caller, served, user_agent};
 use crate::crypto::pem;
+use crate::embedded::SERVER_VERSION;
 use crate::embedded::ca::AuthorityType;
 use crate::embedded::caller::{Caller, TlsIdentity};
 use crate::embedded::store::Tx;
-use crate::embedded::{SERVER_VERSION, federation};
 use crate::pb::proto::auth_service_server::AuthService;
 use crate::pb::proto::{
     Certs, Event, GetClusterCaCertResponse, GetRoleRequest, ListResourcesRequest,
@@ -16,8 +16,6 @@ use crate::pb::proto::{
 };
 use crate::pb::teleport::clusterconfig::v1::GetAuthPreferenceRequest;
 use crate::pb::teleport::clusterconfig::v1::cluster_config_service_server::ClusterConfigService;
-use crate::pb::teleport::machineid::v1 as machineid;
-use crate::pb::teleport::machineid::v1::spiffe_federation_service_server::SpiffeFederationService;
 use crate::pb::teleport::presence::v1 as presence;
 use crate::pb::teleport::presence::v1::presence_service_server::PresenceService;
 use crate::pb::teleport::trust::v1 as trust;
@@ -272,36 +270,6 @@ impl PresenceService for Auth {
         Ok(Response::new(
             presence::ListRemoteClustersResponse::default(),
         ))
-    }
-}
-
-#[tonic::async_trait]
-impl SpiffeFederationService for Auth {
-    async fn get_spiffe_federation(
-        &self,
-        request: Request<machineid::GetSpiffeFederationRequest>,
-    ) -> Result<Response<machineid::SpiffeFederation>, Status> {
-        self.authorized(caller(&request)?).await?;
-        let (store, name) = (self.state.store.clone(), request.into_inner().name);
-        let found = blocking(move || {
-            let found = store.get(federation::KIND, &name)?;
-            found.ok_or_else(|| {
-                Refusal::not_found(format!("{} {name:?} is not found", federation::KIND))
-            })
-        });
-        Ok(Response::new(federation::to_message(&found.await?)))
-    }
-
-    async fn list_spiffe_federations(
-        &self,
-        request: Request<machineid::ListSpiffeFederationsRequest>,
-    ) -> Result<Response<machineid::ListSpiffeFederationsResponse>, Status> {
-        self.authorized(caller(&request)?).await?;
-        let (store, request) = (self.state.store.clone(), request.into_inner());
-        let page = blocking(move || {
-            store.transaction(|tx| Ok::<_, Refusal>(federation::page(tx, &request)?))
-        });
-        Ok(Response::new(page.await?))
     }
 }
 

@@ -794,15 +794,16 @@ async fn watchers_hear_of_federations_and_others_list_them() {
         (2, "b.example")
     );
 
+    let service = Federations {
+        state: Arc::clone(&lab.auth.state),
+    };
     let list = async |page_size, page_token: &str| {
         let request = machineid::ListSpiffeFederationsRequest {
             page_size,
             page_token: page_token.to_owned(),
         };
-        let answer = lab
-            .auth
-            .list_spiffe_federations(lab.from(Some(&own), request))
-            .await;
+        let request = lab.from(Some(&own), request);
+        let answer = service.list_spiffe_federations(request).await;
         let page = answer.unwrap().into_inner();
         let names = page.spiffe_federations.into_iter();
         let names = names.map(|one| one.metadata.unwrap().name);
@@ -818,7 +819,7 @@ async fn watchers_hear_of_federations_and_others_list_them() {
     let get = async |by, name: &str| {
         let name = name.to_owned();
         let request = lab.from(by, machineid::GetSpiffeFederationRequest { name });
-        let answer = lab.auth.get_spiffe_federation(request).await;
+        let answer = service.get_spiffe_federation(request).await;
         answer.map_err(|status| status.code())
     };
     assert!(get(Some(&own), "a.example").await.is_ok());

@@ -20,6 +20,7 @@ use x509_cert::ext::pkix::{
     SubjectAltName, SubjectKeyIdentifier,
 };
 use x509_cert::name::{RdnSequence, RelativeDistinguishedName};
+use x509_cert::request::{self, CertReq, CertReqInfo};
 use x509_cert::serial_number::SerialNumber;
 use x509_cert::spki::SubjectPublicKeyInfoOwned;
 use x509_cert::time::{Time, Validity};
@@ -147,6 +148,27 @@ impl Template<'_> {
         }
         Ok(list)
     }
+}
+
+/// A request (PKCS#10) for a certificate with this subject for `key`, which signs it; DER. It asks for
+/// no extensions: those of an authority are its issuer's business.
+///
+/// # Errors
+/// [`MintError`] if the key cannot sign.
+pub fn request(subject: &RdnSequence, key: &PrivateKey) -> Result<Vec<u8>, MintError> {
+    let info = CertReqInfo {
+        version: request::Version::V1,
+        subject: subject.clone(),
+        public_key: SubjectPublicKeyInfoOwned::from_der(&key.public_spki())?,
+        attributes: SetOfVec::new(),
+    };
+    let signature = key.sign(&info.to_der()?)?;
+    let request = CertReq {
+        info,
+        algorithm: key.signature_algorithm(),
+        signature: BitString::from_bytes(&signature)?,
+    };
+    Ok(request.to_der()?)
 }
 
 /// The key identifier of a SubjectPublicKeyInfo: the first 160 bits of SHA-256 over the key's

@@ -5,9 +5,9 @@ use prost_types::Timestamp;
 use serde_json::Value;
 
 use super::KIND;
+use crate::embedded::desk::metadata;
 use crate::embedded::instant::parse_rfc3339;
 use crate::embedded::store::{Resource, StoreError, Tx};
-use crate::pb::teleport::header::v1::Metadata;
 use crate::pb::teleport::machineid::v1 as wire;
 
 /// The resource on the wire. What a source has that the wire has no field for (`https_spiffe`) is left
@@ -21,14 +21,7 @@ pub(in crate::embedded) fn to_message(resource: &Resource) -> wire::SpiffeFedera
         kind: resource.kind.clone(),
         sub_kind: resource.sub_kind.clone(),
         version: resource.version.clone(),
-        metadata: Some(Metadata {
-            name: resource.name.clone(),
-            description: resource.description.clone(),
-            labels: resource.labels.clone().into_iter().collect(),
-            expires: resource.expires.map(Timestamp::from),
-            revision: resource.revision.clone(),
-            ..Metadata::default()
-        }),
+        metadata: Some(metadata(resource)),
         spec: Some(wire::SpiffeFederationSpec {
             bundle_source: resource.spec.get("bundle_source").map(source),
         }),

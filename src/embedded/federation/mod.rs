@@ -7,6 +7,7 @@
 mod fetch;
 mod message;
 mod schedule;
+mod service;
 pub(super) mod source;
 mod verify;
 
@@ -32,6 +33,7 @@ use source::{Source, SourceError};
 
 pub(super) use fetch::Network;
 pub(super) use message::{page, to_message};
+pub(super) use service::Federations;
 
 /// The kind of the resource; its name is the trust domain.
 pub(super) const KIND: &str = "spiffe_federation";

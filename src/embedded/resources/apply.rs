@@ -405,14 +405,14 @@ fn notes(tx: &Tx<'_>, resource: &Resource) -> Result<Vec<String>, StoreError> {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verb {
+pub(in crate::embedded) enum Verb {
     Create,
     Update,
     Delete,
 }
 
 /// The audit event of a change; `None` for kinds whose owner's event says it all.
-pub(super) fn event(resource: &Resource, verb: Verb, by: &str) -> Option<Value> {
+pub(in crate::embedded) fn event(resource: &Resource, verb: Verb, by: &str) -> Option<Value> {
     let [create, update, delete] = match resource.kind.as_str() {
         "bot" => [
             ("bot.create", "TB001I"),
@@ -516,6 +516,9 @@ pub(super) fn event(resource: &Resource, verb: Verb, by: &str) -> Option<Value> 
         }
         "kube_cluster" if verb != Verb::Delete => {
             set(&mut event, "kube_labels", json!(resource.labels));
+        }
+        "workload_identity_x509_revocation" if verb != Verb::Delete => {
+            set(&mut event, "reason", spec("reason"));
         }
         "workload_identity" if verb != Verb::Delete => {
             set(&mut event, "workload_identity_data", view(resource));

@@ -29,6 +29,7 @@ use crate::join::verify::set;
 use crate::yaml::{self, Fields, Node, Problems, Severity};
 
 pub use apply::{Applied, ApplyError, Mode, SPENT_BY, apply, remove, seed, spent};
+pub(super) use apply::{Verb, event};
 pub use bot::user_name as bot_user_name;
 pub use reconcile::{Change, reconcile};
 pub(in crate::embedded) use role::labels as selector;

@@ -16,15 +16,17 @@ pub mod decision;
 pub mod expression;
 pub mod issue;
 pub(in crate::embedded) mod issuer_override;
+mod override_service;
 pub mod resource;
 mod resource_service;
 mod revocation;
+mod revocation_service;
 pub mod rules;
 mod service;
 pub mod template;
 
 #[cfg(test)]
-pub(in crate::embedded) use service::tests::state as a_cluster;
+pub(in crate::embedded) use service::tests::{caller_with, state as a_cluster, with};
 
 use std::sync::Arc;
 
@@ -36,14 +38,13 @@ use crate::pb::teleport::workloadidentity::v1 as wire;
 use wire::workload_identity_issuance_service_server::WorkloadIdentityIssuanceServiceServer;
 use wire::workload_identity_resource_service_server::WorkloadIdentityResourceServiceServer;
 use wire::workload_identity_revocation_service_server::WorkloadIdentityRevocationServiceServer;
+use wire::x509_overrides_service_server::X509OverridesServiceServer;
 
 /// The largest request for SVIDs: attributes of a workload, of which signatures of its image are
 /// the largest part.
 const MAX_ISSUANCE: usize = 1024 * 1024;
-/// The largest workload identity.
+/// The largest workload identity, revocation or set of overrides.
 const MAX_RESOURCE: usize = 256 * 1024;
-/// The largest request that asks for nothing in particular.
-const MAX_QUESTION: usize = 16 * 1024;
 
 /// Adds the services of workload identity to those behind mutual TLS.
 ///
@@ -57,8 +58,12 @@ pub fn add_services(routes: Routes, state: &Arc<ClusterState>) -> Routes {
     });
     let revocation = revocation::Revocation::start(state);
     let revocation = WorkloadIdentityRevocationServiceServer::new(revocation);
+    let overrides = X509OverridesServiceServer::new(override_service::Overrides {
+        state: Arc::clone(state),
+    });
     routes
         .add_service(checked(issuance.max_decoding_message_size(MAX_ISSUANCE)))
+        .add_service(checked(overrides.max_decoding_message_size(MAX_RESOURCE)))
         .add_service(checked(resources.max_decoding_message_size(MAX_RESOURCE)))
-        .add_service(checked(revocation.max_decoding_message_size(MAX_QUESTION)))
+        .add_service(checked(revocation.max_decoding_message_size(MAX_RESOURCE)))
 }

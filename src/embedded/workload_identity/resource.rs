@@ -10,9 +10,9 @@ use prost_types::value::Kind;
 use serde_json::{Map, Value, json};
 
 use super::expression::Expression;
+use crate::embedded::desk::metadata;
 use crate::embedded::instant::from_wire;
 use crate::embedded::store::Resource;
-use crate::pb::teleport::header::v1::Metadata;
 use crate::pb::teleport::workloadidentity::v1 as wire;
 use crate::yaml::duration;
 use wire::workload_identity_condition::Operator;
@@ -220,14 +220,7 @@ pub fn to_message(resource: &Resource) -> Checked<wire::WorkloadIdentity> {
         kind: KIND.to_owned(),
         sub_kind: resource.sub_kind.clone(),
         version: resource.version.clone(),
-        metadata: Some(Metadata {
-            name: resource.name.clone(),
-            description: resource.description.clone(),
-            labels: resource.labels.clone().into_iter().collect(),
-            expires: resource.expires.map(prost_types::Timestamp::from),
-            revision: resource.revision.clone(),
-            ..Metadata::default()
-        }),
+        metadata: Some(metadata(resource)),
         spec: Some(spec_from_json(&resource.spec)?),
         scope: String::new(),
     })

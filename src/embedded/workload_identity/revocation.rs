@@ -6,30 +6,23 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use async_trait::async_trait;
 use der::Encode as _;
 use der::asn1::{BitString, OctetString, Uint};
 use tokio::sync::{broadcast, watch};
-use tokio_stream::StreamExt as _;
-use tokio_stream::wrappers::WatchStream;
 use tokio_util::task::AbortOnDropHandle;
-use tonic::{Request, Response, Status};
 use x509_cert::Version;
 use x509_cert::crl::{CertificateList, RevokedCert, TbsCertList};
 use x509_cert::ext::pkix::{AuthorityKeyIdentifier, CrlNumber};
 use x509_cert::serial_number::SerialNumber;
 
 use crate::embedded::ClusterState;
-use crate::embedded::auth::{WhileAllowed, authorize, blocking, caller};
 use crate::embedded::ca::mint::{self, Issuer, MintError};
 use crate::embedded::ca::{AuthorityError, AuthorityType};
 use crate::embedded::instant::parse_rfc3339;
 use crate::embedded::store::{Change, Resource, StoreError};
-use crate::pb::teleport::workloadidentity::v1 as wire;
-use wire::workload_identity_revocation_service_server::WorkloadIdentityRevocationService;
 
 /// The kind of a revocation.
-const KIND: &str = "workload_identity_x509_revocation";
+pub(super) const KIND: &str = "workload_identity_x509_revocation";
 /// How long changes are gathered before the list is signed again.
 const GATHER: Duration = Duration::from_secs(5);
 /// How long a list is good. Long, because changes are pushed, and a cluster that is away for a
@@ -51,13 +44,13 @@ pub(super) enum CrlError {
     Mint(#[from] MintError),
 }
 
-type Current = Option<Arc<Vec<u8>>>;
+pub(super) type Current = Option<Arc<Vec<u8>>>;
 
 /// The revocation service of one cluster.
 #[derive(Debug, Clone)]
 pub(super) struct Revocation {
-    state: Arc<ClusterState>,
-    current: watch::Receiver<Current>,
+    pub(super) state: Arc<ClusterState>,
+    pub(super) current: watch::Receiver<Current>,
     _signer: Arc<AbortOnDropHandle<()>>,
 }
 
@@ -71,29 +64,6 @@ impl Revocation {
             current,
             _signer: Arc::new(AbortOnDropHandle::new(signer)),
         }
-    }
-}
-
-#[async_trait]
-impl WorkloadIdentityRevocationService for Revocation {
-    type StreamSignedCRLStream = WhileAllowed<wire::StreamSignedCrlResponse>;
-
-    async fn stream_signed_crl(
-        &self,
-        request: Request<wire::StreamSignedCrlRequest>,
-    ) -> Result<Response<Self::StreamSignedCRLStream>, Status> {
-        let caller = caller(&request)?;
-        let (state, who) = (Arc::clone(&self.state), caller.clone());
-        blocking(move || authorize(&state, &who)).await?;
-        let lists = WatchStream::new(self.current.clone());
-        let messages = lists.filter_map(|list| {
-            list.map(|list| Ok(wire::StreamSignedCrlResponse { crl: list.to_vec() }))
-        });
-        Ok(Response::new(WhileAllowed::new(
-            &self.state,
-            caller,
-            messages,
-        )))
     }
 }
 
@@ -203,6 +173,8 @@ mod tests {
     use std::process::Command;
 
     use serde_json::json;
+    use tokio_stream::StreamExt as _;
+    use tokio_stream::wrappers::WatchStream;
 
     use super::*;
     use crate::clock::Clock;

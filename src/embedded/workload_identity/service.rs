@@ -17,9 +17,10 @@ use super::issuer_override;
 use super::resource::{KIND, spec_from_json};
 use crate::embedded::ClusterState;
 use crate::embedded::access::{Access, matches};
-use crate::embedded::auth::{Refusal, authorize, blocking, caller};
+use crate::embedded::auth::{Refusal, blocking, caller};
 use crate::embedded::ca::AuthorityType;
 use crate::embedded::caller::{Caller, TlsIdentity};
+use crate::embedded::desk::{admit, who};
 use crate::embedded::store::Resource;
 use crate::pb::teleport::workloadidentity::v1 as wire;
 use crate::spiffe::{SpiffeId, TrustDomain};
@@ -78,24 +79,6 @@ struct Run<'a> {
     attrs: Attrs,
     requested: Duration,
     now: SystemTime,
-}
-
-/// The caller's identity and rights; a caller without all of `verbs` is refused.
-pub(super) fn admit(
-    state: &ClusterState,
-    caller: &Caller,
-    verbs: &[&str],
-) -> Result<(TlsIdentity, Access), Refusal> {
-    let identity = authorize(state, caller)?;
-    let access = state
-        .store
-        .transaction(|tx| Access::of(tx, &identity.roles))?;
-    match verbs.iter().find(|verb| !access.may(KIND, verb)) {
-        None => Ok((identity, access)),
-        Some(verb) => Err(Refusal::denied(format!(
-            "access denied to perform action {verb:?} on {KIND:?}: give the bot a role that allows it"
-        ))),
-    }
 }
 
 #[async_trait]
@@ -216,7 +199,7 @@ impl<'a> Run<'a> {
         workload: Option<&wire::WorkloadAttrs>,
         requested: Option<prost_types::Duration>,
     ) -> Result<Self, Refusal> {
-        let (identity, access) = admit(state, caller, verbs)?;
+        let (identity, access) = admit(state, caller, KIND, verbs)?;
         let requested = Duration::try_from(requested.unwrap_or_default())
             .map_err(|_negative| Refusal::bad_parameter("requested_ttl: must not be negative"))?;
         let user = state.store.get("user", &identity.user)?;
@@ -357,24 +340,6 @@ fn nullable(names: &[String]) -> Value {
     } else {
         json!(names)
     }
-}
-
-/// The members of an audit event that tell who called; empty ones are left out.
-pub(super) fn who(caller: &Caller, identity: &TlsIdentity) -> Map<String, Value> {
-    let kind = if identity.bot_name.is_empty() { 1 } else { 2 };
-    let mut members = Map::from_iter([("user_kind".to_owned(), json!(kind))]);
-    for (key, text) in [
-        ("addr.remote", caller.addr.to_string()),
-        ("user", identity.user.clone()),
-        ("impersonator", identity.impersonator.clone()),
-        ("bot_name", identity.bot_name.clone()),
-        ("bot_instance_id", identity.bot_instance_id.clone()),
-    ] {
-        if !text.is_empty() {
-            members.insert(key.to_owned(), json!(text));
-        }
-    }
-    members
 }
 
 impl From<IssueError> for Refusal {

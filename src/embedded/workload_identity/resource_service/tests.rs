@@ -4,8 +4,9 @@ use serde_json::Value;
 use tonic::Code;
 
 use super::*;
+use crate::embedded::caller::Caller;
 use crate::embedded::resources::Mode;
-use crate::embedded::workload_identity::service::tests::{caller_with, state};
+use crate::embedded::workload_identity::service::tests::{caller_with, state, with};
 
 const EDITOR: &str = "
 kind: role
@@ -23,12 +24,6 @@ fn service() -> (Resources, Caller, Caller) {
     let editor = caller_with(&state, &["editor"]);
     let reader = caller_with(&state, &["reader"]);
     (Resources { state }, editor, reader)
-}
-
-fn with<T>(caller: &Caller, message: T) -> Request<T> {
-    let mut request = Request::new(message);
-    request.extensions_mut().insert(caller.clone());
-    request
 }
 
 fn message(name: &str, id: &str) -> wire::WorkloadIdentity {

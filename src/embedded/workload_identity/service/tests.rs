@@ -92,10 +92,14 @@ pub(in crate::embedded) fn state() -> Arc<ClusterState> {
     Arc::new(state)
 }
 
-pub(in crate::embedded::workload_identity) fn caller_with(
-    state: &ClusterState,
-    roles: &[&str],
-) -> Caller {
+/// A request of `caller`.
+pub(in crate::embedded) fn with<T>(caller: &Caller, message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.extensions_mut().insert(caller.clone());
+    request
+}
+
+pub(in crate::embedded) fn caller_with(state: &ClusterState, roles: &[&str]) -> Caller {
     Caller {
         addr: "127.0.0.1:1234".parse().unwrap(),
         listener: Listener::Auth,
