@@ -9,14 +9,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use aws_lc_rs::digest;
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, Semaphore};
+use tokio::time::timeout;
 
 /// The default limit, in bytes.
 const DEFAULT_LIMIT: u64 = 1 << 30;
-/// The longest one file is read: a network file system must not hold callers for ever.
+/// The longest that a caller waits: a network file system must not hold callers for ever.
 const PATIENCE: Duration = Duration::from_secs(15);
 /// Hashes that are remembered. A host runs fewer different programs that ask for SVIDs.
 const REMEMBERED: usize = 1024;
+/// Files that are read at a time. A read from a file system that hangs keeps its thread, and threads
+/// are for other work too.
+const READERS: usize = 32;
 /// How much is read at once, in bytes.
 const CHUNK: usize = 64 * 1024;
 
@@ -86,6 +90,7 @@ type Slot = Arc<OnceCell<String>>;
 pub(super) struct Hasher {
     limit: Limit,
     known: Mutex<HashMap<Fingerprint, Slot>>,
+    readers: Arc<Semaphore>,
 }
 
 impl Hasher {
@@ -93,6 +98,7 @@ impl Hasher {
         Self {
             limit,
             known: Mutex::new(HashMap::new()),
+            readers: Arc::new(Semaphore::new(READERS)),
         }
     }
 
@@ -112,11 +118,23 @@ impl Hasher {
                 limit: self.limit,
             });
         }
-        // A failure is not remembered: the next caller tries again.
-        self.slot(fingerprint)
-            .get_or_try_init(|| computed(file, self.limit))
-            .await
-            .cloned()
+        // A failure is not remembered: the next caller tries again, for what is left of its time.
+        let slot = self.slot(fingerprint);
+        let hash = slot.get_or_try_init(|| self.computed(file));
+        let hash = timeout(PATIENCE, hash).await;
+        hash.map_err(|_elapsed| HashError::TooSlow)?.cloned()
+    }
+
+    async fn computed(&self, file: File) -> Result<String, HashError> {
+        let reader = Arc::clone(&self.readers).acquire_owned().await;
+        let stop = Stop(Arc::new(AtomicBool::new(false)));
+        let (flag, limit) = (Arc::clone(&stop.0), self.limit);
+        let reading = tokio::task::spawn_blocking(move || {
+            let hash = read(file, limit, &flag);
+            drop(reader);
+            hash
+        });
+        reading.await.map_err(io::Error::other)?
     }
 
     fn slot(&self, fingerprint: Fingerprint) -> Slot {
@@ -151,16 +169,6 @@ impl Drop for Stop {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
-}
-
-async fn computed(file: File, limit: Limit) -> Result<String, HashError> {
-    let stop = Stop(Arc::new(AtomicBool::new(false)));
-    let flag = Arc::clone(&stop.0);
-    let reading = tokio::task::spawn_blocking(move || read(file, limit, &flag));
-    tokio::time::timeout(PATIENCE, reading)
-        .await
-        .map_err(|_elapsed| HashError::TooSlow)?
-        .map_err(io::Error::other)?
 }
 
 fn read(mut file: impl Read, limit: Limit, stop: &AtomicBool) -> Result<String, HashError> {
@@ -267,6 +275,76 @@ mod tests {
         let planted = Arc::new(OnceCell::new_with(Some("planted".to_owned())));
         hasher.known.lock().unwrap().insert(key, planted);
         assert_eq!(hash(&hasher, opened()).await.unwrap(), "planted");
+    }
+
+    /// A file system that hangs: reading it ends with the writer.
+    fn hanging(inode: u64) -> (File, std::io::PipeWriter, Fingerprint) {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let fingerprint = Fingerprint {
+            device: 0,
+            inode,
+            size: 1,
+            modified: (0, 0),
+            changed: (0, 0),
+        };
+        (
+            File::from(std::os::fd::OwnedFd::from(reader)),
+            writer,
+            fingerprint,
+        )
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_file_holds_each_caller_for_its_time_and_nobody_else() {
+        let hasher = Arc::new(Hasher::new(Limit::default()));
+        let (mut callers, mut writers) = (tokio::task::JoinSet::new(), Vec::new());
+        let began = tokio::time::Instant::now();
+        // Three processes of one program.
+        for _ in 0..3 {
+            let (file, writer, fingerprint) = hanging(1);
+            writers.push(writer);
+            let hasher = Arc::clone(&hasher);
+            callers.spawn(async move { hasher.hash(file, fingerprint).await });
+        }
+        let (_kept, opened) = file(b"program");
+        let other = hash(&hasher, opened).await;
+        assert_eq!(other.unwrap(), sha256_hex(b"program"));
+        assert_eq!(
+            began.elapsed(),
+            Duration::ZERO,
+            "nobody waits for strangers"
+        );
+        // Reading threads keep the paused clock from moving by itself.
+        tokio::time::advance(PATIENCE.mul_f64(0.9)).await;
+        assert!(callers.try_join_next().is_none());
+        tokio::time::advance(PATIENCE.mul_f64(0.2)).await;
+        while let Some(ended) = callers.join_next().await {
+            assert!(matches!(ended.unwrap(), Err(HashError::TooSlow)));
+        }
+        assert!(began.elapsed() < PATIENCE * 2, "not one after another");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn files_that_hang_take_a_few_threads_only() {
+        let hasher = Arc::new(Hasher::new(Limit::default()));
+        let (mut callers, mut writers) = (tokio::task::JoinSet::new(), Vec::new());
+        for number in 0..READERS + 8 {
+            let (file, writer, fingerprint) = hanging(number as u64);
+            writers.push(writer);
+            let hasher = Arc::clone(&hasher);
+            callers.spawn(async move { hasher.hash(file, fingerprint).await });
+        }
+        while hasher.readers.available_permits() > 0 {
+            tokio::task::yield_now().await;
+        }
+        tokio::time::advance(PATIENCE * 2).await;
+        while let Some(ended) = callers.join_next().await {
+            assert!(matches!(ended.unwrap(), Err(HashError::TooSlow)));
+        }
+        assert_eq!(hasher.readers.available_permits(), 0, "they hang still");
+        drop(writers);
+        let (_kept, opened) = file(b"program");
+        assert!(hash(&hasher, opened).await.is_ok(), "threads came back");
     }
 
     #[tokio::test]
