@@ -60,6 +60,22 @@ struct Manifest {
     manifests: Vec<Descriptor>,
 }
 
+impl Manifest {
+    /// The layers that cosign signed, as many as are looked at.
+    fn signed_layers(&self) -> impl Iterator<Item = &Descriptor> {
+        let layers = self.layers.iter();
+        let signed = layers.filter(|layer| layer.media_type == SIMPLE_SIGNING);
+        signed.take(MAX_PAYLOADS)
+    }
+
+    /// The bundles that an index lists, as many as are looked at.
+    fn artifacts(&self) -> impl Iterator<Item = &Descriptor> {
+        let artifacts = self.manifests.iter();
+        let bundles = artifacts.filter(|artifact| artifact.artifact_type.starts_with(BUNDLE));
+        bundles.take(MAX_PAYLOADS)
+    }
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Descriptor {
@@ -131,12 +147,8 @@ async fn signed(
         return Ok(Vec::new());
     };
     let manifest = parsed(&tag, &bytes)?;
-    let layers = manifest.layers.iter();
     let mut payloads = Vec::new();
-    for layer in layers
-        .filter(|layer| layer.media_type == SIMPLE_SIGNING)
-        .take(MAX_PAYLOADS)
-    {
+    for layer in manifest.signed_layers() {
         let envelope = read(repository, layer).await?;
         let annotations = layer.annotations.clone().unwrap_or_default();
         let bundle = bundle::from_annotations(&annotations, &envelope).map_err(|source| {
@@ -167,12 +179,8 @@ async fn referring(
         return Ok(Vec::new());
     };
     let index = parsed(digest, &index)?;
-    let artifacts = index.manifests.iter();
     let mut payloads = Vec::new();
-    for artifact in artifacts
-        .filter(|artifact| artifact.artifact_type.starts_with(BUNDLE))
-        .take(MAX_PAYLOADS)
-    {
+    for artifact in index.artifacts() {
         let reference = &artifact.digest;
         let form = |problem: String| DiscoveryError::Form {
             reference: reference.clone(),
@@ -225,4 +233,73 @@ async fn read(repository: &Repository<'_>, layer: &Descriptor) -> Result<Vec<u8>
         )));
     }
     Ok(repository.blob(&layer.digest, MAX_LAYER).await?.to_vec())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INDEX: &str = r#"{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json",
+        "manifests":[{"mediaType":"application/vnd.oci.image.manifest.v1+json","size":7,
+        "artifactType":"application/vnd.dev.sigstore.bundle.v0.3+json",
+        "digest":"sha256:4dc4709783aa6bb9bacab387e8bafcdb55e1f96629bdb984a175a2cfd647fbd6"}]}"#;
+    const MANIFEST: &str = r#"{"schemaVersion":2,"config":{"digest":"sha256:00","size":2},
+        "layers":[{"mediaType":"application/vnd.dev.cosign.simplesigning.v1+json","size":242,
+        "digest":"sha256:4dc4709783aa6bb9bacab387e8bafcdb55e1f96629bdb984a175a2cfd647fbd6",
+        "annotations":{"dev.cosignproject.cosign/signature":"c2ln"}}]}"#;
+
+    /// What is asked for of all that a registry lists.
+    fn wanted(bytes: &[u8]) -> Vec<String> {
+        let Ok(manifest) = parsed("sample", bytes) else {
+            return Vec::new();
+        };
+        let artifacts = manifest.artifacts().map(|one| &one.digest);
+        let layers = manifest.signed_layers().map(|one| &one.digest);
+        let all = artifacts.chain(layers).cloned();
+        all.collect()
+    }
+
+    #[test]
+    fn samples_are_read() {
+        for sample in [INDEX, MANIFEST] {
+            let digests = wanted(sample.as_bytes());
+            assert!(
+                matches!(&*digests, [digest] if is_digest(digest)),
+                "{digests:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn fuzz_manifests_and_indexes() {
+        let check = bolero::check!().with_type::<(bool, Vec<(u16, u8, u8)>)>();
+        check.for_each(|(index, edits)| {
+            let sample = if *index { INDEX } else { MANIFEST };
+            let mut bytes = sample.as_bytes().to_vec();
+            for (place, octet, how) in edits.iter().take(6) {
+                let at = usize::from(*place) % bytes.len().max(1);
+                match how % 4 {
+                    0 => bytes.truncate(at),
+                    // The same again and again: lists that are long.
+                    1 => {
+                        let part: Vec<u8> = bytes.iter().copied().skip(at).take(400).collect();
+                        for _ in 0..*octet {
+                            bytes.splice(at..at, part.iter().copied());
+                        }
+                    }
+                    _ => {
+                        if let Some(byte) = bytes.get_mut(at) {
+                            *byte = *octet;
+                        }
+                    }
+                }
+            }
+            let digests = wanted(&bytes);
+            assert!(
+                digests.len() <= 2 * MAX_PAYLOADS,
+                "{} requests",
+                digests.len()
+            );
+        });
+    }
 }

@@ -162,6 +162,52 @@ mod tests {
     }
 
     #[test]
+    fn fuzz_names_of_images() {
+        const PIECES: &[&str] = &[
+            "docker.io",
+            "library",
+            "registry.example.org",
+            "localhost",
+            "[::1]",
+            "127.0.0.1",
+            "sha256",
+            "4dc4709783aa6bb9bacab387e8bafcdb55e1f96629bdb984a175a2cfd647fbd6",
+            "a1",
+            ":5000",
+            "/",
+            "/",
+            ":",
+            "@",
+            "..",
+            "-",
+            "?",
+            "#",
+            "%2f",
+            "UP",
+            " ",
+            "\r\n",
+            "\u{e9}",
+        ];
+        bolero::check!().with_type::<Vec<u8>>().for_each(|choice| {
+            let pick = |at: &u8| PIECES[usize::from(*at) % PIECES.len()];
+            let text: String = choice.iter().take(24).map(pick).collect();
+            let Some(image) = Reference::parse(&text) else {
+                return;
+            };
+            // Both become parts of addresses, where they must mean nothing else.
+            let address = format!("https://{}/v2/{}/tags", image.registry, image.repository);
+            let address: http::Uri = address.parse().unwrap();
+            assert_eq!(address.authority().unwrap().as_str(), image.registry);
+            assert_eq!(address.path(), format!("/v2/{}/tags", image.repository));
+            assert_eq!(address.query(), None);
+            assert!(!address.path().contains("/../"), "{text}");
+            // What was read is read again as the same.
+            let again = format!("{}/{}", image.registry, image.repository);
+            assert_eq!(Reference::parse(&again), Some(image), "{text}");
+        });
+    }
+
+    #[test]
     fn digests_are_told_from_tags() {
         let hex = "4dc4709783aa6bb9bacab387e8bafcdb55e1f96629bdb984a175a2cfd647fbd6";
         assert!(is_digest(&format!("sha256:{hex}")));

@@ -467,6 +467,7 @@ fn check(digest: &str, bytes: &[u8]) -> Result<(), RegistryError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::env::Env;
 
     #[test]
     fn fuzz_challenges() {
@@ -492,6 +493,59 @@ mod tests {
                 for part in [realm, service] {
                     assert!(text.contains(&part), "{text:?}");
                 }
+            }
+        });
+    }
+
+    #[test]
+    fn fuzz_redirections() {
+        const PIECES: &[&str] = &[
+            "https:",
+            "http:",
+            "//",
+            "/",
+            "\\",
+            "@",
+            "registry.example.org",
+            "cdn.example.org",
+            "?",
+            "#",
+            "..",
+            ":443",
+            ":80",
+            "%0a",
+            "blob",
+        ];
+        let registries = Registries::new(
+            Guard::new(Vec::new()),
+            Keychain::new(None, &Env::default()),
+            Clock::system(),
+        );
+        let repository = std::panic::AssertUnwindSafe(Repository {
+            registries: &registries,
+            tls: Trust::default().web(&registries.clock, &[]).unwrap(),
+            host: "registry.example.org".to_owned(),
+            name: "a1".to_owned(),
+            scheme: Scheme::HTTPS,
+            authorization: None,
+        });
+        let from: Uri = "https://registry.example.org/v2/a1".parse().unwrap();
+        let check = bolero::check!().with_type::<(Vec<u8>, String)>();
+        check.for_each(|(choice, other)| {
+            let pick = |at: &u8| PIECES.get(usize::from(*at) % (PIECES.len() + 1));
+            let pieces = choice.iter().take(12).map(pick);
+            let text: String = pieces
+                .map(|piece| piece.copied().unwrap_or(other))
+                .collect();
+            let Ok(location) = HeaderValue::from_str(&text) else {
+                return;
+            };
+            let answer = Response::builder().header(LOCATION, location);
+            let answer = answer.body(Bytes::new()).unwrap();
+            if let Ok(to) = repository.redirected(&from, &answer) {
+                assert_eq!(to.scheme(), Some(&Scheme::HTTPS), "{text:?}");
+                let host = to.host().unwrap();
+                assert!(!host.is_empty() && text.contains(host) || host == repository.host);
             }
         });
     }
