@@ -6,19 +6,7 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
-use crate::common::{Cluster, OutputText as _, Sandbox};
-
-const RESOURCES: &str = "\
-kind: role
-version: v7
-metadata: {name: access}
-spec: {}
----
-kind: bot
-version: v1
-metadata: {name: example}
-spec: {roles: [access]}
-";
+use crate::common::{Cluster, OutputText as _, PLAIN_BOT, Sandbox};
 
 struct Scene<'a> {
     sandbox: &'a Sandbox,
@@ -28,7 +16,7 @@ struct Scene<'a> {
 impl<'a> Scene<'a> {
     /// A cluster with one token of this section.
     fn new(sandbox: &'a Sandbox, section: &str) -> Self {
-        let cluster = Cluster::start(sandbox, RESOURCES);
+        let cluster = Cluster::start(sandbox, PLAIN_BOT);
         let scene = Self { sandbox, cluster };
         scene.token(section);
         scene

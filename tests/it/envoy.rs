@@ -13,20 +13,11 @@ use tbot::crypto::{pem, x509};
 use tbot::pb::workload_api::{X509svidRequest, X509svidResponse};
 
 use crate::common::{
-    Cluster, Process, Sandbox, Workload, eventually, free_port, repository, skip, venv, wait_until,
+    Cluster, Process, Sandbox, Workload, eventually, free_port, issuing, repository, skip, venv,
+    wait_until,
 };
 
-const RESOURCES: &str = r#"
-kind: role
-version: v7
-metadata: {name: issuer}
-spec: {allow: {workload_identity_labels: {'*': ['*']}, rules: [{resources: [workload_identity], verbs: [read, list]}]}}
----
-kind: bot
-version: v1
-metadata: {name: example}
-spec: {roles: [issuer]}
----
+const IDENTITIES: &str = r#"
 kind: workload_identity
 version: v1
 metadata: {name: envoy}
@@ -72,7 +63,7 @@ impl<'a> Mesh<'a> {
         let everybody = std::fs::Permissions::from_mode(0o755);
         std::fs::set_permissions(sandbox.path(""), everybody).unwrap();
         let mut mesh = Self {
-            cluster: Cluster::start(sandbox, RESOURCES),
+            cluster: Cluster::start(sandbox, &issuing(IDENTITIES)),
             socket: sandbox.path("w.sock"),
             front: free_port(),
             back: free_port(),

@@ -1,23 +1,6 @@
 //! A restart of the agent under a real systemd refuses no connection.
 
-use crate::common::{Cluster, OutputText as _, Sandbox, Systemd, eventually, skip};
-
-const RESOURCES: &str = "\
-kind: role
-version: v7
-metadata: {name: issuer}
-spec: {allow: {workload_identity_labels: {'*': '*'}, rules: [{resources: [workload_identity], verbs: [list, read]}]}}
----
-kind: bot
-version: v1
-metadata: {name: example}
-spec: {roles: [issuer]}
----
-kind: workload_identity
-version: v1
-metadata: {name: foo, labels: {a: b}}
-spec: {spiffe: {id: /svc/foo}}
-";
+use crate::common::{Cluster, OutputText as _, RESOURCES, Sandbox, Systemd, eventually, skip};
 
 /// Connects all the time until `/root/stop` is there; each connection has to be greeted in the end. A
 /// connection that the old process took up at its last moment may be cut off: that is no refusal, and

@@ -5,24 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::common::{Cluster, OutputText as _, Process, Sandbox, eventually};
-
-const RESOURCES: &str = "\
-kind: role
-version: v7
-metadata: {name: issuer}
-spec: {allow: {workload_identity_labels: {'*': '*'}, rules: [{resources: [workload_identity], verbs: [list, read]}]}}
----
-kind: bot
-version: v1
-metadata: {name: example}
-spec: {roles: [issuer]}
----
-kind: workload_identity
-version: v1
-metadata: {name: foo, labels: {a: b}}
-spec: {spiffe: {id: /svc/foo}}
-";
+use crate::common::{Cluster, OutputText as _, Process, RESOURCES, Sandbox, eventually};
 
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;

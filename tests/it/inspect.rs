@@ -5,19 +5,9 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
-use crate::common::{Cluster, OutputText as _, Process, Sandbox, eventually};
+use crate::common::{Cluster, OutputText as _, Process, Sandbox, eventually, issuing};
 
-const RESOURCES: &str = "\
-kind: role
-version: v7
-metadata: {name: issuer}
-spec: {allow: {workload_identity_labels: {'*': '*'}, rules: [{resources: [workload_identity], verbs: [list, read]}]}}
----
-kind: bot
-version: v1
-metadata: {name: example}
-spec: {roles: [issuer]}
----
+const IDENTITIES: &str = "\
 kind: workload_identity
 version: v1
 metadata: {name: foo, labels: {a: b}}
@@ -74,7 +64,7 @@ fn json(output: &Output) -> Value {
 #[test]
 fn what_is_missing_is_explained_to_those_who_may_know() {
     let sandbox = Sandbox::new();
-    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let cluster = Cluster::start(&sandbox, &issuing(IDENTITIES));
     program(&sandbox);
     let _closed = agent(&sandbox, &cluster, "closed", "");
     let _open = agent(&sandbox, &cluster, "open", "  explain: true\n");

@@ -10,20 +10,10 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use serde_json::{Value, json};
 
 use crate::common::{
-    Cluster, OutputText as _, Process, Sandbox, eventually, repository, skip, venv,
+    Cluster, OutputText as _, Process, Sandbox, eventually, issuing, repository, skip, venv,
 };
 
-const RESOURCES: &str = r"
-kind: role
-version: v7
-metadata: {name: issuer}
-spec: {allow: {workload_identity_labels: {'*': ['*']}, rules: [{resources: [workload_identity], verbs: [read, list]}]}}
----
-kind: bot
-version: v1
-metadata: {name: example}
-spec: {roles: [issuer]}
----
+const IDENTITIES: &str = r"
 kind: workload_identity
 version: v1
 metadata: {name: foo, labels: {set: foo}}
@@ -51,7 +41,7 @@ impl<'a> Stage<'a> {
     fn new(sandbox: &'a Sandbox) -> Self {
         let mut stage = Self {
             sandbox,
-            cluster: Cluster::start(sandbox, RESOURCES),
+            cluster: Cluster::start(sandbox, &issuing(IDENTITIES)),
             agent: None,
         };
         let token = stage.cluster.invite("example", "10m");

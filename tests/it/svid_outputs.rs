@@ -10,21 +10,12 @@ use std::process::Output;
 use serde_json::Value;
 
 use crate::common::{
-    Cluster, OutputText as _, Process, Sandbox, eventually, free_port, repository, skip, venv,
+    Cluster, OutputText as _, Process, Sandbox, eventually, free_port, issuing, repository, skip,
+    venv,
 };
 
 /// Two workload identities, and a bot that may issue both.
-const RESOURCES: &str = r"
-kind: role
-version: v7
-metadata: {name: issuer}
-spec: {allow: {workload_identity_labels: {'*': ['*']}, rules: [{resources: [workload_identity], verbs: [read, list]}]}}
----
-kind: bot
-version: v1
-metadata: {name: example}
-spec: {roles: [issuer]}
----
+const IDENTITIES: &str = r"
 kind: workload_identity
 version: v1
 metadata: {name: foo, labels: {env: test, app: foo}}
@@ -82,7 +73,7 @@ fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
 #[test]
 fn openssl_accepts_an_svid_and_its_bundle() {
     let sandbox = Sandbox::new();
-    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let cluster = Cluster::start(&sandbox, &issuing(IDENTITIES));
     let token = cluster.invite("example", "5m");
     let config = cluster.config(&token, "bot") + &x509(&sandbox, "");
     once(&sandbox, &config).success();
@@ -132,7 +123,7 @@ fn openssl_accepts_an_svid_and_its_bundle() {
 #[test]
 fn several_identities_and_none_are_told_apart_and_leave_no_files() {
     let sandbox = Sandbox::new();
-    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let cluster = Cluster::start(&sandbox, &issuing(IDENTITIES));
     let path = sandbox.path("svid");
     for (selector, expected) in [
         ("labels: {env: [test]}", "matches 2 workload identities"),
@@ -175,7 +166,7 @@ fn a_relying_party_accepts_a_token() {
         return skip("no Python environment");
     }
     let sandbox = Sandbox::new();
-    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let cluster = Cluster::start(&sandbox, &issuing(IDENTITIES));
     let token = cluster.invite("example", "5m");
     let config = cluster.config(&token, "bot")
         + &format!(
@@ -206,7 +197,7 @@ fn a_relying_party_accepts_a_token() {
 #[test]
 fn new_authorities_and_the_operators_wish_rewrite_the_files_and_run_the_hook_once_each() {
     let sandbox = Sandbox::new();
-    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let cluster = Cluster::start(&sandbox, &issuing(IDENTITIES));
     let token = cluster.invite("example", "5m");
     let runs = sandbox.path("runs");
     // What the hook sees: its variables, and which certificate stands there.
@@ -273,7 +264,7 @@ fn new_authorities_and_the_operators_wish_rewrite_the_files_and_run_the_hook_onc
 #[test]
 fn a_hook_that_fails_is_an_unhealthy_output_whose_files_stay() {
     let sandbox = Sandbox::new();
-    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let cluster = Cluster::start(&sandbox, &issuing(IDENTITIES));
     let token = cluster.invite("example", "5m");
     let hook = "  reload: {exec: [sh, -c, 'sleep 600 & wait'], timeout: 1s}\n";
     let config = cluster.config(&token, "bot") + &x509(&sandbox, hook);
@@ -341,7 +332,7 @@ fn aws_credentials_are_had_for_an_svid_and_read_by_awss_sdk() {
         return skip("no Python environment");
     }
     let sandbox = Sandbox::new();
-    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let cluster = Cluster::start(&sandbox, &issuing(IDENTITIES));
     let token = cluster.invite("example", "5m");
     // The trust anchor is made of what another output wrote.
     once(
@@ -431,7 +422,7 @@ fn what_aws_refuses_is_told_and_the_old_credentials_stay() {
         return skip("no Python environment");
     }
     let sandbox = Sandbox::new();
-    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let cluster = Cluster::start(&sandbox, &issuing(IDENTITIES));
     let token = cluster.invite("example", "5m");
     // An anchor that is not the cluster's: the web server's authority.
     let aws = RolesAnywhere::start(&sandbox, &cluster.web_authority());

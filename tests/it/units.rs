@@ -1,18 +1,8 @@
 //! Every kind of unit that a workload may be in, on a booted systemd: which name it gets.
 
-use crate::common::{Cluster, OutputText as _, Sandbox, Systemd, eventually, skip};
+use crate::common::{Cluster, OutputText as _, Sandbox, Systemd, eventually, issuing, skip};
 
-const RESOURCES: &str = r#"
-kind: role
-version: v7
-metadata: {name: issuer}
-spec: {allow: {workload_identity_labels: {'*': ['*']}, rules: [{resources: [workload_identity], verbs: [read, list]}]}}
----
-kind: bot
-version: v1
-metadata: {name: example}
-spec: {roles: [issuer]}
----
+const IDENTITIES: &str = r#"
 kind: workload_identity
 version: v1
 metadata: {name: unit}
@@ -104,7 +94,7 @@ fn each_kind_of_unit_has_its_name() {
         return skip(&why);
     }
     let sandbox = Sandbox::new();
-    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let cluster = Cluster::start(&sandbox, &issuing(IDENTITIES));
     let machine = Systemd::boot(&sandbox);
     agent(&machine, &sandbox, &cluster);
     let asks = |name: &str| format!("{INSPECT} > /run/{name}.out 2>&1");

@@ -28,6 +28,23 @@ metadata: {name: foo, labels: {env: test}}
 spec: {spiffe: {id: /svc/foo}}
 ";
 
+/// A bot that may issue these workload identities.
+pub(crate) fn issuing(identities: &str) -> String {
+    const BOT: &str = "\
+kind: role
+version: v7
+metadata: {name: issuer}
+spec: {allow: {workload_identity_labels: {'*': ['*']}, rules: [{resources: [workload_identity], verbs: [read, list]}]}}
+---
+kind: bot
+version: v1
+metadata: {name: example}
+spec: {roles: [issuer]}
+---
+";
+    format!("{BOT}{identities}")
+}
+
 /// A bot that may do nothing but be one.
 pub(crate) const PLAIN_BOT: &str = "\
 kind: role

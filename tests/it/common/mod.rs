@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 pub(crate) use bridge::{bridge, identity};
 pub(crate) use cgroup::Cgroup;
-pub(crate) use cluster::{Cluster, PLAIN_BOT, RECORDED, RESOURCES, wait_until};
+pub(crate) use cluster::{Cluster, PLAIN_BOT, RECORDED, RESOURCES, issuing, wait_until};
 pub(crate) use engine::{Docker, Podman, no_containers};
 pub(crate) use kube_api::{Fault, KubeApi};
 pub(crate) use kubelet::Kubelet;
