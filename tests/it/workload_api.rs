@@ -72,7 +72,8 @@ fn status_of_anothers(
     let status = shown
         .lines()
         .find_map(|line| line.strip_prefix("grpc-status: "));
-    status.map(|status| status.trim().to_owned())
+    let status = status.map(|status| status.trim().to_owned());
+    status.filter(|status| status != "0")
 }
 
 #[tokio::test(flavor = "multi_thread")]
