@@ -4,7 +4,6 @@
 //! good: as long as it reports that the process lives, `/proc/<pid>` and every answer about that
 //! ID are about the process that connected.
 
-use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -13,13 +12,17 @@ use nix::errno::Errno;
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::{PeerCredentials, PeerPidfd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags, open, statx};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::Instant;
 
 use super::attested::{Attested, Process};
+use crate::fsx::read_proc;
+
+/// The longest `/proc/<pid>/stat` that is read, in bytes. Real ones have a few hundred.
+const MAX_STAT: u64 = 16 * 1024;
 
 /// Why a peer could not be pinned. The connection is of no use then.
 #[derive(Debug, thiserror::Error)]
@@ -49,8 +52,9 @@ pub struct Peer {
     uid: u32,
     gid: u32,
     pidfd: AsyncFd<OwnedFd>,
-    /// The path by which the kernel shows what it runs.
-    exe: CString,
+    /// `/proc/<pid>` as of this process: once that has ended, nothing is found in it, whoever has the ID
+    /// by then.
+    directory: Option<OwnedFd>,
     /// What it ran when it was pinned.
     connected: Option<Program>,
     memo: Mutex<Option<Memo>>,
@@ -146,12 +150,22 @@ impl Peer {
             uid,
             gid,
             pidfd,
-            exe: CString::new(format!("/proc/{pid}/exe")).unwrap_or_default(),
+            directory: open(
+                format!("/proc/{pid}"),
+                OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+                Mode::empty(),
+            )
+            .ok(),
             connected: None,
             memo: Mutex::new(None),
             looking: tokio::sync::Mutex::new(()),
         };
-        peer.connected = peer.program();
+        // Its ID was not free before, so this is its directory.
+        if peer.is_alive() {
+            peer.connected = peer.program();
+        } else {
+            peer.directory = None;
+        }
         Ok(peer)
     }
 
@@ -178,8 +192,8 @@ impl Peer {
     /// What the process runs now; `None` where that may not be looked at. Does not wait for the
     /// file system that holds it.
     pub(super) fn program(&self) -> Option<Program> {
-        let exe = self.exe.as_c_str();
-        let found = statx(CWD, exe, AtFlags::STATX_DONT_SYNC, StatxFlags::INO).ok()?;
+        let directory = self.directory.as_ref()?;
+        let found = statx(directory, "exe", AtFlags::STATX_DONT_SYNC, StatxFlags::INO).ok()?;
         Some(Program {
             device: (found.stx_dev_major, found.stx_dev_minor),
             inode: found.stx_ino,
@@ -189,6 +203,13 @@ impl Peer {
     /// Which process it is, for good; `None` where that may not be looked at.
     pub(super) fn process(&self) -> Option<Process> {
         Process::of(self.pid)
+    }
+
+    /// What was found out since `since`, if that is of the program that it connected with. Says nothing of
+    /// what it runs now: see [`Peer::is_unchanged`].
+    pub(super) fn remembered(&self, since: impl FnOnce(Instant) -> bool) -> Option<Arc<Attested>> {
+        let (attested, _) = self.recall(self.connected, true, since)?;
+        Some(attested)
     }
 
     /// What was found out since `since` about a peer that runs `program`; with `complete`, only if
@@ -232,7 +253,9 @@ impl Peer {
 
     /// Whether the process still runs, and still runs the program that it was pinned with.
     pub fn is_unchanged(&self) -> bool {
-        self.program() == self.connected && self.is_alive()
+        // A process that has ended runs no program: where one is seen, this is one system call, and it is
+        // made before everything that is sent.
+        self.program() == self.connected && (self.connected.is_some() || self.is_alive())
     }
 
     /// Whether the process still runs. What was read about its ID before a `true` was about it.
@@ -361,8 +384,8 @@ fn open_checked(pid: i32) -> Result<OwnedFd, PeerError> {
 
 /// Field 22 of `/proc/<pid>/stat`: clock ticks from boot to the start of the process.
 pub(super) fn start_time(pid: i32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    parse_start_time(&stat)
+    let stat = read_proc(format!("/proc/{pid}/stat"), MAX_STAT).ok()?;
+    parse_start_time(&String::from_utf8_lossy(&stat))
 }
 
 fn parse_start_time(stat: &str) -> Option<u64> {
@@ -561,12 +584,13 @@ mod tests {
             .unwrap();
         let pid = i32::try_from(child.id().unwrap()).unwrap();
         let peer = Peer::open(pid, 0, 0).unwrap();
-        assert!(peer.is_alive());
+        assert!(peer.is_alive() && peer.is_unchanged());
         drop(child.stdin.take());
         peer.exited().await;
-        assert!(!peer.is_alive());
+        assert!(!peer.is_alive() && !peer.is_unchanged());
         child.wait().await.unwrap();
         assert!(!peer.is_alive(), "a reaped process stays dead");
+        assert_eq!(peer.program(), None);
         assert!(matches!(Peer::open(pid, 0, 0), Err(PeerError::Gone { .. })));
     }
 }

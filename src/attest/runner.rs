@@ -63,6 +63,12 @@ impl Attestors {
         self.rows.iter().flatten()
     }
 
+    /// What was found out about `peer` up to a second ago, if that is of the program that it connected with.
+    /// It is not looked at for this: before anything is sent to it, [`Peer::is_unchanged`] has to hold.
+    pub fn known(&self, peer: &Peer) -> Option<Arc<Attested>> {
+        peer.remembered(|at| at.elapsed() < BELIEVED)
+    }
+
     /// Everything that could be found out about `peer`, now or up to a second ago: see
     /// [`Attestors::look`].
     pub async fn attest(&self, peer: &Peer) -> Result<Arc<Attested>, Gone> {
@@ -423,10 +429,13 @@ mod tests {
             .spawn()
             .unwrap();
         let peer = Peer::open(i32::try_from(child.id()).unwrap(), 0, 0).unwrap();
+        assert_eq!(attestors.known(&peer), None);
+        let found = attestors.attest(&peer).await.unwrap();
         attestors.attest(&peer).await.unwrap();
-        attestors.attest(&peer).await.unwrap();
+        assert_eq!(attestors.known(&peer), Some(found));
         assert_eq!(asked(), 1);
         tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!(attestors.known(&peer), None);
         attestors.attest(&peer).await.unwrap();
         assert_eq!(asked(), 2);
 
@@ -441,6 +450,8 @@ mod tests {
             .unwrap();
         attestors.attest(&peer).await.unwrap();
         assert_eq!(asked(), 3, "it runs another program");
+        assert_eq!(attestors.known(&peer), None, "it did not connect with this");
+        assert!(!peer.is_unchanged());
         drop(input);
         child.wait().unwrap();
     }

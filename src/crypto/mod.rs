@@ -20,6 +20,8 @@ pub mod x509;
 pub use key::{KeyError, PrivateKey, sha1, sha256, sha256_hex, spki_from_pem};
 pub use suite::{KeyAlgorithm, Purpose, Suite};
 
+use std::hash::{BuildHasher as _, RandomState};
+
 use aws_lc_rs::rand::{SecureRandom as _, SystemRandom};
 
 /// `N` bytes from the system's random generator.
@@ -42,9 +44,11 @@ pub fn same(one: &[u8], other: &[u8]) -> bool {
     aws_lc_rs::constant_time::verify_slices_are_equal(one, other).is_ok()
 }
 
-/// A uniform number in `[0, 1)`, for jitter.
+/// A uniform number in `[0, 1)`, for jitter: nobody may count on it being hard to guess. Each call on the
+/// Workload API takes one, and randomness that is good for keys costs a fiftieth of such a call.
 #[must_use]
 #[expect(clippy::cast_precision_loss, reason = "53 bits fit a double exactly")]
 pub fn jitter() -> f64 {
-    (u64::from_le_bytes(random()) >> 11) as f64 / (1_u64 << 53) as f64
+    // The keys that hash tables get: other ones each time, from the system once for each thread.
+    (RandomState::new().hash_one(()) >> 11) as f64 / (1_u64 << 53) as f64
 }

@@ -231,7 +231,10 @@ fn read_file(file: &File) -> io::Result<(Secret<Vec<u8>>, Access)> {
         ));
     }
     let limit = u64::try_from(MAX_FILE).unwrap_or(u64::MAX);
-    let mut content = Vec::new();
+    // Room for all of it and its end: two reads, and no copies of secrets left behind by a vector that
+    // grows.
+    let size = usize::try_from(metadata.len()).unwrap_or(MAX_FILE);
+    let mut content = Vec::with_capacity(size.min(MAX_FILE).saturating_add(1));
     file.take(limit.saturating_add(1))
         .read_to_end(&mut content)?;
     if content.len() > MAX_FILE {

@@ -86,7 +86,9 @@ fn subscriber<W: Write + Send + 'static>(
     layer: Lines<W>,
     level: LevelFilter,
 ) -> impl Subscriber + Send + Sync {
-    tracing_subscriber::registry().with(layer.with_filter(filter_fn(move |m| shown(m, level))))
+    // With the hint, what is below any level costs libraries one comparison, not a question.
+    let filter = filter_fn(move |metadata| shown(metadata, level)).with_max_level_hint(level);
+    tracing_subscriber::registry().with(layer.with_filter(filter))
 }
 
 /// Modules of libraries whose warnings repeat what other programs wrote, secrets perhaps included:

@@ -1,9 +1,9 @@
 //! `/proc/<pid>/cgroup` (`cgroups(7)`).
 
-use std::fs::File;
-use std::io::{self, Read as _};
+use std::io;
 
 use super::ContainerError;
+use crate::fsx::read_proc;
 
 /// The longest `/proc/<pid>/cgroup` that is read, in bytes. A path has at most 4 KiB, and there are
 /// at most a dozen hierarchies.
@@ -51,10 +51,7 @@ struct Cgroup {
 impl Cgroups {
     /// Those of a running process. May wait for the kernel.
     pub(crate) fn of(pid: i32) -> io::Result<Self> {
-        let mut bytes = Vec::new();
-        File::open(format!("/proc/{pid}/cgroup"))?
-            .take(MAX_FILE)
-            .read_to_end(&mut bytes)?;
+        let bytes = read_proc(format!("/proc/{pid}/cgroup"), MAX_FILE)?;
         Ok(Self::parse(&bytes))
     }
 

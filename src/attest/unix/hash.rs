@@ -4,11 +4,13 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use aws_lc_rs::digest;
+use rustix::fs::{AtFlags, CWD, StatxFlags, StatxTimestamp, makedev, statx};
 use tokio::sync::{OnceCell, Semaphore};
 use tokio::time::timeout;
 
@@ -83,6 +85,23 @@ pub(super) struct Fingerprint {
     changed: (i64, i64),
 }
 
+impl Fingerprint {
+    /// That of the file at `path`, by what the kernel has in memory about it: does not wait for its file
+    /// system. `None` where that may not be looked at.
+    pub(super) fn cached(path: &Path) -> Option<Self> {
+        let (flags, wanted) = (AtFlags::STATX_DONT_SYNC, StatxFlags::BASIC_STATS);
+        let found = statx(CWD, path, flags, wanted).ok()?;
+        let time = |time: StatxTimestamp| (time.tv_sec, i64::from(time.tv_nsec));
+        Some(Self {
+            device: makedev(found.stx_dev_major, found.stx_dev_minor),
+            inode: found.stx_ino,
+            size: found.stx_size,
+            modified: time(found.stx_mtime),
+            changed: time(found.stx_ctime),
+        })
+    }
+}
+
 type Slot = Arc<OnceCell<String>>;
 
 /// Hashes files, each content once, however many ask for it at a time.
@@ -135,6 +154,12 @@ impl Hasher {
             hash
         });
         reading.await.map_err(io::Error::other)?
+    }
+
+    /// The hash, if it was computed before.
+    pub(super) fn known(&self, fingerprint: Fingerprint) -> Option<String> {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.get(&fingerprint)?.get().cloned()
     }
 
     fn slot(&self, fingerprint: Fingerprint) -> Slot {
@@ -272,6 +297,8 @@ mod tests {
         assert_eq!(hasher.known.lock().unwrap().len(), 1);
         // What is remembered is used: a planted value comes back.
         let key = fingerprint(&opened()).unwrap();
+        assert_eq!(Fingerprint::cached(named.path()), Some(key));
+        assert_eq!(hasher.known(key), Some(sha256_hex(b"program")));
         let planted = Arc::new(OnceCell::new_with(Some("planted".to_owned())));
         hasher.known.lock().unwrap().insert(key, planted);
         assert_eq!(hash(&hasher, opened()).await.unwrap(), "planted");

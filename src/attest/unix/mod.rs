@@ -15,6 +15,7 @@ use async_trait::async_trait;
 
 use self::hash::{Fingerprint, Hasher, Limit, fingerprint};
 use super::{AttestError, Attestor, AttestorKind, Peer};
+use crate::fsx::read_proc;
 use crate::pb::teleport::workloadidentity::v1::{WorkloadAttrs, WorkloadAttrsUnix};
 use crate::yaml::{Fields, Tree};
 
@@ -84,26 +85,24 @@ impl Unix {
 
     async fn found(&self, pid: i32) -> Result<WorkloadAttrsUnix, String> {
         let directory = self.proc.join(pid.to_string());
-        let (facts, executable) = tokio::task::spawn_blocking(move || look(&directory))
-            .await
-            .map_err(|source| source.to_string())?;
-        let (ids, path) = facts?;
-        let binary_path = path.unwrap_or_else(|source| {
+        // Both come from the kernel's memory: a change of threads would take longer.
+        let ids = ids(&directory.join("status"))?;
+        let binary_path = executable_path(&directory).unwrap_or_else(|source| {
             tracing::debug!(pid, %source, "Cannot read the path of the caller's executable");
             None
         });
-        let hash = match executable {
-            Ok((file, fingerprint)) => {
-                let hash = self.hasher.hash(file, fingerprint).await;
-                hash.map_err(|error| error.to_string())
-            }
-            Err(source) => Err(source.to_string()),
+        let known = Fingerprint::cached(&directory.join("exe"))
+            .and_then(|fingerprint| self.hasher.known(fingerprint));
+        let binary_hash = match known {
+            Some(hash) => Some(hash),
+            None => self.computed(directory).await.map_or_else(
+                |problem| {
+                    tracing::debug!(pid, problem, "The caller's executable is not hashed");
+                    None
+                },
+                Some,
+            ),
         };
-        let binary_hash = hash
-            .inspect_err(|problem| {
-                tracing::debug!(pid, problem, "The caller's executable is not hashed");
-            })
-            .ok();
         Ok(WorkloadAttrsUnix {
             attested: true,
             pid,
@@ -112,6 +111,23 @@ impl Unix {
             binary_path,
             binary_hash,
         })
+    }
+
+    /// The hash of what runs, read off the async threads: its file system may be at the other end of a
+    /// network.
+    async fn computed(&self, directory: PathBuf) -> Result<String, String> {
+        let opened = tokio::task::spawn_blocking(move || {
+            // Opened by the link, this is the inode that runs, whatever stands under its path by now.
+            let file = File::open(directory.join("exe"))?;
+            fingerprint(&file).map(|fingerprint| (file, fingerprint))
+        });
+        let (file, fingerprint) = opened
+            .await
+            .map_err(io::Error::other)
+            .flatten()
+            .map_err(|source| source.to_string())?;
+        let hash = self.hasher.hash(file, fingerprint).await;
+        hash.map_err(|error| error.to_string())
     }
 }
 
@@ -136,18 +152,6 @@ impl Attestor for Unix {
     }
 }
 
-type Facts = Result<(status::Ids, io::Result<Option<String>>), String>;
-
-/// Reads what procfs says, all at once: each step is a system call that may wait for locks of the
-/// other process.
-fn look(directory: &Path) -> (Facts, io::Result<(File, Fingerprint)>) {
-    let facts = ids(&directory.join("status")).map(|ids| (ids, executable_path(directory)));
-    // Opened by the link, this is the inode that runs, whatever stands under its path by now.
-    let executable = File::open(directory.join("exe"))
-        .and_then(|file| fingerprint(&file).map(|fingerprint| (file, fingerprint)));
-    (facts, executable)
-}
-
 /// The effective user of a process of this machine. It is the process that was meant only if that one
 /// is pinned and still alive afterwards.
 pub(crate) fn effective_uid(pid: i32) -> Result<u32, String> {
@@ -155,13 +159,10 @@ pub(crate) fn effective_uid(pid: i32) -> Result<u32, String> {
 }
 
 fn ids(path: &Path) -> Result<status::Ids, String> {
-    use std::io::Read as _;
-    let problem = |source: io::Error| format!("{}: {source}", path.display());
-    let mut text = String::new();
-    File::open(path)
-        .and_then(|file| file.take(MAX_STATUS).read_to_string(&mut text))
-        .map_err(problem)?;
-    status::effective_ids(&text)
+    let text =
+        read_proc(path, MAX_STATUS).map_err(|source| format!("{}: {source}", path.display()))?;
+    // A name of a process may be no UTF-8; its IDs are.
+    status::effective_ids(&String::from_utf8_lossy(&text))
         .ok_or_else(|| format!("{}: no user and group IDs in it", path.display()))
 }
 
@@ -185,7 +186,10 @@ mod tests {
 
     #[tokio::test]
     async fn this_process_is_described() {
-        let found = Unix::default().found(own()).await.unwrap();
+        let unix = Unix::default();
+        let found = unix.found(own()).await.unwrap();
+        let again = unix.found(own()).await.unwrap();
+        assert_eq!(found, again, "with a hash that is known by then");
         let path = std::env::current_exe().unwrap();
         let bytes = std::fs::read(&path).unwrap();
         assert!(found.attested);

@@ -4,7 +4,7 @@
 //! as long as it lives. Here a message is encoded once, and all streams that send it share the bytes
 //! down to the socket.
 
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
@@ -12,7 +12,7 @@ use futures_util::StreamExt as _;
 use futures_util::stream::BoxStream;
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderValue, Response};
-use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use http_body_util::BodyExt as _;
 use hyper::body::Frame;
 use prost::Message;
 use tonic::Status;
@@ -35,16 +35,23 @@ pub(super) fn packet(message: &impl Message) -> Bytes {
 }
 
 /// Reads the one message of a request.
-pub(super) async fn request<M: Message + Default>(body: Body) -> Result<M, Status> {
-    let body = Limited::new(body, PREFIX + MAX_REQUEST);
-    let bytes = body.collect().await.map_err(|error| {
-        if error.is::<LengthLimitError>() {
-            Status::resource_exhausted(format!("a request has at most {MAX_REQUEST} bytes"))
-        } else {
-            Status::cancelled("the request broke off")
+pub(super) async fn request<M: Message + Default>(
+    body: impl hyper::body::Body<Data = Bytes>,
+) -> Result<M, Status> {
+    let mut body = pin!(body);
+    let mut bytes = BytesMut::new();
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|_broken| Status::cancelled("the request broke off"))?;
+        let Ok(data) = frame.into_data() else {
+            continue;
+        };
+        if bytes.len() + data.len() > PREFIX + MAX_REQUEST {
+            return Err(Status::resource_exhausted(format!(
+                "a request has at most {MAX_REQUEST} bytes"
+            )));
         }
-    })?;
-    let bytes = bytes.to_bytes();
+        bytes.extend_from_slice(&data);
+    }
     let Some((prefix, message)) = bytes.split_first_chunk::<PREFIX>() else {
         return Err(Status::internal("the request holds no message"));
     };

@@ -1,12 +1,13 @@
 //! Accepts connections, and pins who made them.
 
 use std::future::poll_fn;
-use std::io::{self, Read as _};
+use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{self, Poll};
 use std::time::{Duration, SystemTime};
 
+use bytes::{Buf as _, BytesMut};
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, Stream};
@@ -15,7 +16,6 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::runtime::Handle;
 use tokio_util::either::Either;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::server::Connected;
 
 use super::authority::Watch;
 use super::door::{Arrived, Door};
@@ -24,6 +24,7 @@ use super::listener::Bound;
 use crate::attest::Peer;
 use crate::clock::Clock;
 use crate::crypto::sha256;
+use crate::fsx::read_proc;
 
 /// Connections that one user may hold. Each costs two descriptors of this process.
 const CONNECTIONS_PER_USER: usize = 4096;
@@ -42,6 +43,8 @@ const HEARD_AT_ONCE: usize = 4;
 const REST: Duration = Duration::from_millis(1);
 /// How long the log is quiet of a flood that it told of.
 const QUIET: Duration = Duration::from_secs(10);
+/// How much is gathered before it is sent, in bytes.
+const GATHERED: usize = 16 * 1024;
 /// The part of a process's list of cgroups that is looked at, in bytes.
 const MAX_CGROUPS: u64 = 16 * 1024;
 
@@ -99,9 +102,7 @@ impl Caller {
 /// A digest of the cgroups that a process is in. They are as good as their names: whoever may make
 /// cgroups may have many.
 fn cgroup(pid: i32) -> Option<u64> {
-    let mut text = Vec::new();
-    let file = std::fs::File::open(format!("/proc/{pid}/cgroup")).ok()?;
-    file.take(MAX_CGROUPS).read_to_end(&mut text).ok()?;
+    let text = read_proc(format!("/proc/{pid}/cgroup"), MAX_CGROUPS).ok()?;
     sha256(&text)
         .first_chunk()
         .map(|digest| u64::from_le_bytes(*digest))
@@ -110,6 +111,10 @@ fn cgroup(pid: i32) -> Option<u64> {
 /// An accepted connection.
 pub(super) struct Connection {
     io: Either<UnixStream, TcpStream>,
+    /// What HTTP/2 wants sent, until it says that this is all for now. Gathered here, as it then copies
+    /// messages of up to 1 KiB: headers, message and trailers of a JWT-SVID go out in one system call
+    /// with one look at the caller, not in two.
+    waiting: BytesMut,
     watch: Watch,
     caller: Caller,
     /// What is missing of the greeting, and the end of patience with it.
@@ -141,7 +146,7 @@ pub(super) fn accept(
     bound: &Bound,
     clock: Clock,
     shutdown: CancellationToken,
-) -> impl Stream<Item = io::Result<Connection>> + use<'_> {
+) -> impl Stream<Item = Connection> + use<'_> {
     let arrivals = Arrivals {
         bound,
         clock,
@@ -155,7 +160,7 @@ pub(super) fn accept(
     };
     stream::unfold(arrivals, |mut arrivals| async move {
         let connection = poll_fn(|cx| arrivals.poll_next(cx)).await?;
-        Some((Ok(connection), arrivals))
+        Some((connection, arrivals))
     })
 }
 
@@ -264,6 +269,7 @@ impl Arrivals<'_> {
         let patience = async move { clock.sleep(GREETING_WITHIN).await };
         Some(Connection {
             io,
+            waiting: BytesMut::new(),
             watch: Watch::new(),
             caller,
             greeting: Some((GREETING, patience.boxed())),
@@ -342,6 +348,11 @@ impl Drop for Heard {
 }
 
 impl Connection {
+    /// Who made it.
+    pub(super) fn caller(&self) -> &Caller {
+        &self.caller
+    }
+
     /// Whatever waited here to be sent was for the program that connected, and for no other.
     fn same_caller(&self) -> io::Result<()> {
         if self.caller.is_unchanged() {
@@ -353,13 +364,20 @@ impl Connection {
         );
         Err(io::ErrorKind::ConnectionAborted.into())
     }
-}
 
-impl Connected for Connection {
-    type ConnectInfo = Caller;
-
-    fn connect_info(&self) -> Caller {
-        self.caller.clone()
+    /// Sends what waits, to the program that connected and to no other.
+    fn poll_send(&mut self, cx: &mut task::Context<'_>) -> Poll<io::Result<()>> {
+        while !self.waiting.is_empty() {
+            self.same_caller()?;
+            let sent = task::ready!(Pin::new(&mut self.io).poll_write(cx, &self.waiting))?;
+            if sent == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.waiting.advance(sent);
+        }
+        // Connections are idle most of the time, and keep no room for then.
+        self.waiting = BytesMut::new();
+        Pin::new(&mut self.io).poll_flush(cx)
     }
 }
 
@@ -399,28 +417,19 @@ impl AsyncWrite for Connection {
         cx: &mut task::Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.same_caller()?;
-        Pin::new(&mut self.io).poll_write(cx, buf)
+        if self.waiting.len() >= GATHERED {
+            task::ready!(self.poll_send(cx))?;
+        }
+        self.waiting.extend_from_slice(buf);
+        Poll::Ready(Ok(buf.len()))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
+        self.poll_send(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<io::Result<()>> {
+        task::ready!(self.poll_send(cx))?;
         Pin::new(&mut self.io).poll_shutdown(cx)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut task::Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        self.same_caller()?;
-        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
     }
 }

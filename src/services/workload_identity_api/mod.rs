@@ -30,7 +30,6 @@ mod wanted;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
 use async_trait::async_trait;
 use tonic_health::server::HealthReporter;
 
@@ -260,7 +259,7 @@ impl Server for WorkloadApi {
             context.clock.sleep(DRAIN).await;
         };
         tokio::select! {
-            served = serve => served.with_context(|| format!("serving {}", self.plan.listen))?,
+            () = serve => {}
             _ = work => {}
             () = late => {}
         }

@@ -1,18 +1,26 @@
 //! The gRPC server on the socket: which services it has, and what a connection may cost.
 
-use std::sync::Arc;
+use std::convert::Infallible;
+use std::pin::pin;
+use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use futures_util::FutureExt as _;
-use futures_util::future::BoxFuture;
-use hyper::body::{Frame, SizeHint};
+use futures_util::future::{BoxFuture, Map};
+use futures_util::{FutureExt as _, StreamExt as _};
+use http::{HeaderMap, Request, Response};
+use hyper::body::{Frame, Incoming, SizeHint};
+use hyper::server::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tonic::Status;
 use tonic::body::Body;
 use tonic::server::NamedService;
+use tonic::service::Routes;
 use tonic_health::ServingStatus;
 use tonic_health::server::{HealthReporter, HealthService};
-use tower::Service;
+use tower::{Service, ServiceExt as _};
 
 use super::incoming::{self, Caller};
 use super::inspect::Inspect;
@@ -53,32 +61,76 @@ pub(super) async fn serve(
     bound: &Bound,
     health: HealthReporter,
     explain: bool,
-) -> Result<(), tonic::transport::Error> {
+) {
     let (clock, shutdown) = (source.clock.clone(), source.shutdown.clone());
+    let beside = Arc::clone(&source);
+    let others: Make = Box::new(move || others(&beside, health, explain));
+    let services = Services {
+        spiffe: SpiffeApi(source),
+        others: Arc::new(LazyLock::new(others)),
+    };
+    let server = protocol();
+    let (connections, over) = (TaskTracker::new(), CancellationToken::new());
+    let mut arrivals = pin!(incoming::accept(bound, clock, shutdown));
+    while let Some(connection) = arrivals.next().await {
+        let services = ForCaller {
+            services: services.clone(),
+            caller: connection.caller().clone(),
+        };
+        let serving = server.serve_connection(TokioIo::new(connection), services);
+        let over = over.clone();
+        connections.spawn(async move {
+            let mut serving = pin!(serving);
+            let ended = tokio::select! {
+                biased;
+                ended = &mut serving => ended,
+                () = over.cancelled() => {
+                    serving.as_mut().graceful_shutdown();
+                    serving.await
+                }
+            };
+            if let Err(error) = ended {
+                tracing::debug!(%error, "A connection ended");
+            }
+        });
+    }
+    // Who had connected by the shutdown is served, then nobody comes any more.
+    over.cancel();
+    connections.close();
+    connections.wait().await;
+}
+
+/// HTTP/2, as far as it is the same for everybody.
+fn protocol() -> http2::Builder<TokioExecutor> {
+    let mut server = http2::Builder::new(TokioExecutor::new());
+    server
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(STREAMS_PER_CONNECTION)
+        .max_header_list_size(HEADERS)
+        .max_frame_size(FRAME)
+        .max_pending_accept_reset_streams(RESETS)
+        .keep_alive_interval(SILENCE.0)
+        .keep_alive_timeout(SILENCE.1)
+        // Nobody asks a gRPC server for the date.
+        .auto_date_header(false);
+    server
+}
+
+/// The services beside the standard's.
+fn others(source: &Arc<Source>, health: HealthReporter, explain: bool) -> Routes {
     let limit = Limit::new(SIDE_CALLS);
-    let spiffe = SpiffeApi(Arc::clone(&source));
     let inspect = InspectServiceServer::new(Inspect {
-        source: Arc::clone(&source),
+        source: Arc::clone(source),
         everybody: explain,
     })
     .max_decoding_message_size(MAX_REQUEST);
-    let sds = SecretDiscoveryServiceServer::new(SdsApi(source))
+    let sds = SecretDiscoveryServiceServer::new(SdsApi(Arc::clone(source)))
         .max_decoding_message_size(sds::MAX_REQUEST);
     let health = tonic_health::pb::health_server::HealthServer::new(
         HealthService::from_health_reporter(health),
     )
     .max_decoding_message_size(MAX_REQUEST);
-    let mut router = tonic::transport::Server::builder()
-        .max_concurrent_streams(Some(STREAMS_PER_CONNECTION))
-        .http2_max_header_list_size(HEADERS)
-        .max_frame_size(FRAME)
-        .http2_max_pending_accept_reset_streams(Some(RESETS))
-        .http2_keepalive_interval(Some(SILENCE.0))
-        .http2_keepalive_timeout(Some(SILENCE.1))
-        // The rule is the standard's, for its own service: each of its methods, also one that is not
-        // served, asks for the header first. No other service knows of it.
-        .add_service(spiffe)
-        .add_service(sds)
+    let mut routes = Routes::new(sds)
         .add_service(inspect)
         .add_service(Counted::new(health, &limit));
     let reflection = || {
@@ -88,7 +140,7 @@ pub(super) async fn serve(
     };
     match (reflection().build_v1(), reflection().build_v1alpha()) {
         (Ok(v1), Ok(v1alpha)) => {
-            router = router
+            routes = routes
                 .add_service(Counted::new(v1, &limit))
                 .add_service(Counted::new(v1alpha, &limit));
         }
@@ -96,13 +148,87 @@ pub(super) async fn serve(
             tracing::warn!(%error, "The server cannot describe itself");
         }
     }
-    router
-        .serve_with_incoming_shutdown(
-            incoming::accept(bound, clock, shutdown),
-            // Who had connected by the shutdown is served, then nobody comes any more.
-            std::future::pending(),
-        )
-        .await
+    routes.prepare()
+}
+
+/// Every service of the socket.
+#[derive(Debug, Clone)]
+struct Services {
+    spiffe: SpiffeApi,
+    /// Made when the first call needs them: most agents serve nothing but SVIDs, and reading the
+    /// descriptions of all messages is as much work as a handshake.
+    others: Arc<LazyLock<Routes, Make>>,
+}
+
+type Make = Box<dyn FnOnce() -> Routes + Send>;
+
+/// The services for one connection.
+///
+/// Calls of the standard's service go to it directly. A server of tonic's brings each of them through
+/// seven layers that box the call and its body anew; that was a fifth of the instructions of a call.
+#[derive(Debug)]
+struct ForCaller {
+    services: Services,
+    caller: Caller,
+}
+
+/// How a call that cannot fail ends.
+type Infallibly = fn(Response<Body>) -> Result<Response<Body>, Infallible>;
+
+impl hyper::service::Service<Request<Incoming>> for ForCaller {
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = Map<BoxFuture<'static, Response<Body>>, Infallibly>;
+
+    fn call(&self, mut request: Request<Incoming>) -> Self::Future {
+        let patience = patience(request.headers());
+        let (caller, services) = (self.caller.clone(), self.services.clone());
+        // The rule of a header is the standard's, for its own service: each of its methods, also one that
+        // is not served, asks for the header first. No other service knows of it.
+        let answer = if service_of(request.uri().path()) == Some(SPIFFE) {
+            services.spiffe.answer(caller, request).boxed()
+        } else {
+            request.extensions_mut().insert(caller);
+            let others = Routes::clone(&services.others);
+            let answer = others.oneshot(request.map(Body::new));
+            answer.map(|Ok(response)| response).boxed()
+        };
+        let answer = match patience {
+            None => answer,
+            Some(patience) => tokio::time::timeout(patience, answer)
+                .map(|answer| {
+                    let late = |_elapsed| Status::deadline_exceeded("Timeout expired").into_http();
+                    answer.unwrap_or_else(late)
+                })
+                .boxed(),
+        };
+        answer.map(Ok)
+    }
+}
+
+/// The service that a call is for: `/<service>/<method>`.
+fn service_of(path: &str) -> Option<&str> {
+    let (service, _) = path.strip_prefix('/')?.split_once('/')?;
+    Some(service)
+}
+
+/// How long the client waits, if it says so: up to eight digits and a unit.
+fn patience(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get("grpc-timeout")?.to_str().ok()?;
+    let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let number = Some(number).filter(|text| {
+        (1..=8).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit())
+    });
+    let number = number?.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(number * 3600),
+        "M" => Duration::from_secs(number * 60),
+        "S" => Duration::from_secs(number),
+        "m" => Duration::from_millis(number),
+        "u" => Duration::from_micros(number),
+        "n" => Duration::from_nanos(number),
+        _ => return None,
+    })
 }
 
 /// What is told to clients that ask for the health of the server or of one of its services.
@@ -195,5 +321,50 @@ impl hyper::body::Body for Held {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clients_say_how_long_they_wait() {
+        for (text, waited) in [
+            ("1S", Some(Duration::from_secs(1))),
+            ("99999999H", Some(Duration::from_secs(99_999_999 * 3600))),
+            ("2M", Some(Duration::from_secs(120))),
+            ("30m", Some(Duration::from_millis(30))),
+            ("30u", Some(Duration::from_micros(30))),
+            ("0n", Some(Duration::ZERO)),
+            ("123456789S", None),
+            ("S", None),
+            ("", None),
+            ("+1S", None),
+            ("1s", None),
+            ("1\u{e4}", None),
+        ] {
+            let mut headers = HeaderMap::new();
+            if let Ok(value) = text.parse() {
+                headers.insert("grpc-timeout", value);
+            }
+            assert_eq!(patience(&headers), waited, "{text}");
+        }
+        assert_eq!(patience(&HeaderMap::new()), None);
+    }
+
+    #[test]
+    fn calls_name_their_service() {
+        for (path, service) in [
+            ("/SpiffeWorkloadAPI/FetchX509SVID", Some(SPIFFE)),
+            ("/SpiffeWorkloadAPI/", Some(SPIFFE)),
+            ("/SpiffeWorkloadAPI", None),
+            ("/SpiffeWorkloadAPI2/x", Some("SpiffeWorkloadAPI2")),
+            ("SpiffeWorkloadAPI/x", None),
+            ("*", None),
+            ("", None),
+        ] {
+            assert_eq!(service_of(path), service, "{path}");
+        }
     }
 }

@@ -2,17 +2,12 @@
 
 mod streams;
 
-use std::convert::Infallible;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use futures_util::FutureExt as _;
-use futures_util::future::BoxFuture;
 use http::{HeaderMap, Request, Response};
 use tonic::Status;
 use tonic::body::Body;
-use tonic::server::NamedService;
 
 use self::streams::{JwtBundles, Svids, X509Bundles};
 use super::feed::{Content, Feed, PATIENCE};
@@ -23,7 +18,6 @@ use super::limits::Permit;
 use super::message::{claims, not_issued, token};
 use super::source::Source;
 use super::wanted::WantedTokens;
-use crate::pb::workload_api::spiffe_workload_api_server::SERVICE_NAME;
 use crate::pb::workload_api::{
     JwtBundlesRequest, JwtsvidRequest, JwtsvidResponse, ValidateJwtsvidRequest,
     ValidateJwtsvidResponse, X509BundlesRequest, X509svidRequest,
@@ -38,28 +32,16 @@ const HEADER: &str = "workload.spiffe.io";
 #[derive(Debug, Clone)]
 pub(super) struct SpiffeApi(pub(super) Arc<Source>);
 
-impl NamedService for SpiffeApi {
-    const NAME: &'static str = SERVICE_NAME;
-}
-
-impl tower::Service<Request<Body>> for SpiffeApi {
-    type Response = Response<Body>;
-    type Error = Infallible;
-    type Future = BoxFuture<'static, Result<Response<Body>, Infallible>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let call = Call {
-            source: Arc::clone(&self.0),
-        };
-        async move {
-            let answer = call.answer(request).await;
-            Ok(answer.unwrap_or_else(Status::into_http))
-        }
-        .boxed()
+impl SpiffeApi {
+    /// Answers one call.
+    pub(super) async fn answer(
+        self,
+        caller: Caller,
+        request: Request<impl hyper::body::Body<Data = Bytes>>,
+    ) -> Response<Body> {
+        let call = Call { source: self.0 };
+        let answer = call.answer(caller, request).await;
+        answer.unwrap_or_else(Status::into_http)
     }
 }
 
@@ -80,13 +62,14 @@ struct Call {
 }
 
 impl Call {
-    async fn answer(self, request: Request<Body>) -> Result<Response<Body>, Status> {
+    async fn answer(
+        self,
+        caller: Caller,
+        request: Request<impl hyper::body::Body<Data = Bytes>>,
+    ) -> Result<Response<Body>, Status> {
         require_header(request.headers())?;
         let (head, body) = request.into_parts();
-        let (caller, permit) = self
-            .source
-            .admit(&head.extensions)
-            .map_err(|status| *status)?;
+        let permit = self.source.count(&caller).map_err(|status| *status)?;
         match head.uri.path() {
             "/SpiffeWorkloadAPI/FetchX509SVID" => {
                 let X509svidRequest {} = self.read(body).await?;
@@ -120,7 +103,10 @@ impl Call {
     }
 
     /// The request, which does not take for ever to arrive.
-    async fn read<M: prost::Message + Default>(&self, body: Body) -> Result<M, Status> {
+    async fn read<M: prost::Message + Default>(
+        &self,
+        body: impl hyper::body::Body<Data = Bytes>,
+    ) -> Result<M, Status> {
         tokio::select! {
             biased;
             request = grpc::request(body) => request,

@@ -204,7 +204,7 @@ impl World {
             turns: Turns::new(),
         };
         tokio::select! {
-            served = serve(Arc::new(source), &bound, self.health.clone(), false) => served.unwrap(),
+            () = serve(Arc::new(source), &bound, self.health.clone(), false) => {}
             () = self.cache.run() => {}
             () = test => {}
         }
