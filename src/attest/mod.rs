@@ -7,6 +7,7 @@ mod attested;
 mod container;
 pub mod docker;
 pub mod kubernetes;
+mod limits;
 mod peer;
 mod plan;
 pub mod podman;
@@ -21,6 +22,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 pub use attested::{Attested, Process};
+pub use limits::{Limit, Owner, Permit};
 pub use peer::{Peer, PeerError};
 pub use plan::Plan;
 pub use runner::{Attestors, Gone};

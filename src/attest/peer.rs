@@ -19,6 +19,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::Instant;
 
 use super::attested::{Attested, Process};
+use super::limits::Owner;
 use crate::fsx::read_proc;
 
 /// The longest `/proc/<pid>/stat` that is read, in bytes. Real ones have a few hundred.
@@ -51,6 +52,7 @@ pub struct Peer {
     pid: i32,
     uid: u32,
     gid: u32,
+    owner: Owner,
     pidfd: AsyncFd<OwnedFd>,
     /// `/proc/<pid>` as of this process: once that has ended, nothing is found in it, whoever has the ID
     /// by then.
@@ -149,6 +151,7 @@ impl Peer {
             pid,
             uid,
             gid,
+            owner: Owner::of(pid, uid),
             pidfd,
             directory: open(
                 format!("/proc/{pid}"),
@@ -182,6 +185,11 @@ impl Peer {
     /// The effective group ID at connect.
     pub fn gid(&self) -> u32 {
         self.gid
+    }
+
+    /// Whom its connections and calls count for: its user, and its cgroup at connect.
+    pub fn owner(&self) -> Owner {
+        self.owner
     }
 
     /// The handle itself, for calls that take one instead of an ID.

@@ -1,12 +1,18 @@
 //! Runs the attestors on one peer: the base first, then all that look for themselves, together, then
 //! those that go by what others found.
+//!
+//! The base asks the kernel alone, in the place of the caller. The others ask engines, buses and servers, over
+//! connections that callers share: they run where the service does, and users take turns at each of them.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use tokio::time::{Instant, timeout_at};
+use tokio::runtime::Handle;
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_util::task::AbortOnDropHandle;
 
+use super::limits::Turns;
 use super::peer::Program;
 use super::{AttestError, Attested, Attestor, Peer};
 use crate::backoff::{Loudness, Repeated};
@@ -19,6 +25,9 @@ const DEADLINE: Duration = Duration::from_secs(40);
 /// How long what was found out about a peer is believed without another look, as long as it runs
 /// the same program: long enough for the calls that a client makes together.
 const BELIEVED: Duration = Duration::from_secs(1);
+
+/// How long a caller waits for its user's turn at an attestor.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The peer ended while it was attested: whatever was found may be about another process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -33,6 +42,8 @@ pub struct Gone {
 pub struct Attestors {
     /// Each row is run when the one before it has ended.
     rows: [Vec<Step>; 3],
+    /// Where all but the base run.
+    runtime: Handle,
 }
 
 /// What an attestor sees: everything known with it, or why it sees nothing.
@@ -42,19 +53,23 @@ type Seen = Result<WorkloadAttrs, AttestError>;
 struct Step {
     attestor: Arc<dyn Attestor>,
     failures: Mutex<Repeated>,
+    turns: Turns,
 }
 
 impl Attestors {
-    /// The first of `attestors` is the base: without it nothing is known.
+    /// The first of `attestors` is the base: without it nothing is known. Must be called inside the runtime
+    /// of the service.
     pub fn new(attestors: impl IntoIterator<Item = Arc<dyn Attestor>>) -> Self {
         let mut steps = attestors.into_iter().map(|attestor| Step {
             attestor,
             failures: Mutex::new(Repeated::default()),
+            turns: Turns::new(),
         });
         let base = steps.next().into_iter().collect();
         let (last, middle) = steps.partition(|step| step.attestor.reads_others());
         Self {
             rows: [base, middle, last],
+            runtime: Handle::current(),
         }
     }
 
@@ -71,7 +86,7 @@ impl Attestors {
 
     /// Everything that could be found out about `peer`, now or up to a second ago: see
     /// [`Attestors::look`].
-    pub async fn attest(&self, peer: &Peer) -> Result<Arc<Attested>, Gone> {
+    pub async fn attest(&self, peer: &Arc<Peer>) -> Result<Arc<Attested>, Gone> {
         let (attested, _) = self.found(peer, BELIEVED).await?;
         Ok(attested)
     }
@@ -80,7 +95,7 @@ impl Attestors {
     /// attestor failed: what it had found before may still be so.
     pub async fn attest_again(
         &self,
-        peer: &Peer,
+        peer: &Arc<Peer>,
         believed: Duration,
     ) -> Result<Option<Arc<Attested>>, Gone> {
         let (attested, complete) = self.found(peer, believed).await?;
@@ -88,7 +103,11 @@ impl Attestors {
     }
 
     /// What is known, and whether that is everything.
-    async fn found(&self, peer: &Peer, believed: Duration) -> Result<(Arc<Attested>, bool), Gone> {
+    async fn found(
+        &self,
+        peer: &Arc<Peer>,
+        believed: Duration,
+    ) -> Result<(Arc<Attested>, bool), Gone> {
         let program = peer.program();
         let young = |at: Instant| at.elapsed() < believed;
         let found = match peer.recall(program, true, young) {
@@ -112,7 +131,7 @@ impl Attestors {
     /// Looks, unless somebody else just did: calls that come together cause one look.
     async fn look_alone(
         &self,
-        peer: &Peer,
+        peer: &Arc<Peer>,
         program: Option<Program>,
         believed: Duration,
     ) -> (Arc<Attested>, bool) {
@@ -137,13 +156,13 @@ impl Attestors {
     /// For people who look for a mistake; nothing of it is remembered or logged.
     pub async fn explain(
         &self,
-        peer: &Peer,
+        peer: &Arc<Peer>,
     ) -> Result<Vec<(&'static str, Result<WorkloadAttrs, String>)>, Gone> {
         let deadline = Instant::now() + DEADLINE;
         let mut known = WorkloadAttrs::default();
         let mut all = Vec::new();
-        for row in &self.rows {
-            for (step, seen) in look_together(row, peer, &known, deadline).await {
+        for (row, base) in self.rows() {
+            for (step, seen) in self.look_together(row, base, peer, &known, deadline).await {
                 if let Ok(found) = &seen {
                     add(&mut known, found.clone());
                 }
@@ -164,13 +183,12 @@ impl Attestors {
     ///
     /// If the first attestor fails, nothing is known and the attributes are empty: rules that need
     /// none still match. Another failing one only leaves its own attributes unset.
-    async fn look(&self, peer: &Peer) -> (WorkloadAttrs, bool) {
+    async fn look(&self, peer: &Arc<Peer>) -> (WorkloadAttrs, bool) {
         let mut complete = true;
         let deadline = Instant::now() + DEADLINE;
         let mut known = WorkloadAttrs::default();
-        for (index, row) in self.rows.iter().enumerate() {
-            let base = index == 0;
-            for (step, seen) in look_together(row, peer, &known, deadline).await {
+        for (row, base) in self.rows() {
+            for (step, seen) in self.look_together(row, base, peer, &known, deadline).await {
                 match seen {
                     Ok(found) => {
                         step.recovered();
@@ -190,29 +208,45 @@ impl Attestors {
         }
         (known, complete)
     }
+
+    /// Each row, and whether it is the base.
+    fn rows(&self) -> impl Iterator<Item = (&[Step], bool)> {
+        let rows = self.rows.iter().enumerate();
+        rows.map(|(index, row)| (row.as_slice(), index == 0))
+    }
+
+    /// What each of `row` sees of `peer`, in their order. It takes as long as the slowest one.
+    async fn look_together<'a>(
+        &self,
+        row: &'a [Step],
+        base: bool,
+        peer: &Arc<Peer>,
+        known: &WorkloadAttrs,
+        deadline: Instant,
+    ) -> Vec<(&'a Step, Seen)> {
+        let look = async |step: &'a Step| {
+            let seen = async {
+                if base {
+                    step.look(peer, known.clone()).await
+                } else {
+                    step.look_in_turn(&self.runtime, peer, known.clone()).await
+                }
+            };
+            let seen = match timeout_at(deadline, seen).await {
+                Ok(seen) => seen,
+                Err(_) => step.problem(peer, format!("no answer within {} s", DEADLINE.as_secs())),
+            };
+            (step, seen)
+        };
+        join_all(row.iter().map(look)).await
+    }
 }
 
-/// What each of `row` sees of `peer`, in their order. It takes as long as the slowest one.
-async fn look_together<'a>(
-    row: &'a [Step],
-    peer: &Peer,
-    known: &WorkloadAttrs,
-    deadline: Instant,
-) -> Vec<(&'a Step, Seen)> {
-    let look = async |step: &'a Step| {
-        // Each works on a copy, so that one that is cut off leaves nothing half done.
-        let mut found = known.clone();
-        let seen = match timeout_at(deadline, step.attestor.attest(peer, &mut found)).await {
-            Ok(outcome) => outcome.map(|()| found),
-            Err(_) => Err(AttestError {
-                attestor: step.attestor.name(),
-                pid: peer.pid(),
-                problem: format!("no answer within {} s", DEADLINE.as_secs()),
-            }),
-        };
-        (step, seen)
-    };
-    join_all(row.iter().map(look)).await
+/// What `attestor` sees. It works on a copy of what is `known`, so that one that is cut off leaves nothing
+/// half done.
+async fn see(attestor: Arc<dyn Attestor>, peer: Arc<Peer>, mut known: WorkloadAttrs) -> Seen {
+    let looked = attestor.attest(&peer, &mut known).await;
+    looked.map(|()| known)
 }
 
 /// Adds what one attestor found to what is `known`.
@@ -234,6 +268,35 @@ fn add(known: &mut WorkloadAttrs, found: WorkloadAttrs) {
 }
 
 impl Step {
+    /// What it sees.
+    async fn look(&self, peer: &Arc<Peer>, known: WorkloadAttrs) -> Seen {
+        see(Arc::clone(&self.attestor), Arc::clone(peer), known).await
+    }
+
+    /// The same on `runtime`, once it is the turn of the peer's user.
+    async fn look_in_turn(&self, runtime: &Handle, peer: &Arc<Peer>, known: WorkloadAttrs) -> Seen {
+        let turn = timeout(PATIENCE, self.turns.next(peer.owner())).await;
+        let Ok(Some(_turn)) = turn else {
+            return self.problem(
+                peer,
+                "too many callers of this user are being identified".into(),
+            );
+        };
+        let look = runtime.spawn(see(Arc::clone(&self.attestor), Arc::clone(peer), known));
+        match AbortOnDropHandle::new(look).await {
+            Ok(seen) => seen,
+            Err(fault) => self.problem(peer, fault.to_string()),
+        }
+    }
+
+    fn problem(&self, peer: &Peer, problem: String) -> Seen {
+        Err(AttestError {
+            attestor: self.attestor.name(),
+            pid: peer.pid(),
+            problem,
+        })
+    }
+
     fn failed(&self, error: &AttestError, base: bool) {
         // Of which process does not matter: the same trouble with the next one is no news.
         let loudness = self.row().failed(Instant::now(), &error.problem);
@@ -367,8 +430,12 @@ mod tests {
         )
     }
 
-    fn own() -> Peer {
-        Peer::open(i32::try_from(std::process::id()).unwrap(), 0, 0).unwrap()
+    fn open(pid: u32) -> Arc<Peer> {
+        Arc::new(Peer::open(i32::try_from(pid).unwrap(), 0, 0).unwrap())
+    }
+
+    fn own() -> Arc<Peer> {
+        open(std::process::id())
     }
 
     #[tokio::test]
@@ -428,7 +495,7 @@ mod tests {
             .stdout(std::process::Stdio::piped())
             .spawn()
             .unwrap();
-        let peer = Peer::open(i32::try_from(child.id()).unwrap(), 0, 0).unwrap();
+        let peer = open(child.id());
         assert_eq!(attestors.known(&peer), None);
         let found = attestors.attest(&peer).await.unwrap();
         attestors.attest(&peer).await.unwrap();
@@ -522,8 +589,8 @@ mod tests {
             .stdout(std::process::Stdio::null())
             .spawn()
             .unwrap();
-        let pid = i32::try_from(child.id().unwrap()).unwrap();
-        let peer = Peer::open(pid, 0, 0).unwrap();
+        let peer = open(child.id().unwrap());
+        let pid = peer.pid();
         let (reached, on) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
         let waits = Fake::Waits(Arc::clone(&reached), Arc::clone(&on));
         let attestors = attestors([Fake::Unix, waits]);

@@ -109,7 +109,7 @@ impl Unit {
         if let Some(path) = &self.pid_file {
             let _written = writeln!(text, "PIDFile={}", setting(path));
         }
-        text.push_str("LimitNOFILE=524288\nLimitCORE=0\n\n");
+        text.push_str("LimitNOFILE=524288\nLimitCORE=0\nLimitNICE=-15\n\n");
         self.sandbox(&mut text);
         text.push_str("\n[Install]\nWantedBy=multi-user.target\n");
         text

@@ -1,26 +1,23 @@
-//! The door: where those stand who connected and were not looked at yet.
+//! The door: a thread that does nothing but let in who connects.
 //!
-//! In calm, whoever looks at them fetches them too. Once more come at a time than that can keep up
-//! with, a thread does nothing but fetch until it is calm again: users who connect in vain cost a few
-//! system calls each, and do not fill the queue in the kernel that everybody shares.
+//! The kernel keeps one queue for all who connect, first come first served. One user who connects faster
+//! than it can be answered fills it, and everybody else waits behind, or is turned away (`EAGAIN`). So that
+//! queue is emptied at once, whatever else there is to do.
 
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::Context;
 
-use futures_util::task::AtomicWaker;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::setpriority_process;
-use tokio::net::TcpStream;
+use tokio::sync::oneshot;
 
-use super::limits::Owner;
-use super::lines::{Gone, Lines};
+use super::listener::Bound;
 use crate::attest::Peer;
 
-/// It is calm again when nobody came for so long.
-const CALM: Timespec = Timespec {
+/// The pause after a failed accept: descriptors may have run out.
+const PAUSE: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 100_000_000,
 };
@@ -37,6 +34,14 @@ pub(super) enum Arrived {
 }
 
 impl Arrived {
+    /// The user who connected, if the kernel can tell.
+    pub(super) fn user(&self) -> Option<u32> {
+        match self {
+            Self::Local(stream) => Peer::user_of(stream),
+            Self::Remote(_) => None,
+        }
+    }
+
     /// Whether nobody waits for an answer any more.
     pub(super) fn has_left(&self) -> bool {
         match self {
@@ -46,184 +51,149 @@ impl Arrived {
     }
 }
 
-/// Clones are the same door.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Door(Arc<Inner>);
-
-#[derive(Debug, Default)]
-struct Inner {
-    standing: Mutex<Standing>,
-    /// Who looks at those who stand here.
-    waker: AtomicWaker,
-    kept: AtomicBool,
-    closed: AtomicBool,
-}
-
-#[derive(Debug, Default)]
-struct Standing {
-    lines: Lines<Arrived>,
-    /// A user whom too many wait of, so that one was sent away.
-    refused: Option<Owner>,
+/// A door that is open. It closes when this is dropped.
+#[derive(Debug)]
+pub(super) struct Door {
+    /// Its other end hears when this one is closed.
+    bell: UnixStream,
+    ended: oneshot::Receiver<()>,
 }
 
 impl Door {
-    /// Lets in one more, at the end of its user's line; hangs up where that is full. Says whether nobody
-    /// of that user stood there before.
-    pub(super) fn enter(&self, arrived: Arrived) -> bool {
-        let user = match &arrived {
-            Arrived::Local(stream) => Peer::user_of(stream),
-            Arrived::Remote(_) => None,
-        };
-        let mut standing = self.standing();
-        let gone = standing.lines.join(user, arrived, Arrived::has_left);
-        if matches!(gone, Err(Gone::Refused(_))) {
-            standing.refused = Some(Owner { user, cgroup: None });
-        }
-        // Hanging up is a system call: not while others wait for the lock.
-        drop(standing);
-        matches!(gone, Ok(true))
-    }
-
-    /// The next one, of the users for whom `ready` gives something.
-    pub(super) fn next<R>(&self, ready: impl Fn(Option<u32>) -> Option<R>) -> Option<(Arrived, R)> {
-        self.standing().lines.next(ready)
-    }
-
-    /// A user of whom somebody was sent away since the last question.
-    pub(super) fn refused(&self) -> Option<Owner> {
-        self.standing().refused.take()
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.standing().lines.is_empty()
-    }
-
-    /// From now on, this task hears of those who come.
-    pub(super) fn watch(&self, context: &Context<'_>) {
-        self.0.waker.register(context.waker());
-    }
-
-    /// Wakes who watches.
-    pub(super) fn knock(&self) {
-        self.0.waker.wake();
-    }
-
-    /// Whether the thread runs, and nobody else has to fetch.
-    pub(super) fn is_kept(&self) -> bool {
-        self.0.kept.load(Ordering::Acquire)
-    }
-
-    /// Lets nobody in any more.
-    pub(super) fn close(&self) {
-        self.0.closed.store(true, Ordering::Release);
-    }
-
-    /// Starts the thread. Without one, it goes on as before.
-    pub(super) fn keep(&self, listener: &UnixListener) {
-        let Ok(listener) = listener.try_clone() else {
-            return;
-        };
-        let door = self.clone();
-        self.0.kept.store(true, Ordering::Release);
-        let keeper = std::thread::Builder::new()
+    /// Starts the thread, which gives everybody who connects to `admit`.
+    pub(super) fn open(
+        bound: &Bound,
+        mut admit: impl FnMut(Arrived) + Send + 'static,
+    ) -> io::Result<Self> {
+        let (bell, rings) = UnixStream::pair()?;
+        let (end, ended) = oneshot::channel();
+        let entrance = Entrance::of(bound)?;
+        std::thread::Builder::new()
             .name("tbot-door".to_owned())
             .stack_size(STACK)
             .spawn(move || {
                 // Of this thread alone. Without the right to it, there is only its share.
                 let _allowed = setpriority_process(None, PRIORITY);
-                door.fetch(&listener);
-                door.0.kept.store(false, Ordering::Release);
-                door.knock();
-            });
-        if keeper.is_err() {
-            self.0.kept.store(false, Ordering::Release);
+                entrance.keep(&rings, &mut admit);
+                drop(admit);
+                // Nobody waits for it if the service was dropped.
+                let _told = end.send(());
+            })?;
+        Ok(Self { bell, ended })
+    }
+
+    /// Closes it. Resolves when all who had connected by now are in.
+    pub(super) async fn close(self) {
+        drop(self.bell);
+        // Without an answer, the thread has ended too.
+        let _ended = self.ended.await;
+    }
+}
+
+/// Where they come in. Accepting never waits.
+#[derive(Debug)]
+enum Entrance {
+    Local(UnixListener),
+    Remote(TcpListener),
+}
+
+impl Entrance {
+    fn of(bound: &Bound) -> io::Result<Self> {
+        match bound {
+            Bound::Unix(socket) => socket.listener().try_clone().map(Self::Local),
+            Bound::Tcp(listener) => listener.try_clone().map(Self::Remote),
         }
     }
 
-    /// Fetches everybody until it is calm, or somebody else has to see why that fails.
-    fn fetch(&self, listener: &UnixListener) {
-        while !self.0.closed.load(Ordering::Acquire) {
-            match listener.accept() {
-                Ok((stream, _)) => {
-                    if self.enter(Arrived::Local(stream)) {
-                        self.knock();
-                    }
-                }
+    fn accept(&self) -> io::Result<Arrived> {
+        match self {
+            Self::Local(listener) => listener.accept().map(|(stream, _)| Arrived::Local(stream)),
+            Self::Remote(listener) => listener.accept().map(|(stream, _)| Arrived::Remote(stream)),
+        }
+    }
+
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Local(listener) => listener.as_fd(),
+            Self::Remote(listener) => listener.as_fd(),
+        }
+    }
+
+    /// Lets everybody in until the bell's other end is closed, and then those who had come by then.
+    fn keep(&self, rings: &UnixStream, admit: &mut impl FnMut(Arrived)) {
+        let mut closing = false;
+        loop {
+            match self.accept() {
+                Ok(arrived) => admit(arrived),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    let mut queue = [PollFd::new(listener, PollFlags::IN)];
-                    if !matches!(poll(&mut queue, Some(&CALM)), Ok(1..)) {
+                    if closing {
                         return;
                     }
+                    let mut either = [
+                        PollFd::new(rings, PollFlags::IN),
+                        PollFd::from_borrowed_fd(self.descriptor(), PollFlags::IN),
+                    ];
+                    closing = rung(&mut either, None);
                 }
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(_) => return,
+                Err(source) => {
+                    tracing::warn!(%source, "Cannot accept connections to the Workload API");
+                    if closing {
+                        return;
+                    }
+                    closing = rung(&mut [PollFd::new(rings, PollFlags::IN)], Some(&PAUSE));
+                }
             }
         }
     }
+}
 
-    fn standing(&self) -> MutexGuard<'_, Standing> {
-        let standing = &self.0.standing;
-        standing.lock().unwrap_or_else(PoisonError::into_inner)
+/// Waits for one of `descriptors`; says whether the first of them, the bell, is one.
+fn rung(descriptors: &mut [PollFd<'_>], patience: Option<&Timespec>) -> bool {
+    match poll(descriptors, patience) {
+        Ok(_) => descriptors
+            .first()
+            .is_some_and(|bell| !bell.revents().is_empty()),
+        Err(_) => false,
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read as _;
+    use std::sync::mpsc;
 
     use super::*;
+    use crate::services::Sockets;
+    use crate::services::workload_identity_api::listener::Listen;
+    use crate::services::workload_identity_api::permissions::Permissions;
 
-    /// A door with a thread, and a way to connect.
-    fn kept() -> (Door, impl Fn() -> UnixStream, tempfile::TempDir) {
+    #[tokio::test]
+    async fn whoever_had_connected_when_the_door_closes_is_let_in() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("s");
+        let listen = Listen::Unix(path.clone());
+        let (open, sockets) = (Permissions::default(), Sockets::default());
+        let bound = listen.bind(&open, &sockets, "api").await.unwrap();
+        let (admit, admitted) = mpsc::channel();
+        let door = Door::open(&bound, move |arrived| admit.send(arrived).unwrap()).unwrap();
+        let callers: Vec<_> = (0..300)
+            .map(|_| UnixStream::connect(&path).unwrap())
+            .collect();
+        door.close().await;
+        let own = Some(nix::unistd::geteuid().as_raw());
+        let users: Vec<_> = admitted.iter().map(|arrived| arrived.user()).collect();
+        assert_eq!(users, vec![own; callers.len()]);
+    }
+
+    #[tokio::test]
+    async fn who_hung_up_is_known_before_anything_is_done_for_it() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("s");
         let listener = UnixListener::bind(&path).unwrap();
-        listener.set_nonblocking(true).unwrap();
-        let door = Door::default();
-        door.keep(&listener);
-        let connect = move || {
-            // It stays open as long as somebody may connect.
-            let _listener = &listener;
-            UnixStream::connect(&path).unwrap()
-        };
-        (door, connect, home)
-    }
-
-    #[test]
-    fn the_thread_fetches_all_and_ends_when_it_is_calm() {
-        let (door, connect, _home) = kept();
-        let callers: Vec<_> = (0..300).map(|_| connect()).collect();
-        while door.is_kept() {
-            std::thread::yield_now();
-        }
-        let found = std::iter::from_fn(|| door.next(|_| Some(()))).count();
-        assert_eq!(found, callers.len());
-        assert!(door.is_empty());
-    }
-
-    #[test]
-    fn who_finds_the_line_full_is_hung_up_on_at_once() {
-        let (door, connect, _home) = kept();
-        let mut callers: Vec<_> = (0..1025).map(|_| connect()).collect();
-        let mut last = callers.pop().unwrap();
-        assert_eq!(last.read(&mut [0]).unwrap(), 0);
-        let own = Owner {
-            user: Some(nix::unistd::geteuid().as_raw()),
-            cgroup: None,
-        };
-        assert_eq!(door.refused(), Some(own));
-        assert_eq!(door.refused(), None);
-    }
-
-    #[test]
-    fn a_closed_door_stays_closed() {
-        let (door, connect, _home) = kept();
-        door.close();
-        let _late = connect();
-        while door.is_kept() {
-            std::thread::yield_now();
-        }
-        // The one that the thread may have been at when it was closed.
-        assert!(std::iter::from_fn(|| door.next(|_| Some(()))).count() <= 1);
+        let caller = UnixStream::connect(&path).unwrap();
+        let arrived = Arrived::Local(listener.accept().unwrap().0);
+        assert!(!arrived.has_left());
+        drop(caller);
+        assert!(arrived.has_left());
     }
 }

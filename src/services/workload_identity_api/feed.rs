@@ -9,8 +9,8 @@ use futures_util::stream::{self, BoxStream};
 use tonic::Status;
 
 use super::incoming::Caller;
-use super::limits::Permit;
 use super::source::Source;
+use crate::attest::Permit;
 use crate::services::trust::View;
 use crate::workload::{Bundles, Crl};
 

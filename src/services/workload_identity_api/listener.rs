@@ -2,11 +2,12 @@
 
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::FileTypeExt as _;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use tokio::net::{TcpListener, UnixListener, UnixSocket, UnixStream};
+use tokio::net::{UnixSocket, UnixStream};
 
 use super::permissions::Permissions;
 use crate::services::sockets::{FileId, Sockets, file_at};
@@ -166,21 +167,21 @@ impl Listen {
                          socket, or on 127.0.0.1 for trials"
                     );
                 }
-                match sockets.tcp(&addresses, service) {
-                    Some(listener) => listener
-                        .and_then(TcpListener::from_std)
-                        .map_err(failed("take over the socket that systemd passed")),
-                    None => TcpListener::bind(&addresses[..])
-                        .await
-                        .map_err(failed("bind")),
-                }
-                .map(Bound::Tcp)
+                let listener = match sockets.tcp(&addresses, service) {
+                    Some(listener) => {
+                        listener.map_err(failed("take over the socket that systemd passed"))?
+                    }
+                    None => TcpListener::bind(&addresses[..]).map_err(failed("bind"))?,
+                };
+                let ready = listener.set_nonblocking(true);
+                ready.map_err(failed("listen"))?;
+                Ok(Bound::Tcp(listener))
             }
         }
     }
 }
 
-/// A listener.
+/// A listener. Accepting from it never waits.
 #[derive(Debug)]
 pub(super) enum Bound {
     Unix(Socket),
@@ -191,16 +192,14 @@ pub(super) enum Bound {
 #[derive(Debug)]
 pub(super) struct Socket {
     listener: UnixListener,
-    /// The same for who does not wait.
-    plain: std::os::unix::net::UnixListener,
     file: Option<(PathBuf, FileId)>,
 }
 
 impl Socket {
-    fn passed(listener: std::os::unix::net::UnixListener) -> io::Result<Self> {
+    fn passed(listener: UnixListener) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
         Ok(Self {
-            plain: listener.try_clone()?,
-            listener: UnixListener::from_std(listener)?,
+            listener,
             file: None,
         })
     }
@@ -257,10 +256,6 @@ impl Socket {
 
     pub(super) fn listener(&self) -> &UnixListener {
         &self.listener
-    }
-
-    pub(super) fn plain(&self) -> &std::os::unix::net::UnixListener {
-        &self.plain
     }
 }
 

@@ -1,10 +1,9 @@
 //! The `workload-identity-api` service: the SPIFFE Workload API on a unix socket.
 //!
-//! `listener.rs` opens the socket, `permissions.rs` says for whom, `incoming.rs` pins who connects,
-//! `authority.rs` lets clients in that name the socket's path as authority, `limits.rs` keeps one user
-//! from starving the others. `source.rs` is what every call draws on, `grpc.rs` the form of messages,
-//! `feed.rs` the streams, `followed.rs`
-//! what one caller may have, `spiffe.rs` the calls of the standard, `wanted.rs` what is asked of them and
+//! `listener.rs` opens the socket, `permissions.rs` says for whom, `door.rs` lets in who connects,
+//! `threads.rs` has a thread for each user of them, `incoming.rs` pins them, `authority.rs` lets clients in
+//! that name the socket's path as authority. `source.rs` is what every call draws on, `grpc.rs` the form of
+//! messages, `feed.rs` the streams, `followed.rs` what one caller may have, `spiffe.rs` the calls of the standard, `wanted.rs` what is asked of them and
 //! `message.rs` what their messages hold; `sds/` says the same to Envoy, `server.rs` puts all of it on
 //! the socket. Issuing, caching and following bundles are
 //! [`crate::workload`]'s.
@@ -16,8 +15,6 @@ mod followed;
 mod grpc;
 mod incoming;
 mod inspect;
-mod limits;
-mod lines;
 mod listener;
 mod message;
 mod permissions;
@@ -25,15 +22,16 @@ mod sds;
 mod server;
 mod source;
 mod spiffe;
+mod threads;
 mod wanted;
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use async_trait::async_trait;
 use tonic_health::server::HealthReporter;
 
-use self::limits::Turns;
 use self::listener::{Bound, Listen, ListenError};
 use self::permissions::Permissions;
 use self::server::{serve, tell};
@@ -239,7 +237,6 @@ impl Server for WorkloadApi {
             shutdown: context.shutdown.clone(),
             calls: Source::limit(),
             nobody: Arc::default(),
-            turns: Turns::new(),
         });
         tracing::info!(listen = %self.plan.listen, "Workload API is listening");
         let health = HealthReporter::new();
@@ -259,7 +256,7 @@ impl Server for WorkloadApi {
             context.clock.sleep(DRAIN).await;
         };
         tokio::select! {
-            () = serve => {}
+            served = serve => served.with_context(|| format!("serving {}", self.plan.listen))?,
             _ = work => {}
             () = late => {}
         }

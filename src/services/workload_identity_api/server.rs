@@ -1,19 +1,20 @@
 //! The gRPC server on the socket: which services it has, and what a connection may cost.
 
 use std::convert::Infallible;
+use std::io;
 use std::pin::pin;
 use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use futures_util::future::{BoxFuture, Map};
-use futures_util::{FutureExt as _, StreamExt as _};
 use http::{HeaderMap, Request, Response};
 use hyper::body::{Frame, Incoming, SizeHint};
 use hyper::server::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 use tonic::Status;
 use tonic::body::Body;
 use tonic::server::NamedService;
@@ -22,13 +23,16 @@ use tonic_health::ServingStatus;
 use tonic_health::server::{HealthReporter, HealthService};
 use tower::{Service, ServiceExt as _};
 
-use super::incoming::{self, Caller};
+use super::door::{Arrived, Door};
+use super::incoming::{Arrivals, Caller, Connection};
 use super::inspect::Inspect;
-use super::limits::{Limit, Permit};
 use super::listener::Bound;
 use super::sds::{self, SdsApi};
 use super::source::Source;
 use super::spiffe::SpiffeApi;
+use super::threads::Threads;
+use crate::attest::{Limit, Permit};
+use crate::clock::Clock;
 use crate::pb;
 use crate::pb::envoy::service::secret::v3::secret_discovery_service_server::{
     SERVICE_NAME as SDS, SecretDiscoveryServiceServer,
@@ -54,6 +58,19 @@ const SILENCE: (Duration, Duration) = (Duration::from_secs(60), Duration::from_s
 /// Calls of one user to the services beside the standard's: they need no identity and hold no secret.
 const SIDE_CALLS: usize = 256;
 
+/// What all connections of the socket are served by.
+#[derive(Debug)]
+pub(super) struct Server {
+    services: Services,
+    protocol: http2::Builder<TokioExecutor>,
+    arrivals: Arrivals,
+    clock: Clock,
+    /// Connections begin no new calls any more, and end with those that are open.
+    over: CancellationToken,
+    /// Nobody waits for anything any more.
+    gone: CancellationToken,
+}
+
 /// Serves until the source's shutdown, and then until every call has ended. With `explain`, every caller
 /// is told what is known about it.
 pub(super) async fn serve(
@@ -61,43 +78,80 @@ pub(super) async fn serve(
     bound: &Bound,
     health: HealthReporter,
     explain: bool,
-) {
-    let (clock, shutdown) = (source.clock.clone(), source.shutdown.clone());
-    let beside = Arc::clone(&source);
-    let others: Make = Box::new(move || others(&beside, health, explain));
-    let services = Services {
-        spiffe: SpiffeApi(source),
-        others: Arc::new(LazyLock::new(others)),
-    };
-    let server = protocol();
-    let (connections, over) = (TaskTracker::new(), CancellationToken::new());
-    let mut arrivals = pin!(incoming::accept(bound, clock, shutdown));
-    while let Some(connection) = arrivals.next().await {
+) -> io::Result<()> {
+    let shutdown = source.shutdown.clone();
+    let server = Arc::new(Server::new(source, health, explain));
+    let _gone = server.gone.clone().drop_guard();
+    let (running, mut ended) = mpsc::channel(1);
+    let mut threads = Threads::new(Arc::clone(&server), running);
+    let door = Door::open(bound, move |arrived| threads.admit(arrived))?;
+    shutdown.cancelled().await;
+    // Who had connected by the shutdown is served, then nobody comes any more.
+    door.close().await;
+    server.over.cancel();
+    match ended.recv().await {
+        Some(never) => match never {},
+        None => Ok(()),
+    }
+}
+
+impl Server {
+    pub(super) fn new(source: Arc<Source>, health: HealthReporter, explain: bool) -> Self {
+        let clock = source.clock.clone();
+        let beside = Arc::clone(&source);
+        let others: Make = Box::new(move || others(&beside, health, explain));
+        Self {
+            services: Services {
+                spiffe: SpiffeApi(source),
+                others: Arc::new(LazyLock::new(others)),
+            },
+            protocol: protocol(),
+            arrivals: Arrivals::new(clock.clone()),
+            clock,
+            over: CancellationToken::new(),
+            gone: CancellationToken::new(),
+        }
+    }
+
+    pub(super) fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    /// Resolves when what is still open is to be dropped.
+    pub(super) async fn gone(&self) {
+        self.gone.cancelled().await;
+    }
+
+    /// As [`Arrivals::connection`].
+    pub(super) fn connection(&self, arrived: Arrived) -> Option<Connection> {
+        self.arrivals.connection(arrived)
+    }
+
+    /// As [`Arrivals::dropping`].
+    pub(super) fn dropping(&self, uid: Option<u32>, what: &'static str) {
+        self.arrivals.dropping(uid, what);
+    }
+
+    /// Serves one connection until it ends.
+    pub(super) async fn serve(self: Arc<Self>, connection: Connection) {
         let services = ForCaller {
-            services: services.clone(),
+            services: self.services.clone(),
             caller: connection.caller().clone(),
         };
-        let serving = server.serve_connection(TokioIo::new(connection), services);
-        let over = over.clone();
-        connections.spawn(async move {
-            let mut serving = pin!(serving);
-            let ended = tokio::select! {
-                biased;
-                ended = &mut serving => ended,
-                () = over.cancelled() => {
-                    serving.as_mut().graceful_shutdown();
-                    serving.await
-                }
-            };
-            if let Err(error) = ended {
-                tracing::debug!(%error, "A connection ended");
+        let io = TokioIo::new(connection);
+        let mut serving = pin!(self.protocol.serve_connection(io, services));
+        let ended = tokio::select! {
+            biased;
+            ended = &mut serving => ended,
+            () = self.over.cancelled() => {
+                serving.as_mut().graceful_shutdown();
+                serving.await
             }
-        });
+        };
+        if let Err(error) = ended {
+            tracing::debug!(%error, "A connection ended");
+        }
     }
-    // Who had connected by the shutdown is served, then nobody comes any more.
-    over.cancel();
-    connections.close();
-    connections.wait().await;
 }
 
 /// HTTP/2, as far as it is the same for everybody.

@@ -7,10 +7,8 @@ use http::Extensions;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 
-use super::feed::PATIENCE;
 use super::incoming::Caller;
-use super::limits::{Limit, Permit, Turn, Turns};
-use crate::attest::{Attested, Attestors};
+use crate::attest::{Attested, Attestors, Limit, Permit};
 use crate::clock::Clock;
 use crate::services::trust::View;
 use crate::workload::{Cache, Memo, Selector, Subscription, Tokens};
@@ -38,8 +36,6 @@ pub(super) struct Source {
     pub(super) calls: Limit,
     /// What is known about a caller whom the kernel cannot name.
     pub(super) nobody: Arc<Attested>,
-    /// Who may be attested now.
-    pub(super) turns: Turns,
 }
 
 impl Source {
@@ -67,13 +63,12 @@ impl Source {
     /// What is known about the caller; nothing about one whom the kernel cannot name.
     pub(super) async fn attest(&self, caller: &Caller) -> Result<Arc<Attested>, Status> {
         match caller {
-            Caller::Process(peer, _) => {
-                // The connection looks at the caller before each write, so that two more looks and a
-                // turn would be for nothing: a tenth of what a call on a warm connection takes.
+            Caller::Process(peer) => {
+                // The connection looks at the caller before each write, so that two more looks would
+                // be for nothing: a tenth of what a call on a warm connection takes.
                 if let Some(known) = self.attestors.known(peer) {
                     return Ok(known);
                 }
-                let _turn = self.turn(caller).await?;
                 let found = self.attestors.attest(peer).await;
                 found.map_err(|gone| Status::aborted(gone.to_string()))
             }
@@ -103,24 +98,13 @@ impl Source {
     ) -> Result<Option<Arc<Attested>>, Status> {
         match caller {
             // One of the streams of a connection looks, the others see what it saw.
-            Caller::Process(peer, _) => self
+            Caller::Process(peer) => self
                 .attestors
                 .attest_again(peer, self.interval / 2)
                 .await
                 .map_err(|gone| Status::aborted(gone.to_string())),
             Caller::Unknown => Ok(Some(Arc::clone(&self.nobody))),
         }
-    }
-
-    /// Waits a while until the caller may be looked at: one who asks without an end waits for itself.
-    pub(super) async fn turn(&self, caller: &Caller) -> Result<Turn, Status> {
-        let turn = tokio::select! {
-            turn = self.turns.next(caller.owner()) => turn,
-            () = self.clock.sleep(PATIENCE) => None,
-        };
-        turn.ok_or_else(|| {
-            Status::unavailable("too many callers of this user are being identified: try again")
-        })
     }
 
     /// The X.509-SVIDs of this workload.

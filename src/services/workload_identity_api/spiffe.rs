@@ -14,10 +14,10 @@ use super::feed::{Content, Feed, PATIENCE};
 use super::followed::Followed;
 use super::grpc;
 use super::incoming::Caller;
-use super::limits::Permit;
 use super::message::{claims, not_issued, token};
 use super::source::Source;
 use super::wanted::WantedTokens;
+use crate::attest::Permit;
 use crate::pb::workload_api::{
     JwtBundlesRequest, JwtsvidRequest, JwtsvidResponse, ValidateJwtsvidRequest,
     ValidateJwtsvidResponse, X509BundlesRequest, X509svidRequest,

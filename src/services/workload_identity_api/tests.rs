@@ -3,6 +3,7 @@ use super::*;
 mod sds;
 mod services;
 mod streams;
+mod threads;
 
 use crate::attest::Attestors;
 use crate::clock::Clock;
@@ -174,8 +175,17 @@ impl World {
         let listen = Listen::Unix(self.path.clone());
         let (open, sockets) = (Permissions::default(), Sockets::default());
         let bound = listen.bind(&open, &sockets, "api").await.unwrap();
+        let source = self.source(attestors, interval);
+        tokio::select! {
+            served = serve(Arc::new(source), &bound, self.health.clone(), false) => served.unwrap(),
+            () = self.cache.run() => {}
+            () = test => {}
+        }
+    }
+
+    fn source(&self, attestors: Attestors, interval: Duration) -> Source {
         let clock = Clock::simulated(start());
-        let source = Source {
+        Source {
             cache: self.cache.clone(),
             tokens: Tokens::new(
                 Arc::new(FakeTokens),
@@ -201,12 +211,6 @@ impl World {
             shutdown: self.shutdown.clone(),
             calls: Source::limit(),
             nobody: Arc::default(),
-            turns: Turns::new(),
-        };
-        tokio::select! {
-            () = serve(Arc::new(source), &bound, self.health.clone(), false) => {}
-            () = self.cache.run() => {}
-            () = test => {}
         }
     }
 

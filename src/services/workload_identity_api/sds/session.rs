@@ -9,13 +9,13 @@ use tonic::Status;
 
 use super::exchange::{Exchange, Step};
 use super::secrets::{Secrets, need_svids, select};
+use crate::attest::Permit;
 use crate::clock::rfc3339_nanos;
 use crate::crypto::random;
 use crate::services::trust::View;
 use crate::services::workload_identity_api::feed::PATIENCE;
 use crate::services::workload_identity_api::followed::Followed;
 use crate::services::workload_identity_api::incoming::Caller;
-use crate::services::workload_identity_api::limits::Permit;
 use crate::services::workload_identity_api::source::Source;
 use crate::workload::{Selector, State};
 

@@ -8,26 +8,50 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::crypto::sha256;
+use crate::fsx::read_proc;
+
 /// Of what a user may hold, the share that one cgroup may: containers often run as one user, and one of
 /// them must leave something to the others.
 const SHARE: (usize, usize) = (3, 4);
-/// Attestations that run at a time: for one cgroup, for one user, for all.
+/// The part of a process's list of cgroups that is looked at, in bytes.
+const MAX_CGROUPS: u64 = 16 * 1024;
+/// Looks of one attestor at a time: for one cgroup, for one user, for all.
 const RUNNING: [usize; 3] = [8, 32, 64];
-/// Attestations of one user that run or wait.
+/// Looks of one attestor for one user that run or wait.
 const WAITING: usize = 512;
 
 /// Whom something counts for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub(super) struct Owner {
+pub struct Owner {
     /// The user; `None` stands for all whose user is unknown.
-    pub(super) user: Option<u32>,
-    /// The cgroup, as a digest of its path. It is the caller's word, and good for no decision but this.
-    pub(super) cgroup: Option<u64>,
+    pub user: Option<u32>,
+    /// The cgroup, as a digest of its path: as good as its name, whoever may make cgroups may have many.
+    /// It is the caller's word, and good for no decision but this.
+    pub cgroup: Option<u64>,
+}
+
+impl Owner {
+    /// The owner of a process of this user.
+    pub(super) fn of(pid: i32, user: u32) -> Self {
+        Self {
+            user: Some(user),
+            cgroup: cgroup(pid),
+        }
+    }
+}
+
+/// A digest of the cgroups that a process is in.
+fn cgroup(pid: i32) -> Option<u64> {
+    let text = read_proc(format!("/proc/{pid}/cgroup"), MAX_CGROUPS).ok()?;
+    sha256(&text)
+        .first_chunk()
+        .map(|digest| u64::from_le_bytes(*digest))
 }
 
 /// Counts what each owner holds, up to a maximum for each user.
 #[derive(Debug, Clone)]
-pub(super) struct Limit {
+pub struct Limit {
     maximum: usize,
     held: Arc<Mutex<Held>>,
 }
@@ -40,13 +64,15 @@ struct Held {
 
 /// One held unit; given back when dropped.
 #[derive(Debug)]
-pub(super) struct Permit {
+pub struct Permit {
     limit: Limit,
     owner: Owner,
 }
 
 impl Limit {
-    pub(super) fn new(maximum: usize) -> Self {
+    /// Each user may hold `maximum` units, and one of its cgroups a part of them.
+    #[must_use]
+    pub fn new(maximum: usize) -> Self {
         Self {
             maximum,
             held: Arc::default(),
@@ -54,7 +80,7 @@ impl Limit {
     }
 
     /// Takes one unit; `None` if the user, or its cgroup, holds the maximum.
-    pub(super) fn take(&self, owner: Owner) -> Option<Permit> {
+    pub fn take(&self, owner: Owner) -> Option<Permit> {
         let mut held = self.held();
         let share = (self.maximum * SHARE.0 / SHARE.1).max(1);
         if held.users.get(&owner.user).copied().unwrap_or_default() >= self.maximum
@@ -99,7 +125,7 @@ fn give_back<K: Eq + Hash>(counts: &mut HashMap<K, usize>, key: K) {
     }
 }
 
-/// Lets so many attestations run at a time. Each owner waits in a queue of its own, so that in front of
+/// Lets so many looks of an attestor run at a time. Each owner waits in a queue of its own, so that in front of
 /// everybody else's next one there are never more than it may have running.
 #[derive(Debug, Clone)]
 pub(super) struct Turns {
@@ -108,7 +134,7 @@ pub(super) struct Turns {
     own: Arc<Mutex<HashMap<Owner, Arc<Semaphore>>>>,
 }
 
-/// The right to attest, until it is dropped.
+/// The right to look, until it is dropped.
 #[derive(Debug)]
 pub(super) struct Turn {
     // In this order: a queue is removed when nobody is in it any more.
