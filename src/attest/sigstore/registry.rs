@@ -247,6 +247,9 @@ impl Repository<'_> {
             .parse()
             .map_err(|_source| self.unusable("a redirection to no address"))?;
         if to.authority().is_some() {
+            if to.host().is_none_or(str::is_empty) {
+                return Err(self.unusable("a redirection to no host"));
+            }
             self.admit(&to)?;
             return Ok(to);
         }
