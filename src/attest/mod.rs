@@ -11,6 +11,7 @@ mod limits;
 mod peer;
 mod plan;
 pub mod podman;
+mod program;
 mod runner;
 pub mod sigstore;
 pub mod systemd;
@@ -25,6 +26,7 @@ pub use attested::{Attested, Process};
 pub use limits::{Limit, Owner, Permit};
 pub use peer::{Peer, PeerError};
 pub use plan::Plan;
+pub use program::tell_what_is_hidden;
 pub use runner::{Attestors, Gone};
 
 use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::{PeerCredentials, PeerPidfd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags, open, statx};
+use rustix::fs::{Mode, OFlags, open};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -20,6 +20,7 @@ use tokio::time::Instant;
 
 use super::attested::{Attested, Process};
 use super::limits::Owner;
+use super::program::Program;
 use crate::fsx::read_proc;
 
 /// The longest `/proc/<pid>/stat` that is read, in bytes. Real ones have a few hundred.
@@ -71,13 +72,6 @@ struct Memo {
     /// Whether every attestor had its say.
     complete: bool,
     attested: Arc<Attested>,
-}
-
-/// The file that a process runs. Another one after `execve(2)`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Program {
-    device: (u32, u32),
-    inode: u64,
 }
 
 impl Peer {
@@ -197,15 +191,9 @@ impl Peer {
         self.pidfd.get_ref()
     }
 
-    /// What the process runs now; `None` where that may not be looked at. Does not wait for the
-    /// file system that holds it.
+    /// What the process runs now; `None` where that may not be looked at.
     pub(super) fn program(&self) -> Option<Program> {
-        let directory = self.directory.as_ref()?;
-        let found = statx(directory, "exe", AtFlags::STATX_DONT_SYNC, StatxFlags::INO).ok()?;
-        Some(Program {
-            device: (found.stx_dev_major, found.stx_dev_minor),
-            inode: found.stx_ino,
-        })
+        Program::of(self.directory.as_ref()?)
     }
 
     /// Which process it is, for good; `None` where that may not be looked at.
@@ -259,7 +247,8 @@ impl Peer {
         self.looking.lock().await
     }
 
-    /// Whether the process still runs, and still runs the program that it was pinned with.
+    /// Whether the process still runs, and still runs the program that it was pinned with. Where
+    /// `/proc` hides other users' processes (`hidepid=`) that it runs is all that can be told.
     pub fn is_unchanged(&self) -> bool {
         // A process that has ended runs no program: where one is seen, this is one system call, and it is
         // made before everything that is sent.

@@ -13,7 +13,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::limits::Turns;
-use super::peer::Program;
+use super::program::Program;
 use super::{AttestError, Attested, Attestor, Peer};
 use crate::backoff::{Loudness, Repeated};
 use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;

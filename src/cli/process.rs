@@ -3,9 +3,10 @@
 use rustix::process::{
     DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit,
 };
+use rustix::thread::clear_ambient_capability_set;
 
-/// Keeps the keys in this process's memory to itself, and lets it hold as many connections as the
-/// machine allows.
+/// Keeps the keys in this process's memory and its capabilities to itself, and lets it hold as many connections as the
+/// machine allows. Runs before there are other threads: capabilities are each thread's own.
 ///
 /// Not dumpable means: no core file, whatever `core_pattern` pipes to, and no other process of the
 /// same user reads the memory (`PR_SET_DUMPABLE`). It also closes `/proc/<pid>/exe` to agents that
@@ -13,6 +14,10 @@ use rustix::process::{
 /// (`spiffe-inspect`) do not call this. A process may always look at itself, as `quickstart` does,
 /// and what it executes starts dumpable again.
 pub(super) fn protect() {
+    // What a unit gives the agent (`AmbientCapabilities=`) is not for the programs that it starts.
+    if let Err(error) = clear_ambient_capability_set() {
+        tracing::debug!(%error, "Programs that this one starts may keep its capabilities");
+    }
     if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
         tracing::warn!(%error, "Other processes of this user can read this one's memory");
     }

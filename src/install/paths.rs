@@ -19,6 +19,8 @@ pub struct Access {
     pub private: BTreeSet<PathBuf>,
     /// Directories of sockets, which other users must be able to enter.
     pub shared: BTreeSet<PathBuf>,
+    /// Whether it looks at the programs of those who connect to its sockets.
+    pub attests: bool,
 }
 
 impl Access {
@@ -36,12 +38,15 @@ impl Access {
             if let Some(path) = service.plan.destination().and_then(|d| directory(&d.key())) {
                 access.add(&path, false);
             }
-            for (key, value) in service.plan.emit() {
+            let section = service.plan.emit();
+            let attests = section.iter().any(|(key, _)| key == "attestors");
+            for (key, value) in section {
                 if key == "listen"
                     && let Tree::Text(uri) = value
                     && let Some(socket) = uri.strip_prefix("unix://").map(Path::new)
                     && let Some(parent) = socket.parent().filter(|_| socket.is_absolute())
                 {
+                    access.attests |= attests;
                     access.add(parent, true);
                 }
             }
@@ -183,6 +188,7 @@ mod tests {
         assert_eq!(found.runtime, paths(&["bot", "app/id", "api"]));
         assert_eq!(found.kept, paths(&["bot", "app/id"]));
         assert!(found.state.is_none() && found.outside().next().is_none());
+        assert!(found.attests);
     }
 
     #[test]

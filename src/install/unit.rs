@@ -109,10 +109,23 @@ impl Unit {
         if let Some(path) = &self.pid_file {
             let _written = writeln!(text, "PIDFile={}", setting(path));
         }
-        text.push_str("LimitNOFILE=524288\nLimitCORE=0\nLimitNICE=-15\n\n");
+        text.push_str("LimitNOFILE=524288\nLimitCORE=0\nLimitNICE=-15\n");
+        if self.attests() {
+            text.push_str(
+                "# Callers of the Workload API are told from what they execute, and their programs attested,\n\
+                 # whichever user they are; the agent passes this on to no program that it starts.\n\
+                 AmbientCapabilities=CAP_SYS_PTRACE\n",
+            );
+        }
+        text.push('\n');
         self.sandbox(&mut text);
         text.push_str("\n[Install]\nWantedBy=multi-user.target\n");
         text
+    }
+
+    /// Whether the agent has to look at processes that the kernel shows to root only.
+    fn attests(&self) -> bool {
+        self.user != "root" && self.access.as_ref().is_some_and(|access| access.attests)
     }
 
     fn command(&self) -> String {
@@ -305,6 +318,28 @@ mod tests {
     }
 
     #[test]
+    fn an_agent_that_attests_and_is_not_root_may_look_at_the_programs_of_others() {
+        for (user, attests, granted) in [
+            ("teleport", true, true),
+            ("teleport", false, false),
+            ("root", true, false),
+        ] {
+            let access = Access {
+                attests,
+                ..Access::default()
+            };
+            let text = Unit {
+                user: user.into(),
+                access: Some(access),
+                ..unit()
+            }
+            .render();
+            let line = "\nAmbientCapabilities=CAP_SYS_PTRACE\n";
+            assert_eq!(text.contains(line), granted, "{user} {attests}\n{text}");
+        }
+    }
+
+    #[test]
     fn an_unknown_configuration_leaves_more_writable() {
         let text = Unit {
             access: None,
@@ -399,6 +434,7 @@ mod tests {
             runtime: ["bot".into(), "api/a b".into()].into(),
             kept: ["bot".into()].into(),
             private: ["/opt/bot".into()].into(),
+            attests: true,
             ..Access::default()
         };
         for (access, pid_file) in [

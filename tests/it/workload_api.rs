@@ -298,6 +298,66 @@ fn a_program_that_took_the_callers_place_gets_nothing_of_what_was_meant_for_it()
     );
 }
 
+#[test]
+fn an_agent_that_is_not_root_tells_what_callers_of_other_users_execute() {
+    const AGENT: &str = "--reuid=65534 --regid=65534 --clear-groups";
+    const CALLER: &str = "--reuid=1234 --regid=1234 --clear-groups";
+    const MAY_TRACE: &str = "--inh-caps=+sys_ptrace --ambient-caps=+sys_ptrace";
+    const HIDDEN: &str = "may not look at the programs of other users";
+    if !nix::unistd::geteuid().is_root() {
+        return crate::common::skip("being another user needs root");
+    }
+    for capabilities in ["", MAY_TRACE] {
+        let sandbox = Sandbox::new();
+        let everybody = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(sandbox.path(""), everybody).unwrap();
+        let cluster = Cluster::start(&sandbox, RECORDED);
+        for name in ["bot", "own"] {
+            std::fs::create_dir(sandbox.path(name)).unwrap();
+            std::os::unix::fs::chown(sandbox.path(name), Some(65534), Some(65534)).unwrap();
+        }
+        let (config, _) = configured(&sandbox, &cluster);
+        let text = std::fs::read_to_string(&config).unwrap();
+        let text = text.replace("w.sock", "own/w.sock").replace(
+            "workload-identity-api",
+            "workload-identity-api, credential_ttl: 30s, renewal_interval: 3s",
+        );
+        let config = sandbox.write("tbot.yaml", text);
+        let mut command = sandbox.command("setpriv");
+        command
+            .args(AGENT.split(' ').chain(capabilities.split_whitespace()))
+            .arg(env!("CARGO_BIN_EXE_tbot"))
+            .args(["start", "-c"])
+            .arg(config);
+        let mut agent = sandbox.spawn("agent", command);
+        agent.wait_for_log("The bot has a fresh identity");
+        let told = agent.log().matches(HIDDEN).count();
+        assert_eq!(
+            told,
+            usize::from(capabilities.is_empty()),
+            "{}",
+            agent.log()
+        );
+        // What it was given is not for the programs that it starts.
+        let status = std::fs::read_to_string(format!("/proc/{}/status", agent.id())).unwrap();
+        assert!(status.contains("CapAmb:\t0000000000000000\n"), "{status}");
+        let tracing = status.contains("CapEff:\t0000000000080000\n");
+        assert_eq!(tracing, !capabilities.is_empty(), "{status}");
+
+        let request = sandbox.write("request", raw_request());
+        let mut command = sandbox.command("setpriv");
+        command
+            .args(CALLER.split(' '))
+            .args(["python3", "-c", BECOMES_CAT])
+            .arg(sandbox.path("own/w.sock"))
+            .arg(&request);
+        let mut cat = sandbox.spawn("cat", command);
+        assert!(cat.wait().success(), "{}", cat.log());
+        assert!(!cat.log().contains("svc/foo"), "{:?}", cat.log());
+        assert!(cluster.events("spiffe.svid.issued").len() > 1);
+    }
+}
+
 /// An agent that has kept this process's SVID, and was killed; with its configuration and its socket.
 async fn kept(sandbox: &Sandbox, cluster: &Cluster<'_>) -> (PathBuf, PathBuf) {
     let (config, socket) = configured(sandbox, cluster);

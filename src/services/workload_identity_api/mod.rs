@@ -239,6 +239,9 @@ impl Server for WorkloadApi {
             nobody: Arc::default(),
         });
         tracing::info!(listen = %self.plan.listen, "Workload API is listening");
+        if matches!(self.plan.listen, Listen::Unix(_)) {
+            attest::tell_what_is_hidden();
+        }
         let health = HealthReporter::new();
         tell(&health, false).await;
         let serve = serve(source, &bound, health.clone(), self.plan.explain);
