@@ -120,6 +120,12 @@ impl Certificate {
         attributes(&self.inner.tbs_certificate.subject, oid)
     }
 
+    /// The subject's name, DER; empty if it cannot be encoded.
+    pub(crate) fn subject_der(&self) -> Vec<u8> {
+        let subject = self.inner.tbs_certificate.subject.to_der();
+        subject.unwrap_or_default()
+    }
+
     /// Every value of one attribute of the issuer, in order.
     #[must_use]
     pub fn issuer(&self, oid: ObjectIdentifier) -> Vec<String> {

@@ -1,4 +1,4 @@
-//! The trust bundles and the revocation list, followed once for the whole agent: however many
+//! The trust bundles and the revocation lists, followed once for the whole agent: however many
 //! services look at them, the cluster has one reader.
 
 use std::panic::AssertUnwindSafe;
@@ -111,6 +111,7 @@ impl Trust {
             let (bundles, follow_bundles) = watch::channel(None);
             let (revoked, follow_revoked) = watch::channel(Crl::Pending);
             let (identity, clock) = (identity.clone(), clock.clone());
+            let beside = follow_bundles.clone();
             let task = tokio::spawn(async move {
                 let Some(own) = identity.ready().await else {
                     return;
@@ -119,7 +120,7 @@ impl Trust {
                 outliving_panics(&clock, || async {
                     tokio::join!(
                         bundle::follow(client, own.cluster(), &clock, &bundles),
-                        crl::follow(client, &clock, &revoked),
+                        crl::follow(client, &clock, beside.clone(), &revoked),
                     );
                 })
                 .await;

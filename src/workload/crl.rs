@@ -1,11 +1,16 @@
-//! The revocation list of the cluster's SPIFFE authority, passed on as it came.
+//! The revocation lists of the cluster's SPIFFE authorities, passed on as they came.
+//!
+//! A cluster signs one list, with the authority that signs now. While an authority is rotated, SVIDs of
+//! the one before are still held, and whoever checks one wants a list by its issuer: so the last list
+//! of each authority is kept for as long as the bundle has it.
 //!
 //! Clusters sign lists that strict parsers reject (no `nextUpdate`, a `thisUpdate` in the year 1)
 //! and sign an unchanged list anew every ten minutes. Bytes are therefore passed through, and only
 //! the part that means something is compared before readers are woken.
 
 use std::fmt;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -15,11 +20,14 @@ use futures_util::StreamExt as _;
 use futures_util::stream::BoxStream;
 use tokio::sync::watch;
 use tokio::time::Instant;
+use x509_cert::time::Time;
 
+use super::Bundles;
 use crate::backoff::{Backoff, Loudness, Repeated};
 use crate::clock::Clock;
 use crate::cluster::events::paced;
 use crate::cluster::{Client, ClusterError, Disposition};
+use crate::crypto::x509;
 
 /// What is known about revocations.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -29,17 +37,25 @@ pub enum Crl {
     Pending,
     /// The cluster has no revocation list.
     None,
-    /// The newest list, DER.
+    /// The newest list of each authority, DER, one after the other; the one that came last is first.
     Signed(Bytes),
 }
 
 impl Crl {
-    /// The list, if there is one.
+    /// The lists, one after the other, if there are any.
     pub fn der(&self) -> Option<&Bytes> {
         match self {
             Self::Signed(der) => Some(der),
             Self::Pending | Self::None => None,
         }
+    }
+}
+
+/// Takes lists that stand one after the other apart. What is no row of DER values is one.
+pub fn split(lists: &Bytes) -> Vec<Bytes> {
+    match x509::split(lists) {
+        Some(all) => all.iter().map(|one| lists.slice_ref(one)).collect(),
+        None => vec![lists.clone()],
     }
 }
 
@@ -73,10 +89,16 @@ const FIRST: Duration = Duration::from_secs(2);
 /// sign one every ten minutes.
 const OPENING: Duration = Duration::from_mins(15);
 
-/// Keeps the list current until the future is dropped. Readers are woken when its meaning changes;
-/// a reader that comes later sees the newest bytes. Whatever the cluster does, it is not
-/// [`Crl::Pending`] for long.
-pub async fn follow(feed: &dyn CrlFeed, clock: &Clock, published: &watch::Sender<Crl>) {
+/// Keeps the lists current until the future is dropped. Readers are woken when their meaning changes;
+/// a reader that comes later sees the newest bytes. Whatever the cluster does, they are not
+/// [`Crl::Pending`] for long. Lists of authorities that are not in the newest of `bundles` are
+/// given up when the next one came.
+pub async fn follow(
+    feed: &dyn CrlFeed,
+    clock: &Clock,
+    bundles: watch::Receiver<Option<Arc<Bundles>>>,
+    published: &watch::Sender<Crl>,
+) {
     let give_up = async {
         clock.sleep(FIRST).await;
         published.send_if_modified(|crl| {
@@ -87,16 +109,87 @@ pub async fn follow(feed: &dyn CrlFeed, clock: &Clock, published: &watch::Sender
             pending
         });
     };
-    tokio::join!(give_up, keep(feed, clock, published));
+    let known = Known {
+        clock,
+        bundles: bundles.clone(),
+        published,
+    };
+    tokio::join!(give_up, keep(feed, &known), known.weed(bundles));
 }
 
-async fn keep(feed: &dyn CrlFeed, clock: &Clock, published: &watch::Sender<Crl>) {
+/// What is known, and what it is held against.
+struct Known<'a> {
+    clock: &'a Clock,
+    bundles: watch::Receiver<Option<Arc<Bundles>>>,
+    published: &'a watch::Sender<Crl>,
+}
+
+impl Known<'_> {
+    /// Takes a list in.
+    fn publish(&self, fresh: Bytes) {
+        let kept = self.of_others(&fresh, &self.published.borrow());
+        let fresh = join([fresh].into_iter().chain(kept));
+        publish(self.published, Crl::Signed(fresh));
+    }
+
+    /// Gives up lists when their authorities leave the bundle.
+    async fn weed(&self, mut bundles: watch::Receiver<Option<Arc<Bundles>>>) {
+        while bundles.changed().await.is_ok() {
+            bundles.mark_unchanged();
+            self.published.send_if_modified(|crl| {
+                let Some(first) = crl.der().and_then(|lists| split(lists).into_iter().next())
+                else {
+                    return false;
+                };
+                let kept = self.of_others(&first, crl);
+                let weeded = Crl::Signed(join([first].into_iter().chain(kept)));
+                let news = *crl != weeded;
+                *crl = weeded;
+                news
+            });
+        }
+        std::future::pending::<()>().await;
+    }
+
+    /// The lists in `crl` by others than the issuer of `fresh`, as far as those are in the bundle and
+    /// the lists are not over.
+    fn of_others(&self, fresh: &Bytes, crl: &Crl) -> Vec<Bytes> {
+        let Some(issuer) = facts(fresh).map(|fresh| fresh.issuer) else {
+            return Vec::new();
+        };
+        let authorities = self.bundles.borrow().clone();
+        let vouches = |name: &[u8]| {
+            let mut all = authorities.iter().flat_map(|bundles| bundles.authorities());
+            all.any(|authority| authority.subject_der() == name)
+        };
+        let now = self.clock.now();
+        let good = |list: &Bytes| {
+            facts(list).is_some_and(|known| {
+                let over = known.next_update.is_some_and(|next| next <= now);
+                known.issuer != issuer && !over && vouches(&known.issuer)
+            })
+        };
+        let lists = crl.der().map(split).unwrap_or_default();
+        lists.into_iter().filter(good).collect()
+    }
+}
+
+/// Lists, one after the other.
+fn join(lists: impl Iterator<Item = Bytes>) -> Bytes {
+    let lists: Vec<Bytes> = lists.collect();
+    match lists.as_slice() {
+        [one] => one.clone(),
+        several => several.concat().into(),
+    }
+}
+
+async fn keep(feed: &dyn CrlFeed, known: &Known<'_>) {
     let mut backoff = Backoff::of_streams();
     let mut failures = Repeated::default();
     loop {
-        let error = match session(feed, published).await {
+        let error = match session(feed, known).await {
             Ended::Unsupported => {
-                publish(published, Crl::None);
+                publish(known.published, Crl::None);
                 return std::future::pending().await;
             }
             Ended::Silent => continue,
@@ -123,7 +216,8 @@ async fn keep(feed: &dyn CrlFeed, clock: &Clock, published: &watch::Sender<Crl>)
                 );
             }
         }
-        clock
+        known
+            .clock
             .sleep(backoff.next_wait(crate::crypto::jitter()))
             .await;
     }
@@ -138,7 +232,7 @@ enum Ended {
     Failed(ClusterError),
 }
 
-async fn session(feed: &dyn CrlFeed, published: &watch::Sender<Crl>) -> Ended {
+async fn session(feed: &dyn CrlFeed, known: &Known<'_>) -> Ended {
     let failed = |error: ClusterError| match error.disposition() {
         Disposition::Unsupported => Ended::Unsupported,
         Disposition::Retry | Disposition::Refused => Ended::Failed(error),
@@ -155,8 +249,8 @@ async fn session(feed: &dyn CrlFeed, published: &watch::Sender<Crl>) -> Ended {
     };
     loop {
         match next {
-            Some(Ok(list)) if list.is_empty() => publish(published, Crl::None),
-            Some(Ok(list)) => publish(published, Crl::Signed(list)),
+            Some(Ok(list)) if list.is_empty() => publish(known.published, Crl::None),
+            Some(Ok(list)) => known.publish(list),
             Some(Err(error)) => return Ended::AfterList(Some(error)),
             None => return Ended::AfterList(None),
         }
@@ -164,7 +258,7 @@ async fn session(feed: &dyn CrlFeed, published: &watch::Sender<Crl>) -> Ended {
     }
 }
 
-/// Replaces the list, and wakes readers only if they would act differently.
+/// Replaces the lists, and wakes readers only if they would act differently.
 fn publish(published: &watch::Sender<Crl>, fresh: Crl) {
     published.send_if_modified(|crl| {
         let news = !says_the_same(crl, &fresh);
@@ -176,7 +270,11 @@ fn publish(published: &watch::Sender<Crl>, fresh: Crl) {
 pub(super) fn says_the_same(old: &Crl, new: &Crl) -> bool {
     match (old, new) {
         (Crl::Signed(old), Crl::Signed(new)) => {
-            old == new || essence(old).is_some_and(|essence| Some(essence) == self::essence(new))
+            let (olds, news) = (split(old), split(new));
+            let same = |(old, new): (&Bytes, &Bytes)| {
+                old == new || essence(old).is_some_and(|it| Some(it) == essence(new))
+            };
+            olds.len() == news.len() && olds.iter().zip(&news).all(same)
         }
         _ => old == new,
     }
@@ -185,6 +283,21 @@ pub(super) fn says_the_same(old: &Crl, new: &Crl) -> bool {
 /// Issuer and revoked entries, encoded; `None` for a list with a `nextUpdate`, whose newest form
 /// matters, and for bytes that are no list.
 fn essence(crl: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
+    let facts = facts(crl).filter(|facts| facts.next_update.is_none())?;
+    Some((facts.issuer, facts.revoked))
+}
+
+/// What a list says of itself.
+struct Facts {
+    /// The issuer's name, encoded.
+    issuer: Vec<u8>,
+    next_update: Option<SystemTime>,
+    /// The revoked entries, encoded.
+    revoked: Vec<u8>,
+}
+
+/// `None` for bytes that are no list.
+fn facts(crl: &[u8]) -> Option<Facts> {
     // CertificateList ::= SEQUENCE { tbsCertList, signatureAlgorithm, signature } (RFC 5280 5.1)
     let list = sequence(AnyRef::from_der(crl).ok()?)?;
     let mut fields = sequence(*list.first()?)?.into_iter().peekable();
@@ -193,9 +306,13 @@ fn essence(crl: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
     let issuer = fields.next()?.to_der().ok()?;
     let is_time = |field: &AnyRef<'_>| matches!(field.tag(), Tag::UtcTime | Tag::GeneralizedTime);
     fields.next_if(is_time)?; // thisUpdate
-    if fields.next_if(is_time).is_some() {
-        return None;
-    }
+    let next_update = match fields.next_if(is_time) {
+        Some(time) => {
+            let time = Time::from_der(&time.to_der().ok()?).ok()?;
+            Some(time.to_system_time())
+        }
+        None => None,
+    };
     let extensions = Tag::ContextSpecific {
         number: TagNumber::N0,
         constructed: true,
@@ -205,7 +322,11 @@ fn essence(crl: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
         Some(field) if field.tag() != extensions => return None,
         _ => Vec::new(),
     };
-    Some((issuer, revoked))
+    Some(Facts {
+        issuer,
+        next_update,
+        revoked,
+    })
 }
 
 /// The elements of a SEQUENCE, unread.

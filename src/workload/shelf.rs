@@ -60,7 +60,7 @@ pub(super) struct Tokens {
 pub struct Beside {
     /// The trust bundles.
     pub bundles: Arc<Bundles>,
-    /// The revocation list, DER; `None` if the cluster had none.
+    /// The revocation lists, as in [`Crl::Signed`]; `None` if the cluster had none.
     pub crl: Option<Bytes>,
 }
 

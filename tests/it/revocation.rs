@@ -6,6 +6,7 @@ use std::process::Output;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use tbot::crypto::pem;
 use tbot::crypto::x509::Certificate;
 use tbot::pb::workload_api::{
     X509BundlesRequest, X509BundlesResponse, X509svidRequest, X509svidResponse,
@@ -131,8 +132,12 @@ async fn a_revocation_reaches_streams_and_files_within_seconds_and_can_be_taken_
         }
     });
 
-    // After a rotation the new authority signs the list.
+    // After a rotation the new authority signs the list; those who hold SVIDs of the old one are judged
+    // by the list that the old one signed.
     cluster.create(&revocation(&leaf));
+    fs::copy(sandbox.path("svid/svid.pem"), sandbox.path("good.pem")).unwrap();
+    sandbox.write("leaf.der", x509_first(&held.svids[0].x509_svid));
+    openssl(&sandbox, "x509 -inform DER -in leaf.der -out bad.pem").success();
     for phase in ["init", "update_clients"] {
         cluster.run(&["rotate", "--type", "spiffe", "--manual", "--phase", phase]);
     }
@@ -140,7 +145,7 @@ async fn a_revocation_reaches_streams_and_files_within_seconds_and_can_be_taken_
         loop {
             let told: X509svidResponse = next(&mut svids).await;
             sandbox.write("list.der", &told.crl[0]);
-            let newest = x509_authority(&told.svids[0].bundle);
+            let newest = x509_first(&told.svids[0].bundle);
             sandbox.write("newest.der", newest);
             openssl(&sandbox, "x509 -inform DER -in newest.der -out newest.pem").success();
             let line = "crl -inform DER -in list.der -noout -CAfile newest.pem";
@@ -152,7 +157,50 @@ async fn a_revocation_reaches_streams_and_files_within_seconds_and_can_be_taken_
     };
     let rotated = tokio::time::timeout(Duration::from_secs(60), rotated).await;
     let rotated = rotated.expect("a list by the new authority");
-    assert!(lists(&sandbox, &rotated.crl[0], &leaf));
+    assert_eq!(rotated.crl.len(), 2);
+    for list in &rotated.crl {
+        assert!(lists(&sandbox, list, &leaf));
+    }
+    let bundled: X509BundlesResponse = loop {
+        let bundled: X509BundlesResponse = next(&mut bundles).await;
+        if bundled.crl == rotated.crl {
+            break bundled;
+        }
+    };
+    let bundle = &bundled.bundles["spiffe://test.example.org"];
+    judge_during_a_rotation(&sandbox, &rotated, bundle);
+}
+
+/// OpenSSL's verdict over SVIDs of both authorities, by what a stream and what the files hold.
+fn judge_during_a_rotation(sandbox: &Sandbox, rotated: &X509svidResponse, bundle: &[u8]) {
+    let pem = |label, ders: Vec<&[u8]>| -> String {
+        let blocks = ders.into_iter().map(|der| pem::encode(label, der));
+        blocks.collect()
+    };
+    let first = x509_first(bundle);
+    let authorities = pem("CERTIFICATE", vec![first, &bundle[first.len()..]]);
+    sandbox.write("authorities.pem", authorities);
+    let all = rotated.crl.iter().map(|list| &list[..]).collect();
+    sandbox.write("lists.pem", pem("X509 CRL", all));
+    sandbox.write("leaf.der", x509_first(&rotated.svids[0].x509_svid));
+    openssl(sandbox, "x509 -inform DER -in leaf.der -out new.pem").success();
+    let by_stream = "-CRLfile lists.pem -CAfile authorities.pem";
+    let by_files = "-CRLfile svid/svid_crl.pem -CAfile svid/svid_bundle.pem";
+    eventually("the files have both lists", || {
+        let text = fs::read_to_string(sandbox.path("svid/svid_crl.pem")).unwrap();
+        let both = text.matches("BEGIN X509 CRL").count() == 2;
+        both.then_some(()).ok_or(text)
+    });
+    for (what, verdict) in [
+        ("good.pem", "good.pem: OK"),
+        ("bad.pem", "certificate revoked"),
+        ("new.pem", "new.pem: OK"),
+    ] {
+        for by in [by_stream, by_files] {
+            let judged = openssl(sandbox, &format!("verify -crl_check {by} {what}")).text();
+            assert!(judged.contains(verdict), "{by}: {judged}");
+        }
+    }
 }
 
 fn serial_of_file(path: &Path) -> String {
@@ -160,8 +208,8 @@ fn serial_of_file(path: &Path) -> String {
     serial(Certificate::from_pem(&text).unwrap().der())
 }
 
-/// The first certificate of a bundle: the authority that signs now.
-fn x509_authority(bundle: &[u8]) -> &[u8] {
+/// The first certificate of a row: of a bundle, the authority that signs now.
+fn x509_first(bundle: &[u8]) -> &[u8] {
     let length = usize::from(bundle[2]) << 8 | usize::from(bundle[3]);
     &bundle[..length + 4]
 }

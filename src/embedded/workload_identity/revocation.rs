@@ -1,4 +1,7 @@
-//! The revocation list: one signed for all, again when something changes.
+//! The revocation list: signed by each trusted authority, again when something changes.
+//!
+//! During a rotation the list is sent once by each authority that issued SVIDs or will, the one that
+//! signs now last: an agent that keeps one list has that one, as of other clusters.
 //!
 //! Unlike a Teleport 18.0.0 cluster's, the list says when it was made and when to expect the next
 //! one, as RFC 5280 wants, and is signed again only for a reason.
@@ -16,8 +19,8 @@ use x509_cert::ext::pkix::{AuthorityKeyIdentifier, CrlNumber};
 use x509_cert::serial_number::SerialNumber;
 
 use crate::embedded::ClusterState;
+use crate::embedded::ca::AuthorityType;
 use crate::embedded::ca::mint::{self, Issuer, MintError};
-use crate::embedded::ca::{AuthorityError, AuthorityType};
 use crate::embedded::instant::parse_rfc3339;
 use crate::embedded::store::{Change, Resource, StoreError};
 
@@ -39,12 +42,11 @@ pub(super) enum CrlError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
-    Authority(#[from] AuthorityError),
-    #[error(transparent)]
     Mint(#[from] MintError),
 }
 
-pub(super) type Current = Option<Arc<Vec<u8>>>;
+/// The list by each trusted authority, the one that signs now last.
+pub(super) type Current = Option<Arc<Vec<Vec<u8>>>>;
 
 /// The revocation service of one cluster.
 #[derive(Debug, Clone)]
@@ -103,18 +105,20 @@ async fn revocation(changes: &mut broadcast::Receiver<Change>) {
     }
 }
 
-fn sign_current(state: &ClusterState) -> Result<Vec<u8>, CrlError> {
+fn sign_current(state: &ClusterState) -> Result<Vec<Vec<u8>>, CrlError> {
     let revoked = state.store.list(KIND)?;
+    let entries = entries(&revoked);
     let authority = state.authorities.get(AuthorityType::Spiffe);
-    Ok(sign(
-        authority.signer()?.issuer(),
-        &revoked,
-        state.clock.now(),
-    )?)
+    let mut lists = Vec::new();
+    for trusted in authority.trusted_tls() {
+        lists.push(sign(trusted.issuer(), &entries, state.clock.now())?);
+    }
+    lists.reverse();
+    Ok(lists)
 }
 
-/// Signs a list of what is revoked. What is no serial number is logged and left out.
-fn sign(issuer: Issuer<'_>, revoked: &[Resource], now: SystemTime) -> Result<Vec<u8>, MintError> {
+/// What is revoked. What is no serial number is logged and left out.
+fn entries(revoked: &[Resource]) -> Vec<RevokedCert> {
     let mut entries = Vec::new();
     for resource in revoked {
         let entry = entry(resource);
@@ -123,6 +127,15 @@ fn sign(issuer: Issuer<'_>, revoked: &[Resource], now: SystemTime) -> Result<Vec
         }
         entries.extend(entry);
     }
+    entries
+}
+
+/// Signs a list of what is revoked.
+fn sign(
+    issuer: Issuer<'_>,
+    entries: &[RevokedCert],
+    now: SystemTime,
+) -> Result<Vec<u8>, MintError> {
     let number = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let mut extensions = Vec::new();
     if let Some(id) = issuer.key_id {
@@ -143,7 +156,7 @@ fn sign(issuer: Issuer<'_>, revoked: &[Resource], now: SystemTime) -> Result<Vec
         this_update: mint::time(now)?,
         next_update: Some(mint::time(now + LIFE)?),
         // An empty list is written as none (RFC 5280 section 5.1.2.6).
-        revoked_certificates: (!entries.is_empty()).then_some(entries),
+        revoked_certificates: (!entries.is_empty()).then(|| entries.to_vec()),
         crl_extensions: Some(extensions),
     };
     let signature = issuer.key.sign(&list.to_der()?)?;
@@ -172,8 +185,8 @@ fn entry(resource: &Resource) -> Option<RevokedCert> {
 mod tests {
     use std::process::Command;
 
+    use futures_util::{StreamExt as _, stream};
     use serde_json::json;
-    use tokio_stream::StreamExt as _;
     use tokio_stream::wrappers::WatchStream;
 
     use super::*;
@@ -213,7 +226,7 @@ mod tests {
         let text = show(&sign(signer.issuer(), &[], now).unwrap());
         assert!(text.contains("verify OK"), "{text}");
         assert!(text.contains("No Revoked Certificates"), "{text}");
-        let entries = [revoked("00ab12"), revoked("ff01"), revoked("junk")];
+        let entries = entries(&[revoked("00ab12"), revoked("ff01"), revoked("junk")]);
         let text = show(&sign(signer.issuer(), &entries, now).unwrap());
         for part in [
             "verify OK",
@@ -233,7 +246,8 @@ mod tests {
     async fn a_list_comes_at_once_and_again_after_a_change() {
         let state = state();
         let service = Revocation::start(&state);
-        let mut lists = WatchStream::new(service.current.clone()).filter_map(|list| list);
+        let mut lists = WatchStream::new(service.current.clone())
+            .flat_map(|lists| stream::iter(lists.unwrap_or_default().to_vec()));
         let serials = |list: &[u8]| {
             let list = <CertificateList as der::Decode>::from_der(list).unwrap();
             let entries = list.tbs_cert_list.revoked_certificates.unwrap_or_default();

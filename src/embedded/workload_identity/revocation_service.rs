@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use futures_util::{StreamExt as _, stream};
 use serde_json::{Map, Value, json};
-use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::WatchStream;
 use tonic::{Request, Response, Status};
 
@@ -114,8 +114,10 @@ impl WorkloadIdentityRevocationService for Revocation {
         let (state, who) = (Arc::clone(&self.state), caller.clone());
         blocking(move || authorize(&state, &who)).await?;
         let lists = WatchStream::new(self.current.clone());
-        let messages = lists.filter_map(|list| {
-            list.map(|list| Ok(wire::StreamSignedCrlResponse { crl: list.to_vec() }))
+        let messages = lists.flat_map(|lists| {
+            let lists = lists.map(|lists| lists.to_vec()).unwrap_or_default();
+            let message = |crl| Ok(wire::StreamSignedCrlResponse { crl });
+            stream::iter(lists.into_iter().map(message))
         });
         Ok(Response::new(WhileAllowed::new(
             &self.state,

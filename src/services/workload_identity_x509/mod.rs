@@ -18,6 +18,7 @@ use crate::destination::{self, Destination, DestinationPlan, FileSet};
 use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
 use crate::renewal;
 use crate::secret::Secret;
+use crate::workload::crl::split;
 use crate::workload::{Bundles, ClusterIssuer, Crl, Issuer, Selector, Svid};
 use crate::yaml::{Fields, Tree};
 
@@ -231,11 +232,14 @@ impl X509Output {
     }
 }
 
-/// The files. The revocation list is among them where the cluster has one.
+/// The files. The revocation lists are among them where the cluster has any, a block for each authority.
 fn render(svid: &Svid, bundles: &Bundles, crl: &Crl, federated: bool) -> anyhow::Result<FileSet> {
     let mut files = x509_files(svid, bundles, federated)?;
-    if let Some(der) = crl.der() {
-        let text = pem::encode("X509 CRL", der);
+    if let Some(lists) = crl.der() {
+        let blocks = split(lists)
+            .into_iter()
+            .map(|list| pem::encode("X509 CRL", &list));
+        let text: String = blocks.collect();
         files.insert("svid_crl.pem".to_owned(), Secret::new(text.into_bytes()));
     }
     Ok(files)

@@ -1,4 +1,4 @@
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -9,8 +9,9 @@ use tonic::Status;
 use super::*;
 use crate::clock::Clock;
 use crate::cluster::ClusterError;
-use crate::workload::crl::{Lists, follow, says_the_same};
-use crate::workload::{Crl, CrlFeed};
+use crate::crypto::x509::Certificate;
+use crate::workload::crl::{Lists, follow, says_the_same, split};
+use crate::workload::{Bundles, Crl, CrlFeed};
 
 /// One DER element.
 fn tlv(tag: u8, content: &[u8]) -> Vec<u8> {
@@ -24,13 +25,24 @@ fn tlv(tag: u8, content: &[u8]) -> Vec<u8> {
 
 /// A list as clusters sign it: thisUpdate in the year 1, no nextUpdate unless told.
 fn list(issuer: &str, revoked: &[u8], number: u8, next_update: bool) -> Bytes {
+    let issuer = tlv(0x30, &tlv(0x0c, issuer.as_bytes()));
+    list_of(
+        &issuer,
+        revoked,
+        number,
+        next_update.then_some("270101000000Z"),
+    )
+}
+
+/// The same of an issuer whose name is encoded, and with this nextUpdate.
+fn list_of(issuer: &[u8], revoked: &[u8], number: u8, next_update: Option<&str>) -> Bytes {
     let algorithm = tlv(0x30, &tlv(0x06, &[0x2a, 0x86, 0x48, 0xce, 0x3d, 4, 3, 2]));
     let mut fields = tlv(0x02, &[1]);
     fields.extend(&algorithm);
-    fields.extend(tlv(0x30, &tlv(0x0c, issuer.as_bytes())));
+    fields.extend(issuer);
     fields.extend(tlv(0x18, b"00010101000000Z"));
-    if next_update {
-        fields.extend(tlv(0x17, b"270101000000Z"));
+    if let Some(time) = next_update {
+        fields.extend(tlv(0x17, time.as_bytes()));
     }
     if !revoked.is_empty() {
         let entries: Vec<u8> = revoked
@@ -94,6 +106,11 @@ impl CrlFeed for Feed {
     }
 }
 
+/// What is never heard of.
+fn no_bundles() -> watch::Receiver<Option<Arc<Bundles>>> {
+    watch::channel(None).1
+}
+
 async fn followed(scripts: Vec<Result<Vec<Bytes>, Status>>) -> (Crl, u32) {
     let (sender, mut receiver) = watch::channel(Crl::Pending);
     let feed = Feed(Mutex::new(scripts));
@@ -106,7 +123,7 @@ async fn followed(scripts: Vec<Result<Vec<Bytes>, Status>>) -> (Crl, u32) {
         }
     };
     tokio::select! {
-        () = follow(&feed, &clock, &sender) => {}
+        () = follow(&feed, &clock, no_bundles(), &sender) => {}
         () = count => {}
         () = tokio::time::sleep(HOUR) => {}
     }
@@ -167,7 +184,7 @@ async fn a_cluster_that_does_not_answer_or_refuses_does_not_hold_readers_up() {
             receiver.borrow_and_update().clone()
         };
         tokio::select! {
-            () = follow(feed, &clock, &sender) => unreachable!(),
+            () = follow(feed, &clock, no_bundles(), &sender) => unreachable!(),
             crl = known => assert_eq!(crl, Crl::None),
             () = tokio::time::sleep(Duration::from_secs(3)) => panic!("readers still wait"),
         }
@@ -180,7 +197,7 @@ async fn a_cluster_that_does_not_answer_is_asked_again() {
     let (sender, _receiver) = watch::channel(Crl::Pending);
     let clock = Clock::simulated(start());
     tokio::select! {
-        () = follow(&mute, &clock, &sender) => {}
+        () = follow(&mute, &clock, no_bundles(), &sender) => {}
         () = tokio::time::sleep(HOUR) => {}
     }
     assert!((2..20).contains(&*mute.0.lock().unwrap()));
@@ -191,6 +208,92 @@ async fn the_last_list_outlives_the_stream() {
     let first = list("ca", &[1], 1, false);
     let (crl, _) = followed(vec![Ok(vec![first.clone()]), Err(Status::unavailable("x"))]).await;
     assert_eq!(crl, Crl::Signed(first));
+}
+
+/// Lists in the order in which they come; what was published after each, and after the next bundle.
+async fn followed_beside(
+    bundles: [&[&Authority]; 2],
+    lists: &[&Bytes],
+) -> (Vec<Vec<Bytes>>, Vec<Bytes>) {
+    let bundle = |authorities| {
+        let bundles = Bundles::from_authority(&message(DOMAIN, authorities)).unwrap();
+        Some(Arc::new(bundles))
+    };
+    let (told, heard) = watch::channel(bundle(bundles[0]));
+    let (sender, mut receiver) = watch::channel(Crl::Pending);
+    let script = lists.iter().map(|&list| Ok(list.clone()));
+    let script: Vec<_> = script.collect();
+    let feed = Once(Mutex::new(Some(script)));
+    let clock = Clock::simulated(start());
+    let mut seen = Vec::new();
+    let last = |crl: &Crl| crl.der().map(split).unwrap_or_default();
+    let read = async {
+        for _ in lists {
+            receiver.changed().await.unwrap();
+            seen.push(last(&receiver.borrow_and_update()));
+        }
+        told.send_replace(bundle(bundles[1]));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        last(&receiver.borrow())
+    };
+    let after = tokio::select! {
+        () = follow(&feed, &clock, heard, &sender) => unreachable!(),
+        after = read => after,
+    };
+    (seen, after)
+}
+
+/// Gives one script, and stays open.
+#[derive(Debug)]
+struct Once(Mutex<Option<Vec<Result<Bytes, ClusterError>>>>);
+
+#[async_trait]
+impl CrlFeed for Once {
+    async fn lists(&self) -> Result<Lists, ClusterError> {
+        let script = self.0.lock().unwrap().take().unwrap_or_default();
+        let lists = futures_util::stream::iter(script);
+        Ok(lists.chain(futures_util::stream::pending()).boxed())
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_last_list_of_each_authority_is_kept_while_the_bundle_has_it() {
+    let [old, new, gone] = ["old", "new", "gone"].map(Authority::new);
+    let by = |authority: &Authority, number, next_update| {
+        let certificate = Certificate::from_der(&authority.der).unwrap();
+        list_of(&certificate.subject_der(), &[7], number, next_update)
+    };
+    let later = Some("270101000000Z");
+    let (first, second, third) = (by(&old, 1, later), by(&new, 2, later), by(&new, 3, later));
+    let stranger = by(&gone, 4, None);
+    let (seen, after) = followed_beside(
+        [&[&old, &new], &[&new]],
+        &[&stranger, &first, &second, &third],
+    )
+    .await;
+    let expected = [
+        vec![&stranger],
+        vec![&first],
+        vec![&second, &first],
+        vec![&third, &first],
+    ];
+    assert_eq!(
+        seen,
+        expected.map(|lists| lists.into_iter().cloned().collect::<Vec<_>>())
+    );
+    assert_eq!(after, [third], "the old authority left the bundle");
+
+    // One that is over is of no use to anybody.
+    let over = by(&old, 1, Some("250101000000Z"));
+    let both: [&[&Authority]; 2] = [&[&old, &new], &[&old, &new]];
+    let (seen, after) = followed_beside(both, &[&over, &second]).await;
+    assert_eq!(seen, [vec![over], vec![second.clone()]]);
+    assert_eq!(after, [second]);
+
+    // What cannot be read stands alone, and is passed on.
+    let junk = Bytes::from_static(b"junk");
+    let (seen, _) = followed_beside(both, &[&first, &junk]).await;
+    assert_eq!(seen, [vec![first], vec![junk]]);
 }
 
 #[test]

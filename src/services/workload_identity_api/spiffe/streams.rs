@@ -11,6 +11,7 @@ use crate::services::workload_identity_api::followed::Followed;
 use crate::services::workload_identity_api::grpc::packet;
 use crate::services::workload_identity_api::message::{entry, federated};
 use crate::services::workload_identity_api::source::Source;
+use crate::workload::crl::split;
 use crate::workload::{Bundles, State};
 
 /// `FetchX509SVID`.
@@ -32,7 +33,7 @@ impl Content for Svids {
             State::Ready(svids) => Ok(svids.message(bundles, crl, || {
                 Some(packet(&X509svidResponse {
                     svids: svids.iter().map(|svid| entry(svid, bundles)).collect(),
-                    crl: crl.cloned().into_iter().collect(),
+                    crl: crl.map(split).unwrap_or_default(),
                     federated_bundles: federated(bundles).collect(),
                 }))
             })),
@@ -68,7 +69,7 @@ impl Content for X509Bundles {
             // The own trust domain wins over a federated one of the same name.
             let local = (bundles.trust_domain().id(), bundles.local().clone());
             Some(packet(&X509BundlesResponse {
-                crl: crl.cloned().into_iter().collect(),
+                crl: crl.map(split).unwrap_or_default(),
                 bundles: federated(bundles).chain([local]).collect(),
             }))
         }))
