@@ -16,27 +16,82 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
 
 use super::address::Address;
-use super::found::{Attestation, Bundle, Found, Jwt, JwtSvid, X509Svid};
+use super::found::{Attestation, Bundle, Bundles, Found, Jwt, JwtSvid, KeyIds, X509Svid};
 use crate::crypto::x509::{self, Certificate};
 use crate::pb::tbot::inspect::v1::ExplainRequest;
 use crate::pb::tbot::inspect::v1::inspect_service_client::InspectServiceClient;
 use crate::pb::workload_api::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use crate::pb::workload_api::{
-    JwtBundlesRequest, JwtsvidRequest, ValidateJwtsvidRequest, X509BundlesRequest,
-    X509BundlesResponse, X509svidRequest, X509svidResponse,
+    JwtBundlesRequest, JwtBundlesResponse, JwtsvidRequest, ValidateJwtsvidRequest,
+    X509BundlesRequest, X509BundlesResponse, X509svidRequest, X509svidResponse,
 };
 use crate::spiffe::SpiffeId;
 
 /// The audience of the JWT-SVIDs that are asked for; nobody is to accept them.
 const AUDIENCE: &str = "example.com";
+/// The longest wait for one answer. Above the patience of an agent, which says what it waits for.
+const PATIENCE: Duration = Duration::from_secs(12);
+/// The beginning of the year 10000.
+const LAST: Duration = Duration::from_secs(253_402_300_800);
+const SVIDS: &str = "FetchX509SVID";
+const BUNDLES: &str = "FetchX509Bundles";
+const TOKENS: &str = "FetchJWTSVID";
+const KEYS: &str = "FetchJWTBundles";
 /// The largest answer that is read, in bytes.
 const MAX_ANSWER: usize = 4 * 1024 * 1024;
 
 type Client = SpiffeWorkloadApiClient<Channel>;
 
-/// Everything that the endpoint gives. What it does not give is the failure among what was found; an
+/// Everything that the endpoint gives. What it does not give is among the failures of what was found; an
 /// error is an endpoint that is none.
+///
+/// All calls are made at the same time, so that it takes about as long as the slowest.
 pub(super) async fn inspect(address: &Address) -> anyhow::Result<Found> {
+    let channel = within("connecting", connect(address)).await?;
+    let client = Client::new(channel.clone()).max_decoding_message_size(MAX_ANSWER);
+    let calls = [(); 4].map(|()| client.clone());
+    let [mut one, mut two, mut three, mut four] = calls;
+    let (x509, bundles, svids, keys, attestation) = tokio::join!(
+        within(SVIDS, x509(&mut one)),
+        within(BUNDLES, bundles(&mut two)),
+        within(TOKENS, tokens(&mut three)),
+        within(KEYS, keys(&mut four)),
+        attestation(channel),
+    );
+    let mut found = Found {
+        attestation,
+        ..Found::default()
+    };
+    let (x509, bundles) = (found.of(x509), found.of(bundles).flatten());
+    match x509 {
+        Some(x509) => (found.svids, found.bundles, found.revocations) = x509,
+        // Bundles are for everyone: with them, only this process is what is refused.
+        None => found.bundles = bundles.unwrap_or_default(),
+    }
+    let (svids, keys) = (found.of(svids), found.of(keys));
+    let has_none = matches!((&svids, &keys), (Some(None), _) | (_, Some(None)));
+    found.jwt = (!has_none && (svids.is_some() || keys.is_some())).then(|| Jwt {
+        svids: svids.flatten().unwrap_or_default(),
+        bundles: keys.flatten().unwrap_or_default(),
+    });
+    Ok(found)
+}
+
+/// Ends a call that is not answered.
+async fn within<T>(
+    call: &str,
+    answer: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<T> {
+    let answered = tokio::time::timeout(PATIENCE, answer).await;
+    answered.unwrap_or_else(|_elapsed| {
+        Err(anyhow!(
+            "{call}: no answer within {} s: is it a Workload API, and does its agent reach the cluster?",
+            PATIENCE.as_secs()
+        ))
+    })
+}
+
+async fn connect(address: &Address) -> anyhow::Result<Channel> {
     let stream = Mutex::new(Some(address.connect().await?));
     let connector = tower::service_fn(move |_uri: http::Uri| {
         let stream = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -47,59 +102,59 @@ pub(super) async fn inspect(address: &Address) -> anyhow::Result<Found> {
                 .ok_or_else(|| io::Error::from(io::ErrorKind::ConnectionAborted))
         }
     });
-    let channel = Endpoint::from_static("http://localhost")
+    Endpoint::from_static("http://localhost")
         .connect_with_connector(connector)
         .await
-        .context(NOT_AN_API)?;
-    let mut client = Client::new(channel.clone()).max_decoding_message_size(MAX_ANSWER);
-    let mut found = match x509(&mut client).await {
-        Ok(found) => found,
-        Err(failure) => Found {
-            // Bundles are for everyone: with them, only this process is what is refused.
-            bundles: bundles(&mut client).await.unwrap_or_default(),
-            failure: Some(failure),
-            ..Found::default()
-        },
-    };
-    if found.failure.is_none() {
-        match jwt(&mut client).await {
-            Ok(jwt) => found.jwt = jwt,
-            Err(failure) => found.failure = Some(failure),
-        }
-    }
-    found.attestation = attestation(channel).await;
-    Ok(found)
+        .context(NOT_AN_API)
 }
 
 /// What the agent knows of this process, if it is this program's and tells.
 async fn attestation(channel: Channel) -> Attestation {
     let mut client = InspectServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER);
-    match client.explain(ExplainRequest {}).await {
-        Ok(answer) => Attestation::Told(answer.into_inner()),
-        Err(status) if status.code() == Code::PermissionDenied => {
+    let answer = tokio::time::timeout(PATIENCE, client.explain(ExplainRequest {})).await;
+    match answer {
+        Ok(Ok(answer)) => Attestation::Told(answer.into_inner()),
+        Ok(Err(status)) if status.code() == Code::PermissionDenied => {
             Attestation::Withheld(status.message().to_owned())
         }
-        Err(_) => Attestation::Unknown,
+        Ok(Err(_)) | Err(_) => Attestation::Unknown,
     }
 }
 
-async fn bundles(
-    client: &mut Client,
-) -> anyhow::Result<std::collections::BTreeMap<String, Bundle>> {
+/// The bundles; `None` if the endpoint has no such call.
+async fn bundles(client: &mut Client) -> anyhow::Result<Option<Bundles>> {
     let answer = async {
         let request = call(X509BundlesRequest {});
         let stream = client.fetch_x509_bundles(request).await?;
         stream.into_inner().message().await
     };
-    let X509BundlesResponse { bundles, .. } = answer.await?.unwrap_or_default();
+    match answer.await {
+        Ok(message) => read_bundles(&message.unwrap_or_default())
+            .map(Some)
+            .with_context(|| broken(BUNDLES)),
+        Err(status) if is_unserved(&status) => Ok(None),
+        Err(status) => Err(explained(BUNDLES, &status)),
+    }
+}
+
+fn read_bundles(message: &X509BundlesResponse) -> anyhow::Result<Bundles> {
+    let bundles = message.bundles.iter();
     bundles
-        .iter()
         .map(|(id, bundle)| Ok((domain(id), authorities(id, bundle)?)))
         .collect()
 }
 
 fn domain(id: &str) -> String {
     id.strip_prefix("spiffe://").unwrap_or(id).to_owned()
+}
+
+fn broken(call: &str) -> String {
+    format!("{call}: the answer breaks the standard")
+}
+
+/// Whether the endpoint speaks the protocol and only lacks this call.
+fn is_unserved(status: &Status) -> bool {
+    status.code() == Code::Unimplemented && std::error::Error::source(status).is_none()
 }
 
 const NOT_AN_API: &str = "the endpoint does not speak the SPIFFE Workload API (gRPC)";
@@ -132,8 +187,9 @@ fn explained(call: &str, status: &Status) -> anyhow::Error {
     }
 }
 
-async fn x509(client: &mut Client) -> anyhow::Result<Found> {
-    const CALL: &str = "FetchX509SVID";
+type X509 = (Vec<X509Svid>, Bundles, usize);
+
+async fn x509(client: &mut Client) -> anyhow::Result<X509> {
     let answer = async {
         let mut stream = client
             .fetch_x509svid(call(X509svidRequest {}))
@@ -143,16 +199,13 @@ async fn x509(client: &mut Client) -> anyhow::Result<Found> {
     };
     let message = answer
         .await
-        .map_err(|status| explained(CALL, &status))?
-        .ok_or_else(|| anyhow!("{CALL}: the stream ended without an answer"))?;
-    read_x509(message).with_context(|| format!("{CALL}: the answer breaks the standard"))
+        .map_err(|status| explained(SVIDS, &status))?
+        .ok_or_else(|| anyhow!("{SVIDS}: the stream ended without an answer"))?;
+    read_x509(message).with_context(|| broken(SVIDS))
 }
 
-fn read_x509(message: X509svidResponse) -> anyhow::Result<Found> {
-    let mut found = Found {
-        revocations: message.crl.len(),
-        ..Found::default()
-    };
+fn read_x509(message: X509svidResponse) -> anyhow::Result<X509> {
+    let (mut svids, mut bundles) = (Vec::<X509Svid>::new(), Bundles::new());
     let mut own = BTreeSet::new();
     if message.svids.is_empty() {
         bail!("it holds no SVID");
@@ -174,11 +227,11 @@ fn read_x509(message: X509svidResponse) -> anyhow::Result<Found> {
         let domain = id.trust_domain().name().to_owned();
         own.insert(domain.clone());
         let bundle = authorities(&id.to_string(), &svid.bundle)?;
-        found.bundles.insert(domain, bundle);
+        bundles.insert(domain, bundle);
         // Hints are unique; a repeated one marks an entry to be left out.
-        let taken = found.svids.iter().any(|other| other.hint == svid.hint);
+        let taken = svids.iter().any(|other| other.hint == svid.hint);
         if svid.hint.is_empty() || !taken {
-            found.svids.push(X509Svid {
+            svids.push(X509Svid {
                 id: id.to_string(),
                 hint: svid.hint,
                 leaf,
@@ -190,9 +243,9 @@ fn read_x509(message: X509svidResponse) -> anyhow::Result<Found> {
             federated: !own.contains(&domain(id)),
             ..authorities(id, bundle)?
         };
-        found.bundles.insert(domain(id), bundle);
+        bundles.insert(domain(id), bundle);
     }
-    Ok(found)
+    Ok((svids, bundles, message.crl.len()))
 }
 
 fn authorities(id: &str, bundle: &Bytes) -> anyhow::Result<Bundle> {
@@ -207,59 +260,62 @@ fn authorities(id: &str, bundle: &Bytes) -> anyhow::Result<Bundle> {
     Ok(found)
 }
 
-async fn jwt(client: &mut Client) -> anyhow::Result<Option<Jwt>> {
+/// The JWT-SVIDs, judged by the endpoint; `None` if it serves none.
+async fn tokens(client: &mut Client) -> anyhow::Result<Option<Vec<JwtSvid>>> {
     let request = JwtsvidRequest {
         audience: vec![AUDIENCE.to_owned()],
         spiffe_id: String::new(),
     };
-    let svids = match client.fetch_jwtsvid(call(request)).await {
-        Err(status) if status.code() == Code::Unimplemented => return Ok(None),
-        answer => {
-            answer
-                .map_err(|status| explained("FetchJWTSVID", &status))?
-                .into_inner()
-                .svids
-        }
+    let answer = match client.fetch_jwtsvid(call(request)).await {
+        Err(status) if is_unserved(&status) => return Ok(None),
+        answer => answer.map_err(|status| explained(TOKENS, &status))?,
     };
-    let bundles = async {
-        let request = call(JwtBundlesRequest {});
-        client
-            .fetch_jwt_bundles(request)
-            .await?
-            .into_inner()
-            .message()
-            .await
-    };
-    let bundles = bundles
-        .await
-        .map_err(|status| explained("FetchJWTBundles", &status))?
-        .unwrap_or_default();
-    let mut jwt = Jwt::default();
-    for (id, document) in bundles.bundles {
-        let keys: KeySet = serde_json::from_slice(&document)
-            .with_context(|| format!("FetchJWTBundles: the bundle of {id} is no JWK set"))?;
-        let ids = keys.keys.into_iter().map(|key| key.kid).collect();
-        jwt.bundles.insert(domain(&id), ids);
-    }
-    for svid in svids {
+    let mut judged = Vec::new();
+    for svid in answer.into_inner().svids {
         let request = ValidateJwtsvidRequest {
             audience: AUDIENCE.to_owned(),
             svid: svid.svid.clone(),
         };
         let verdict = client.validate_jwtsvid(call(request)).await;
         let claims = claims(&svid.svid).unwrap_or_default();
-        jwt.svids.push(JwtSvid {
+        judged.push(JwtSvid {
             id: svid.spiffe_id,
             hint: svid.hint,
             length: svid.svid.len(),
-            expires: claims
-                .exp
-                .map(|exp| SystemTime::UNIX_EPOCH + Duration::from_secs(exp)),
+            expires: claims.expires(),
             audiences: claims.aud.into(),
             invalid: verdict.err().map(|status| status.message().to_owned()),
         });
     }
-    Ok(Some(jwt))
+    Ok(Some(judged))
+}
+
+/// Key IDs by trust domain; `None` if the endpoint serves no JWTs.
+async fn keys(client: &mut Client) -> anyhow::Result<Option<KeyIds>> {
+    let answer = async {
+        let request = call(JwtBundlesRequest {});
+        let stream = client.fetch_jwt_bundles(request).await?;
+        stream.into_inner().message().await
+    };
+    match answer.await {
+        Ok(message) => read_keys(&message.unwrap_or_default())
+            .map(Some)
+            .with_context(|| broken(KEYS)),
+        Err(status) if is_unserved(&status) => Ok(None),
+        Err(status) => Err(explained(KEYS, &status)),
+    }
+}
+
+fn read_keys(message: &JwtBundlesResponse) -> anyhow::Result<KeyIds> {
+    let bundles = message.bundles.iter();
+    bundles
+        .map(|(id, document)| {
+            let keys: KeySet = serde_json::from_slice(document)
+                .with_context(|| format!("the bundle of {id} is no JWK set"))?;
+            let ids = keys.keys.into_iter().map(|key| key.kid).collect();
+            Ok((domain(id), ids))
+        })
+        .collect()
 }
 
 #[derive(Deserialize)]
@@ -276,8 +332,17 @@ struct Key {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Claims {
-    exp: Option<u64>,
+    /// Seconds since 1970, perhaps with a fraction (RFC 7519 section 2).
+    exp: Option<f64>,
     aud: Audiences,
+}
+
+impl Claims {
+    /// The end, if it is a time that can be written down.
+    fn expires(&self) -> Option<SystemTime> {
+        let since = Duration::try_from_secs_f64(self.exp?).ok()?;
+        (since < LAST).then(|| SystemTime::UNIX_EPOCH + since)
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -310,22 +375,89 @@ fn claims(token: &str) -> Option<Claims> {
 
 #[cfg(test)]
 mod tests {
+    use prost::Message as _;
+
     use super::*;
+    use crate::crypto::{KeyAlgorithm, PrivateKey};
+    use crate::pb::workload_api::X509svid;
+    use crate::workload::tests::{Authority, DOMAIN};
+
+    fn token(payload: &str) -> String {
+        format!("x.{}.y", URL_SAFE_NO_PAD.encode(payload))
+    }
 
     #[test]
     fn claims_are_read_in_both_forms() {
         for (payload, audiences) in [
             (r#"{"exp":5,"aud":"a"}"#, vec!["a"]),
-            (r#"{"exp":5,"aud":["a","b"]}"#, vec!["a", "b"]),
+            (r#"{"exp":5.0,"aud":["a","b"]}"#, vec!["a", "b"]),
         ] {
-            let token = format!("x.{}.y", URL_SAFE_NO_PAD.encode(payload));
-            let claims = claims(&token).unwrap();
-            assert_eq!(claims.exp, Some(5));
+            let claims = claims(&token(payload)).unwrap();
+            let five = SystemTime::UNIX_EPOCH + Duration::from_secs(5);
+            assert_eq!(claims.expires(), Some(five));
             assert_eq!(Vec::<String>::from(claims.aud), audiences);
         }
-        for bad in ["", "x", "x.!.y", "x.e30"] {
+        let [none, never, before] = ["{}", r#"{"exp":1e30}"#, r#"{"exp":-1}"#].map(token);
+        for bad in ["", "x", "x.!.y", &none, &never, &before] {
             let read = claims(bad);
-            assert!(read.is_none_or(|claims| claims.exp.is_none()), "{bad}");
+            assert!(
+                read.is_none_or(|claims| claims.expires().is_none()),
+                "{bad}"
+            );
         }
+    }
+
+    #[test]
+    fn fuzz_what_endpoints_answer() {
+        let authority = Authority::new(DOMAIN);
+        let key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();
+        let id = "spiffe://example.org/a";
+        let bundle = Bytes::from(authority.der.clone());
+        let sample = X509svidResponse {
+            svids: vec![X509svid {
+                spiffe_id: id.to_owned(),
+                x509_svid: authority.leaf(&key, &[id]).into(),
+                bundle: bundle.clone(),
+                ..X509svid::default()
+            }],
+            federated_bundles: [("spiffe://other.example".to_owned(), bundle)].into(),
+            ..X509svidResponse::default()
+        };
+        assert_eq!(read_x509(sample.clone()).unwrap().1.len(), 2);
+        let sample = sample.encode_to_vec();
+        let check = bolero::check!().with_type::<(Vec<(u16, u8)>, String, f64)>();
+        check.for_each(|(edits, text, exp)| {
+            let mut bytes = sample.clone();
+            for (place, octet) in edits.iter().take(6) {
+                let at = usize::from(*place) % bytes.len();
+                bytes[at] = *octet;
+            }
+            let mut found = Found::default();
+            if let Ok(message) = X509svidResponse::decode(&bytes[..])
+                && let Some(x509) = found.of(read_x509(message))
+            {
+                (found.svids, found.bundles, found.revocations) = x509;
+            }
+            let document = JwtBundlesResponse {
+                bundles: [(text.clone(), text.clone().into_bytes())].into(),
+            };
+            let bundles = found.of(read_keys(&document)).unwrap_or_default();
+            let claims = claims(&token(&format!(r#"{{"exp":{exp:e},"aud":{text:?}}}"#)));
+            let claims = claims.unwrap_or_default();
+            let svid = JwtSvid {
+                id: text.clone(),
+                hint: text.clone(),
+                length: text.len(),
+                expires: claims.expires(),
+                audiences: claims.aud.into(),
+                invalid: None,
+            };
+            let svids = vec![svid];
+            found.jwt = Some(Jwt { svids, bundles });
+            // Whatever it is, it can be shown.
+            let now = SystemTime::UNIX_EPOCH;
+            assert!(found.text(now).contains("# JWT SVIDs"));
+            assert!(found.json(text, now)["problems"].is_array());
+        });
     }
 }

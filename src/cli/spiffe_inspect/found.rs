@@ -12,17 +12,22 @@ use crate::crypto::x509::Certificate;
 use crate::pb::tbot::inspect::v1::ExplainResponse;
 use crate::yaml::duration;
 
+/// By trust domain.
+pub(super) type Bundles = BTreeMap<String, Bundle>;
+/// Key IDs by trust domain.
+pub(super) type KeyIds = BTreeMap<String, Vec<String>>;
+
 #[derive(Debug, Default)]
 pub(super) struct Found {
     pub(super) svids: Vec<X509Svid>,
     /// By trust domain.
-    pub(super) bundles: BTreeMap<String, Bundle>,
+    pub(super) bundles: Bundles,
     /// Revocation lists that came with the SVIDs.
     pub(super) revocations: usize,
     /// `None` if the endpoint serves no JWTs.
     pub(super) jwt: Option<Jwt>,
     /// Why something is missing that every endpoint has to give.
-    pub(super) failure: Option<anyhow::Error>,
+    pub(super) failures: Vec<anyhow::Error>,
     pub(super) attestation: Attestation,
 }
 
@@ -45,8 +50,7 @@ pub(super) struct Bundle {
 #[derive(Debug, Default)]
 pub(super) struct Jwt {
     pub(super) svids: Vec<JwtSvid>,
-    /// Key IDs by trust domain.
-    pub(super) bundles: BTreeMap<String, Vec<String>>,
+    pub(super) bundles: KeyIds,
 }
 
 #[derive(Debug)]
@@ -71,7 +75,12 @@ pub(super) enum Attestation {
 }
 
 impl Found {
-    /// What a workload would miss although every call was answered.
+    /// What a call gave; why it gave nothing is noted.
+    pub(super) fn of<T>(&mut self, answer: anyhow::Result<T>) -> Option<T> {
+        answer.map_err(|failure| self.failures.push(failure)).ok()
+    }
+
+    /// What a workload would miss, and why.
     pub(super) fn problems(&self, now: SystemTime) -> Vec<String> {
         let expired = self
             .svids
@@ -88,17 +97,33 @@ impl Found {
                 let problem = svid.invalid.as_ref()?;
                 Some(format!("the JWT-SVID {} is not valid: {problem}", svid.id))
             });
-            let none = jwt
-                .svids
-                .is_empty()
-                .then(|| "there is no JWT-SVID".to_owned());
-            let keys = jwt
-                .bundles
-                .is_empty()
-                .then(|| "there is no JWT bundle".to_owned());
+            // Where calls failed, that says why.
+            let answered = self.failures.is_empty();
+            let none =
+                (answered && jwt.svids.is_empty()).then(|| "there is no JWT-SVID".to_owned());
+            let keys =
+                (answered && jwt.bundles.is_empty()).then(|| "there is no JWT bundle".to_owned());
             invalid.chain(none).chain(keys)
         });
-        expired.chain(bundles).chain(jwt).collect()
+        let rest = expired.chain(bundles).chain(jwt);
+        self.reasons().into_iter().chain(rest).collect()
+    }
+
+    /// The failures; calls that failed for the same reason are told together.
+    fn reasons(&self) -> Vec<String> {
+        let mut reasons: Vec<(String, String)> = Vec::new();
+        for failure in &self.failures {
+            let text = format!("{failure:#}");
+            let (call, why) = text.split_once(": ").unwrap_or(("", &text));
+            match reasons.iter_mut().find(|(_, known)| known == why) {
+                Some((calls, _)) => *calls = format!("{calls}, {call}"),
+                None => reasons.push((call.to_owned(), why.to_owned())),
+            }
+        }
+        let told = reasons
+            .into_iter()
+            .map(|(calls, why)| format!("{calls}: {why}"));
+        told.collect()
     }
 
     /// The report as text, the way upstream prints it; more where something is missing.
@@ -149,13 +174,13 @@ impl Found {
         }
         match &self.jwt {
             Some(jwt) => jwt.write(out, now)?,
-            None if self.failure.is_some() => {}
+            None if !self.failures.is_empty() => {}
             None => writeln!(
                 out,
                 "# JWT SVIDs\nThis endpoint serves no JWT SVIDs and JWT bundles"
             )?,
         }
-        if self.failure.is_some() || !self.problems(now).is_empty() {
+        if !self.problems(now).is_empty() {
             self.attestation.write(out)?;
         }
         Ok(())
@@ -163,8 +188,7 @@ impl Found {
 
     /// The report as JSON.
     pub(super) fn json(&self, endpoint: &str, now: SystemTime) -> Value {
-        let mut problems = self.problems(now);
-        problems.extend(self.failure.as_ref().map(|failure| format!("{failure:#}")));
+        let problems = self.problems(now);
         let svids = self.svids.iter().map(|svid| {
             json!({
                 "spiffe_id": svid.id,
@@ -359,7 +383,7 @@ mod tests {
 
     fn refused(attestation: Attestation) -> Found {
         Found {
-            failure: Some(anyhow::anyhow!("FetchX509SVID: refused: no rule")),
+            failures: vec![anyhow::anyhow!("FetchX509SVID: refused: no rule")],
             attestation,
             ..Found::default()
         }

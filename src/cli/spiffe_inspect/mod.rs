@@ -8,16 +8,13 @@ mod attributes;
 mod found;
 
 use std::io::{self, Write as _};
-use std::time::Duration;
 
-use anyhow::{anyhow, bail};
+use anyhow::bail;
 
 pub(super) use self::address::Address;
+use self::found::Found;
 use super::args::InspectOutput;
 use crate::clock::Clock;
-
-/// The longest that the whole inspection takes.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Inspects the Workload API at `address` and shows what it gives. Anything that a workload would miss
 /// is an error, told after the report.
@@ -25,16 +22,15 @@ pub(super) async fn run(address: Address, output: InspectOutput) -> anyhow::Resu
     let endpoint = address.to_string();
     tracing::info!(path = endpoint, "Inspecting SPIFFE Workload API Endpoint");
     let clock = Clock::system();
-    let found = tokio::time::timeout(PATIENCE, ask::inspect(&address))
-        .await
-        .map_err(|_elapsed| {
-            anyhow!(
-                "{endpoint} took the connection but did not answer within {} s: is it a Workload API, \
-                 and does its agent reach the cluster?",
-                PATIENCE.as_secs()
-            )
-        })??;
-    if found.failure.is_none() {
+    let found = match (ask::inspect(&address).await, output) {
+        (Ok(found), _) => found,
+        (Err(failure), InspectOutput::Text) => return Err(failure),
+        (Err(failure), InspectOutput::Json) => Found {
+            failures: vec![failure],
+            ..Found::default()
+        },
+    };
+    if found.failures.is_empty() {
         tracing::info!(
             bundles_count = found.bundles.len(),
             svids_count = found.svids.len(),
@@ -52,11 +48,10 @@ pub(super) async fn run(address: Address, output: InspectOutput) -> anyhow::Resu
         Ok(()) | Err(_) => {}
     }
     let problems = found.problems(now);
-    match found.failure {
-        Some(failure) => Err(failure),
-        None if problems.is_empty() => Ok(()),
-        None => bail!("{}", problems.join("; ")),
+    if !problems.is_empty() {
+        bail!("{}", problems.join("; "));
     }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -111,6 +106,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("w.sock");
         let _listener = UnixListener::bind(&path).unwrap();
-        assert!(failure(&path).await.contains("did not answer within 10 s"));
+        let calls = "FetchX509SVID, FetchX509Bundles, FetchJWTSVID, FetchJWTBundles";
+        let told = failure(&path).await;
+        assert!(
+            told.contains(&format!("{calls}: no answer within 12 s")),
+            "{told}"
+        );
     }
 }
