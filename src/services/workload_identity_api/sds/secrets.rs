@@ -14,7 +14,7 @@ use crate::pb::envoy::extensions::transport_sockets::tls::v3::spiffe_cert_valida
 use crate::pb::envoy::extensions::transport_sockets::tls::v3::{
     CertificateValidationContext, Secret, SpiffeCertValidatorConfig, TlsCertificate, secret::Type,
 };
-use crate::spiffe::TrustDomain;
+use crate::spiffe::{SpiffeId, TrustDomain};
 use crate::workload::{Bundles, Svid};
 
 /// The type of every resource here.
@@ -32,8 +32,24 @@ const ROOT: &str = "ROOTCA";
 /// Every bundle, each for its trust domain.
 const ALL: &str = "ALL";
 
-/// Names that were asked for; none means everything there is.
+/// Names of resources.
 pub(super) type Names = BTreeSet<String>;
+
+/// What a client asks for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Wanted {
+    /// Everything there is, each thing under its ID.
+    pub(super) all: bool,
+    /// These, whatever else.
+    pub(super) names: Names,
+}
+
+impl Wanted {
+    /// Whether nothing at all is asked for.
+    pub(super) fn is_empty(&self) -> bool {
+        !self.all && self.names.is_empty()
+    }
+}
 
 /// Resources by their names.
 pub(super) type Secrets = BTreeMap<String, Resource>;
@@ -64,40 +80,42 @@ impl Resource {
     }
 }
 
-/// Names that stand for nothing here.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown resource names: {}", .0.join(", "))]
-pub(super) struct Unknown(Vec<String>);
-
-/// Whether `names` can only be answered with SVIDs. Bundles alone are for everyone, as in the calls of
-/// the standard.
-pub(super) fn need_svids(names: &Names, bundles: &Bundles) -> bool {
-    names.is_empty() || names.iter().any(|name| bundle(name, bundles).is_none())
+/// What is asked for, as far as there is anything.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Selected {
+    pub(super) secrets: Secrets,
+    /// Names that stand for nothing.
+    pub(super) unknown: Vec<String>,
 }
 
-/// Every resource that `names` stand for.
-pub(super) fn select(names: &Names, svids: &[Svid], bundles: &Bundles) -> Result<Secrets, Unknown> {
-    if names.is_empty() {
-        let all = svids.iter().map(|svid| svid.id.to_string());
-        let own = bundles.trust_domain().id();
-        let federated = bundles.federated_x509().map(|(domain, _)| domain.id());
-        let names = all.chain([own]).chain(federated).collect();
-        return select(&names, svids, bundles);
+/// Whether `wanted` can only be answered with SVIDs. Bundles alone are for everyone, as in the calls of
+/// the standard.
+pub(super) fn need_svids(wanted: &Wanted) -> bool {
+    // An ID without a path is that of a trust domain, which may be gone.
+    let may_be_svid = |name: &String| name == DEFAULT || name.parse::<SpiffeId>().is_ok();
+    wanted.all || wanted.names.iter().any(may_be_svid)
+}
+
+/// Every resource that is `wanted`.
+pub(super) fn select(wanted: &Wanted, svids: &[Svid], bundles: &Bundles) -> Selected {
+    let mut names = wanted.names.clone();
+    if wanted.all {
+        names.extend(svids.iter().map(|svid| svid.id.to_string()));
+        names.insert(bundles.trust_domain().id());
+        names.extend(bundles.federated_x509().map(|(domain, _)| domain.id()));
     }
-    let mut found = Secrets::new();
-    let mut unknown = Vec::new();
+    let mut selected = Selected::default();
     for name in names {
-        let content = bundle(name, bundles).or_else(|| svid(name, svids).map(certificate));
+        let content = bundle(&name, bundles).or_else(|| svid(&name, svids).map(certificate));
         match content {
-            Some(content) => drop(found.insert(name.clone(), Resource::of(name, content))),
-            None => unknown.push(name.clone()),
+            Some(content) => {
+                let resource = Resource::of(&name, content);
+                selected.secrets.insert(name, resource);
+            }
+            None => selected.unknown.push(name),
         }
     }
-    if unknown.is_empty() {
-        Ok(found)
-    } else {
-        Err(Unknown(unknown))
-    }
+    selected
 }
 
 fn svid<'a>(name: &str, svids: &'a [Svid]) -> Option<&'a Svid> {

@@ -1,14 +1,13 @@
 //! One stream: requests come in, SVIDs are renewed, bundles change, and the caller may go.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use futures_util::{Stream, StreamExt as _};
 use tonic::Status;
 
-use super::exchange::{Exchange, Step};
-use super::secrets::{Secrets, need_svids, select};
+use super::exchange::{Exchange, Invalid, Step};
+use super::secrets::{Selected, need_svids, select};
 use crate::attest::Permit;
 use crate::clock::rfc3339_nanos;
 use crate::crypto::random;
@@ -91,11 +90,8 @@ where
             () = self.source.shutdown.cancelled() => Err(Box::new(stopping())),
             request = self.requests.next() => match request {
                 Some(Ok(request)) => {
-                    let step = self.exchange.request(request);
-                    if step.map_err(|wrong| Box::new(Status::invalid_argument(wrong.to_string())))?
-                        == Step::Answer
-                        && self.due.is_none()
-                    {
+                    let step = self.exchange.request(request)?;
+                    if step == Step::Answer && self.due.is_none() {
                         self.due = Some(clock.now() + PATIENCE);
                     }
                     Ok(true)
@@ -110,23 +106,28 @@ where
 
     /// What there is to say now, if anything.
     async fn response(&mut self) -> Result<Option<E::Response>, Box<Status>> {
-        let Some(secrets) = self.secrets().await? else {
+        let Some(selected) = self.selected().await? else {
             return Ok(None);
         };
         let must = self.due.take().is_some();
         let nonce = hex::encode(random::<4>());
         let version = rfc3339_nanos(self.source.clock.now());
-        Ok(self.exchange.respond(&secrets, must, version, nonce))
+        Ok(self.exchange.respond(selected, must, version, nonce)?)
     }
 
     /// Everything that is asked for; `None` while something of it is still to come.
-    async fn secrets(&mut self) -> Result<Option<Secrets>, Box<Status>> {
-        let (Some(names), (Some(bundles), _)) = (self.exchange.names(), self.view.look()) else {
+    async fn selected(&mut self) -> Result<Option<Selected>, Box<Status>> {
+        let wanted = self.exchange.wanted();
+        if wanted.is_empty() {
+            self.due = None;
+            return Ok(None);
+        }
+        let (Some(bundles), _) = self.view.look() else {
             return Ok(None);
         };
-        if !need_svids(names, &bundles) {
+        if !need_svids(wanted) {
             self.svids = None;
-            return found(select(names, &[], &bundles));
+            return Ok(Some(select(wanted, &[], &bundles)));
         }
         let svids = match &mut self.svids {
             Some(svids) => svids,
@@ -138,12 +139,13 @@ where
         };
         match svids.state(&bundles)? {
             state if !state.is_answer(self.source.clock.now()) => Ok(None),
-            State::Ready(svids) => found(select(names, &svids, &bundles)),
+            State::Ready(svids) => Ok(Some(select(wanted, &svids, &bundles))),
             // Who asks for everything gets what there is. A selector by name promises an SVID.
             State::Refused(_)
-                if names.is_empty() && matches!(self.source.selector, Selector::Labels(_)) =>
+                if wanted.names.is_empty()
+                    && matches!(self.source.selector, Selector::Labels(_)) =>
             {
-                found(select(&BTreeSet::new(), &[], &bundles))
+                Ok(Some(select(wanted, &[], &bundles)))
             }
             State::Refused(why) => {
                 let refusal = Status::permission_denied(format!("no identity issued: {why}"));
@@ -165,12 +167,10 @@ where
     }
 }
 
-fn found<E: std::fmt::Display>(
-    selected: Result<Secrets, E>,
-) -> Result<Option<Secrets>, Box<Status>> {
-    selected
-        .map(Some)
-        .map_err(|unknown| Box::new(Status::invalid_argument(unknown.to_string())))
+impl From<Invalid> for Box<Status> {
+    fn from(problem: Invalid) -> Self {
+        Self::new(Status::invalid_argument(problem.to_string()))
+    }
 }
 
 fn stopping() -> Status {

@@ -3,8 +3,8 @@ use std::slice::from_ref;
 use bytes::Bytes;
 use prost::Message as _;
 
-use super::exchange::{Delta, Exchange, Step, Whole};
-use super::secrets::{Names, Resource, Secrets, TYPE_URL, need_svids, select};
+use super::exchange::{Delta, Exchange, Invalid, Step, Whole};
+use super::secrets::{Names, Resource, Secrets, Selected, TYPE_URL, Wanted, need_svids, select};
 use crate::crypto::{KeyAlgorithm, PrivateKey, pem};
 use crate::pb::envoy::config::core::v3::data_source::Specifier;
 use crate::pb::envoy::config::core::v3::{BuildVersion, DataSource, Node, node};
@@ -23,6 +23,18 @@ const OTHER: &str = "other.example";
 fn names(all: &[&str]) -> Names {
     all.iter().map(|&name| name.to_owned()).collect()
 }
+
+fn wanted(all: &[&str]) -> Wanted {
+    Wanted {
+        all: false,
+        names: names(all),
+    }
+}
+
+const EVERYTHING: Wanted = Wanted {
+    all: true,
+    names: Names::new(),
+};
 
 fn svid(path: &str, chain: &[&[u8]]) -> Svid {
     Svid {
@@ -102,26 +114,30 @@ fn each_name_has_its_resource() {
     let one = |authority: &Authority| pem::encode("CERTIFICATE", &authority.der);
     let own = (DOMAIN.to_owned(), one(&own));
     let other = (OTHER.to_owned(), one(&other));
-    let asked = names(&[
+    let asked = wanted(&[
         "ROOTCA",
         "ALL",
         "spiffe://example.org",
         "spiffe://other.example",
+        "spiffe://gone.example",
     ]);
-    assert!(!need_svids(&asked, &bundles));
-    let found = select(&asked, &[], &bundles).unwrap();
+    assert!(
+        !need_svids(&asked),
+        "a trust domain that is gone is no SVID"
+    );
+    let found = select(&asked, &[], &bundles).secrets;
     assert_eq!(domains(&found["ROOTCA"]), *from_ref(&own));
     assert_eq!(domains(&found["spiffe://example.org"]), *from_ref(&own));
     assert_eq!(domains(&found["spiffe://other.example"]), *from_ref(&other));
     assert_eq!(domains(&found["ALL"]), [other, own]);
 
-    let asked = names(&[
+    let asked = wanted(&[
         "default",
         "spiffe://example.org/a",
         "spiffe://example.org/b",
     ]);
-    assert!(need_svids(&asked, &bundles));
-    let found = select(&asked, &svids, &bundles).unwrap();
+    assert!(need_svids(&asked));
+    let found = select(&asked, &svids, &bundles).secrets;
     for (name, blocks) in [
         ("default", 2),
         ("spiffe://example.org/a", 2),
@@ -138,32 +154,74 @@ fn each_name_has_its_resource() {
         assert!(key.starts_with("-----BEGIN PRIVATE KEY-----"), "{key}");
     }
 
-    assert!(need_svids(&Names::new(), &bundles));
-    let all: Vec<String> = select(&Names::new(), &svids, &bundles)
-        .unwrap()
-        .into_keys()
-        .collect();
-    assert_eq!(
-        all,
-        [
-            "spiffe://example.org",
-            "spiffe://example.org/a",
-            "spiffe://example.org/b",
-            "spiffe://other.example"
-        ]
-    );
+    assert!(need_svids(&EVERYTHING));
+    let found = |wanted: &Wanted| {
+        let names = select(wanted, &svids, &bundles).secrets.into_keys();
+        names.collect::<Vec<_>>()
+    };
+    let all = [
+        "spiffe://example.org",
+        "spiffe://example.org/a",
+        "spiffe://example.org/b",
+        "spiffe://other.example",
+    ];
+    assert_eq!(found(&EVERYTHING), all);
+    let more = Wanted {
+        all: true,
+        names: names(&["default"]),
+    };
+    assert_eq!(found(&more), [&["default"], &all[..]].concat());
 }
 
 #[test]
 fn names_that_stand_for_nothing_are_told() {
     let World { bundles, svids, .. } = world();
-    let asked = names(&["ROOTCA", "rootca", "spiffe://example.org/c", "spiffe://x"]);
-    let error = select(&asked, &svids, &bundles).unwrap_err().to_string();
+    let asked = wanted(&["ROOTCA", "rootca", "spiffe://example.org/c", "spiffe://x"]);
+    let selected = select(&asked, &svids, &bundles);
     assert_eq!(
-        error,
+        selected.unknown,
+        ["rootca", "spiffe://example.org/c", "spiffe://x"]
+    );
+    assert!(selected.secrets.contains_key("ROOTCA"));
+    // One form ends with the names, the other sends the rest and says which are none.
+    let error = Whole::default()
+        .respond(selected.clone(), true, String::new(), String::new())
+        .unwrap_err();
+    assert_eq!(
+        error.to_string(),
         "unknown resource names: rootca, spiffe://example.org/c, spiffe://x"
     );
-    assert!(select(&names(&["default"]), &[], &bundles).is_err());
+    let mut delta = Delta::default();
+    let asked: Vec<&str> = asked.names.iter().map(String::as_str).collect();
+    delta.request(change(&asked, &[], "")).unwrap();
+    let answer = delta.respond(selected.clone(), true, String::new(), String::new());
+    let answer = answer.unwrap().unwrap();
+    assert_eq!(answer.resources.len(), 1);
+    assert_eq!(answer.removed_resources, selected.unknown);
+    let again = delta.respond(selected, false, String::new(), String::new());
+    assert_eq!(again.unwrap(), None, "told once");
+
+    assert_eq!(
+        select(&wanted(&["default"]), &[], &bundles).unknown,
+        ["default"]
+    );
+    let long = vec!["x\n".repeat(5000); 2];
+    let text = Invalid::Unknown(long).to_string();
+    assert!(text.len() < 700 && !text.contains('\n'), "{text}");
+}
+
+#[test]
+fn names_without_an_end_are_refused() {
+    let long = "x".repeat(300 * 1024);
+    let asked = Whole::default().request(request(&[&long], "", false));
+    assert_eq!(asked, Err(Invalid::Names));
+    let mut delta = Delta::default();
+    let mut more = (0..).map(|n| format!("{n}{}", "x".repeat(10_000)));
+    let refused = (0..100).find_map(|_| {
+        let name = more.next().unwrap();
+        delta.request(change(&[&name], &[], "")).err()
+    });
+    assert_eq!(refused, Some(Invalid::Names));
 }
 
 /// Resources whose content is a text.
@@ -177,6 +235,13 @@ fn secrets(all: &[(&str, &str)]) -> Secrets {
             ((*name).to_owned(), Resource { any })
         })
         .collect()
+}
+
+fn selected(all: &[(&str, &str)]) -> Selected {
+    Selected {
+        secrets: secrets(all),
+        unknown: Vec::new(),
+    }
 }
 
 fn request(asked: &[&str], nonce: &str, problem: bool) -> DiscoveryRequest {
@@ -193,10 +258,11 @@ fn the_whole_form_answers_what_is_due() {
     let mut exchange = Whole::default();
     let send = |exchange: &mut Whole, content, must, nonce: &str| {
         exchange
-            .respond(&secrets(&[("a", content)]), must, "v".into(), nonce.into())
+            .respond(selected(&[("a", content)]), must, "v".into(), nonce.into())
+            .unwrap()
             .map(|response| response.resources.len())
     };
-    assert_eq!(exchange.names(), None);
+    assert!(exchange.wanted().is_empty());
     // The first request is answered whatever it says of an earlier stream.
     let step = exchange.request(request(&["a"], "old", false)).unwrap();
     assert_eq!(step, Step::Answer);
@@ -219,7 +285,7 @@ fn the_whole_form_answers_what_is_due() {
             "{asked:?} {nonce} {problem}"
         );
     }
-    assert_eq!(exchange.names(), Some(&names(&["b"])));
+    assert_eq!(exchange.wanted(), &wanted(&["b"]));
     // Without a request, only what is new is sent.
     assert_eq!(send(&mut exchange, "1", false, "n2"), None);
     assert_eq!(send(&mut exchange, "2", false, "n2"), Some(1));
@@ -233,6 +299,34 @@ fn the_whole_form_answers_what_is_due() {
         error.contains("Cluster") && error.contains(TYPE_URL),
         "{error}"
     );
+}
+
+#[test]
+fn no_names_are_everything_until_there_were_some() {
+    let asked = |exchange: &mut Whole, names: &[&str]| {
+        let step = exchange.request(request(names, "n", false)).unwrap();
+        (step, exchange.wanted().clone())
+    };
+    let mut exchange = Whole::default();
+    let answer = |exchange: &mut Whole| {
+        let response = exchange.respond(selected(&[]), true, "v".into(), "n".into());
+        assert!(response.unwrap().is_some());
+    };
+    assert_eq!(asked(&mut exchange, &[]), (Step::Answer, EVERYTHING));
+    answer(&mut exchange);
+    assert_eq!(asked(&mut exchange, &[]), (Step::Nothing, EVERYTHING));
+    let one = (Step::Answer, wanted(&["a"]));
+    assert_eq!(asked(&mut exchange, &["a"]), one);
+    answer(&mut exchange);
+    let none = (Step::Nothing, Wanted::default());
+    assert_eq!(asked(&mut exchange, &[]), none, "it lets go of the last");
+    assert_eq!(asked(&mut exchange, &["*"]), (Step::Answer, EVERYTHING));
+    let both = Wanted {
+        all: true,
+        names: names(&["a"]),
+    };
+    assert_eq!(asked(&mut exchange, &["*", "a"]), (Step::Answer, both));
+    assert_eq!(asked(&mut exchange, &["a"]), one);
 }
 
 fn change(add: &[&str], remove: &[&str], nonce: &str) -> DeltaDiscoveryRequest {
@@ -250,7 +344,8 @@ fn change(add: &[&str], remove: &[&str], nonce: &str) -> DeltaDiscoveryRequest {
 fn the_delta_form_sends_what_changed() {
     let mut exchange = Delta::default();
     let respond = |exchange: &mut Delta, all: &[(&str, &str)], must| {
-        let response = exchange.respond(&secrets(all), must, "v".into(), "n".into())?;
+        let response = exchange.respond(selected(all), must, "v".into(), "n".into());
+        let response = response.unwrap()?;
         let changed: Vec<String> = response.resources.into_iter().map(|r| r.name).collect();
         Some((changed.join(","), response.removed_resources.join(",")))
     };
@@ -270,20 +365,186 @@ fn the_delta_form_sends_what_changed() {
     assert_eq!(respond(&mut exchange, &second, true), told("a", ""));
     let step = exchange.request(change(&[], &["a"], "")).unwrap();
     assert_eq!(step, Step::Nothing);
-    assert_eq!(exchange.names(), Some(&names(&["b"])));
+    assert_eq!(exchange.wanted(), &wanted(&["b"]));
     assert_eq!(respond(&mut exchange, &[("b", "2")], false), None);
     assert_eq!(respond(&mut exchange, &[], false), told("", "b"));
     // Whoever lets go of the last name gets nothing more, whatever it acknowledges.
     for request in [change(&[], &["b"], ""), change(&[], &[], "n")] {
         assert_eq!(exchange.request(request).unwrap(), Step::Nothing);
-        assert_eq!(exchange.names(), None);
+        assert!(exchange.wanted().is_empty());
     }
     exchange.request(change(&["a"], &[], "")).unwrap();
-    assert_eq!(exchange.names(), Some(&names(&["a"])));
-    // `*` and no name at all mean everything.
+    assert_eq!(exchange.wanted(), &wanted(&["a"]));
+}
+
+#[test]
+fn a_delta_stream_may_ask_for_everything_and_for_names_besides() {
+    for first in [change(&[], &[], ""), change(&["*"], &[], "")] {
+        let mut exchange = Delta::default();
+        let mut ask = |change, all: &[(&str, &str)]| {
+            let must = exchange.request(change).unwrap() == Step::Answer;
+            let response = exchange.respond(selected(all), must, "v".into(), "n".into());
+            let response = response.unwrap()?;
+            let changed: Vec<String> = response.resources.into_iter().map(|r| r.name).collect();
+            Some((changed.join(","), response.removed_resources.join(",")))
+        };
+        let told = |changed: &str, removed: &str| Some((changed.to_owned(), removed.to_owned()));
+        let (all, more) = (
+            [("a", "1"), ("b", "1")],
+            [("a", "1"), ("b", "1"), ("c", "1")],
+        );
+        assert_eq!(ask(first, &all), told("a,b", ""));
+        // One more; nothing of the others is taken away.
+        assert_eq!(ask(change(&["c"], &[], ""), &more), told("c", ""));
+        assert_eq!(ask(change(&["b"], &[], ""), &more), told("b", ""));
+        // Let go of by name: it is told whether everything holds it.
+        assert_eq!(ask(change(&[], &["c"], ""), &all), told("", "c"));
+        assert_eq!(ask(change(&[], &["b"], ""), &all), told("b", ""));
+        // Let go of everything but one.
+        assert_eq!(ask(change(&["b"], &["*"], ""), &all[1..]), told("b", ""));
+        assert_eq!(ask(change(&[], &[], "n"), &all[1..]), None);
+    }
+}
+
+#[test]
+fn what_a_client_kept_of_an_earlier_stream_is_taken_back_if_it_is_gone() {
     let mut exchange = Delta::default();
-    exchange.request(change(&["*"], &[], "")).unwrap();
-    assert_eq!(exchange.names(), Some(&Names::new()));
+    let kept = ["a", "gone", "not asked for"].map(|name| (name.to_owned(), "1".to_owned()));
+    let first = DeltaDiscoveryRequest {
+        initial_resource_versions: kept.into(),
+        ..change(&["a", "gone"], &[], "")
+    };
+    exchange.request(first).unwrap();
+    let answer = exchange.respond(selected(&[("a", "1")]), true, "v".into(), "n".into());
+    assert_eq!(answer.unwrap().unwrap().removed_resources, ["gone"]);
+}
+
+/// Resources that a client may have or ask for. The last two are not part of everything.
+const UNIVERSE: [&str; 5] = ["a", "b", "c", "alias", "other alias"];
+
+/// What there is, by name: a content, or nothing.
+type There = [u8; UNIVERSE.len()];
+
+fn pick(wanted: &Wanted, there: There) -> Selected {
+    let is_wanted = |at: usize, name: &str| (wanted.all && at < 3) || wanted.names.contains(name);
+    let mut found = Selected::default();
+    for (at, (name, content)) in UNIVERSE.into_iter().zip(there).enumerate() {
+        if content != 0 && is_wanted(at, name) {
+            found
+                .secrets
+                .extend(secrets(&[(name, &content.to_string())]));
+        } else if wanted.names.contains(name) {
+            found.unknown.push(name.to_owned());
+        }
+    }
+    found
+}
+
+/// The names whose bits are set, and everything for the highest.
+fn chosen(bits: u8) -> Vec<&'static str> {
+    let names = UNIVERSE.into_iter().chain(["*"]).enumerate();
+    names
+        .filter(|(at, _)| bits & (1 << at) != 0)
+        .map(|(_, name)| name)
+        .collect()
+}
+
+#[test]
+fn fuzz_a_delta_client_has_what_it_asked_for_whatever_happens() {
+    let check = bolero::check!().with_type::<Vec<(u8, u8, u8)>>();
+    check.for_each(|steps| {
+        let (mut exchange, mut there) = (Delta::default(), [1; UNIVERSE.len()]);
+        let (mut held, mut asked) = (Secrets::new(), Wanted::default());
+        for (at, (what, add, remove)) in steps.iter().take(30).enumerate() {
+            let mut must = false;
+            if what % 2 == 0 || at == 0 {
+                let (add, remove) = (chosen(*add), chosen(*remove));
+                let step = exchange.request(change(&add, &remove, "")).unwrap();
+                must = step == Step::Answer;
+                asked.all |= add.contains(&"*") || (at == 0 && add.is_empty());
+                asked.names.extend(add.iter().map(|&name| name.to_owned()));
+                asked.names.remove("*");
+                for name in remove {
+                    asked.names.remove(name);
+                    asked.all &= name != "*";
+                }
+                // What may be part of everything is kept until it is told.
+                let all = asked.all;
+                held.retain(|name, _| all || asked.names.contains(name));
+            } else {
+                there[usize::from(*add) % UNIVERSE.len()] = remove % 3;
+            }
+            assert_eq!(exchange.wanted(), &asked);
+            if asked.is_empty() {
+                assert!(held.is_empty());
+                continue;
+            }
+            let selected = pick(&asked, there);
+            let due = selected.secrets.clone();
+            let response = exchange.respond(selected, must, String::new(), String::new());
+            let response = response.unwrap();
+            assert!(response.is_some() || !must, "an answer was due");
+            for resource in response.iter().flat_map(|response| &response.resources) {
+                let any = resource.resource.clone().unwrap();
+                held.insert(resource.name.clone(), Resource { any });
+            }
+            for name in response
+                .iter()
+                .flat_map(|response| &response.removed_resources)
+            {
+                held.remove(name);
+            }
+            assert_eq!(held, due);
+        }
+    });
+}
+
+#[test]
+fn fuzz_a_client_of_the_whole_form_has_what_it_asked_for_whatever_happens() {
+    let check = bolero::check!().with_type::<Vec<(u8, u8, u8, Option<String>)>>();
+    check.for_each(|steps| {
+        let (mut exchange, mut there) = (Whole::default(), [1; UNIVERSE.len()]);
+        let (mut held, mut nonce) = (Secrets::new(), String::new());
+        for (at, (what, names, content, problem)) in steps.iter().take(30).enumerate() {
+            let mut must = false;
+            if what % 2 == 0 || at == 0 {
+                let stale = what % 16 == 2;
+                let request = DiscoveryRequest {
+                    error_detail: problem.clone().map(|message| Status {
+                        message,
+                        ..Status::default()
+                    }),
+                    ..request(&chosen(*names), if stale { "stale" } else { &nonce }, false)
+                };
+                let before = exchange.wanted().clone();
+                must = exchange.request(request).unwrap() == Step::Answer;
+                if stale && !nonce.is_empty() {
+                    assert_eq!((exchange.wanted(), must), (&before, false));
+                }
+            } else {
+                there[usize::from(*names) % UNIVERSE.len()] = content % 3;
+            }
+            if exchange.wanted().is_empty() {
+                continue;
+            }
+            let selected = pick(exchange.wanted(), there);
+            let (due, unknown) = (selected.secrets.clone(), selected.unknown.clone());
+            match exchange.respond(selected, must, String::new(), at.to_string()) {
+                Err(problem) => {
+                    assert_eq!(problem, Invalid::Unknown(unknown));
+                    return;
+                }
+                Ok(None) => assert!(!must, "an answer was due"),
+                Ok(Some(response)) => {
+                    nonce = response.nonce;
+                    let names = due.keys().cloned();
+                    let all = response.resources.into_iter().map(|any| Resource { any });
+                    held = names.zip(all).collect();
+                }
+            }
+            assert_eq!(held, due);
+        }
+    });
 }
 
 #[test]

@@ -215,6 +215,16 @@ async fn the_delta_form_is_served_too() {
             let renewed = answers.message().await.unwrap().unwrap();
             assert_eq!(changed(&renewed), ["default"]);
             assert_ne!(renewed.resources[0].version, first.resources[1].version);
+            // What is unknown is told, and the rest goes on.
+            requests
+                .send(subscribe(&["spiffe://gone.example"]))
+                .unwrap();
+            let told = answers.message().await.unwrap().unwrap();
+            assert_eq!(told.removed_resources, ["spiffe://gone.example"]);
+            world.cache.renew_all();
+            let renewed = answers.message().await.unwrap().unwrap();
+            assert_eq!(changed(&renewed), ["default"]);
+            assert!(renewed.removed_resources.is_empty());
         })
         .await;
 }
