@@ -28,11 +28,16 @@ pub enum JwsError {
     #[error("not a compact JWS of at most {MAX_TOKEN} bytes")]
     Malformed,
     /// The algorithm is unknown, or one whose key is no public key: `none`, or HMAC.
-    #[error("signature algorithm {0:?} is not allowed")]
+    #[error("signature algorithm {:?} is not allowed", short(.0))]
     Algorithm(String),
     /// The header names an extension that has to be understood (`crit`); none is.
     #[error("the header wants an unknown extension understood")]
     Critical,
+}
+
+/// The beginning of what a token says, for a message about it: whoever made it may write at length.
+pub(crate) fn short(text: &str) -> String {
+    text.chars().take(40).collect()
 }
 
 /// What a public key can be.
@@ -311,6 +316,8 @@ mod tests {
             let refused = Token::parse(&token).map(|_| ()).unwrap_err();
             assert_eq!(refused, JwsError::Algorithm(alg.to_owned()));
         }
+        let long = JwsError::Algorithm("\u{1}".repeat(20_000)).to_string();
+        assert!(long.len() < 1000, "{} bytes", long.len());
         for header in [
             json!({"alg": "RS256", "crit": []}),
             json!({"alg": "RS256", "crit": ["b64"]}),

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use serde_json::{Map, Value, json};
 
 use super::{SpiffeId, TrustDomain};
-use crate::crypto::jws::{JwsError, Kind, PublicKey, Token};
+use crate::crypto::jws::{JwsError, Kind, PublicKey, Token, short};
 use crate::crypto::spki_from_pem;
 
 /// How far two clocks may differ.
@@ -19,7 +19,7 @@ pub enum JwtError {
     #[error("not a compact JWS")]
     Malformed,
     /// The algorithm is not among those that JWT-SVID.md section 2.1 allows.
-    #[error("algorithm {0:?} is not allowed for JWT-SVIDs")]
+    #[error("algorithm {:?} is not allowed for JWT-SVIDs", short(.0))]
     Algorithm(String),
     /// No key of the subject's trust domain verifies the token.
     #[error("no key of trust domain {0} verifies the token")]
