@@ -264,4 +264,65 @@ mod tests {
         assert!(!Cgroups::of(pid).unwrap().0.is_empty());
         assert!(Cgroups::of(i32::MAX).is_err());
     }
+
+    #[test]
+    fn fuzz_cgroups() {
+        let pod = format!("kubepods-pod{}.slice", "0".repeat(32));
+        let (scope, libpod, cri) = (
+            format!("docker-{A}.scope"),
+            format!("libpod-{B}"),
+            format!("cri-containerd-{A}.scope"),
+        );
+        let pieces = [
+            "/",
+            "docker",
+            A,
+            B,
+            &scope,
+            &libpod,
+            &pod,
+            &cri,
+            "..",
+            ":",
+            "\n",
+            "0::/",
+            "1:cpu:/",
+            "x",
+            "-",
+            "app.slice",
+            "kubepods",
+            "libpod-payload-",
+            "system.slice",
+            "x.service",
+            "\u{e9}",
+            ".scope",
+        ];
+        let check = bolero::check!().with_type::<(Vec<u8>, Vec<u8>)>();
+        check.for_each(|(choice, below)| {
+            let written = |choice: &[u8]| -> String {
+                let pieces = choice
+                    .iter()
+                    .map(|at| pieces[usize::from(*at) % pieces.len()]);
+                pieces.collect()
+            };
+            let text = written(choice);
+            for lookup in [docker as Lookup, podman, kubernetes] {
+                let Ok(Some(place)) = Cgroups::parse(text.as_bytes()).find(lookup) else {
+                    continue;
+                };
+                assert_eq!(place.id.len(), 64, "{text:?}");
+                assert!(
+                    place.id.bytes().all(|byte| byte.is_ascii_hexdigit()),
+                    "{text:?}"
+                );
+                assert!(Cgroups::parse(text.as_bytes()).are_in(&place), "{text:?}");
+                // A container makes what it likes below its level, and stays what it is.
+                let line = format!("{}:{}", place.hierarchy, place.level);
+                let deeper = format!("{line}/{}", written(below).replace('\n', ""));
+                let found = Cgroups::parse(deeper.as_bytes()).find(lookup);
+                assert_eq!(found.unwrap(), Some(place), "{deeper:?}");
+            }
+            let _noise = Cgroups::parse(choice);
+        });
+    }
 }

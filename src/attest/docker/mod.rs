@@ -159,4 +159,31 @@ mod tests {
         assert_eq!(container.config.labels, None);
         assert_eq!(container.state.pid, 0);
     }
+
+    #[test]
+    fn fuzz_answers() {
+        let sample = br#"{"State": {"Pid": 18873}, "Name": "/web1", "Image": "sha256:4d",
+            "Config": {"Image": "tbot-test:1", "Labels": {"app": "x"}}}"#;
+        let check = bolero::check!().with_type::<(Vec<(u8, u8)>, String)>();
+        check.for_each(|(edits, version)| {
+            let mut bytes = sample.to_vec();
+            for (place, octet) in edits.iter().take(6) {
+                let at = usize::from(*place) % bytes.len();
+                bytes[at] = *octet;
+            }
+            if let (Ok(container), Ok(whole)) = (
+                serde_json::from_slice::<Container>(&bytes),
+                serde_json::from_slice::<serde_json::Value>(&bytes),
+            ) {
+                assert_eq!(whole["Name"], container.name);
+                assert_eq!(
+                    whole["Config"]["Image"].as_str().unwrap_or_default(),
+                    container.config.image
+                );
+            }
+            if let Some(agreed) = Version::parse(version) {
+                assert!(agreed.min(NEWEST) <= NEWEST);
+            }
+        });
+    }
 }

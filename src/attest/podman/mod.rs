@@ -161,4 +161,37 @@ mod tests {
         assert_eq!(pod.name, "pod1");
         assert_eq!(pod.labels.unwrap()["tier"], "p");
     }
+
+    #[test]
+    fn fuzz_answers() {
+        let container = br#"{"State": {"Pid": 4711}, "ImageDigest": "sha256:41", "Name": "inpod",
+            "Pod": "8963", "Config": {"Image": "localhost/tbot-test:1", "Labels": null}}"#;
+        let pod = br#"{"Id": "8963b727f4b6", "Name": "pod1", "Labels": {"tier": "p"}}"#;
+        let check = bolero::check!().with_type::<Vec<(u8, u8)>>();
+        check.for_each(|edits| {
+            let edited = |sample: &[u8]| {
+                let mut bytes = sample.to_vec();
+                for (place, octet) in edits.iter().take(6) {
+                    let at = usize::from(*place) % bytes.len();
+                    bytes[at] = *octet;
+                }
+                bytes
+            };
+            let (container, pod) = (edited(container), edited(pod));
+            if let (Ok(read), Ok(whole)) = (
+                serde_json::from_slice::<Container>(&container),
+                serde_json::from_slice::<serde_json::Value>(&container),
+            ) {
+                assert_eq!(whole["Name"], read.name);
+                assert_eq!(whole["Pod"].as_str().unwrap_or_default(), read.pod);
+            }
+            if let (Ok(read), Ok(whole)) = (
+                serde_json::from_slice::<Pod>(&pod),
+                serde_json::from_slice::<serde_json::Value>(&pod),
+            ) {
+                assert_eq!(whole["Name"], read.name);
+                assert_eq!(whole["Labels"].is_object(), read.labels.is_some());
+            }
+        });
+    }
 }

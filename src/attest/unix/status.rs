@@ -68,4 +68,22 @@ mod tests {
             assert_eq!(effective_ids(status), None, "{status:?}");
         }
     }
+
+    #[test]
+    fn fuzz_statuses() {
+        let check = bolero::check!().with_type::<(String, [u32; 4])>();
+        check.for_each(|(name, [real, uid, gid, other])| {
+            // The kernel writes a newline in a name as two characters.
+            let shown = name.replace('\n', "\\n").replace('\r', "\\r");
+            let status = format!(
+                "Name:\t{shown}\nUid:\t{real}\t{uid}\t{other}\t{other}\nGid:\t{real}\t{gid}\t{other}\t{other}\n"
+            );
+            let ids = Ids {
+                uid: *uid,
+                gid: *gid,
+            };
+            assert_eq!(effective_ids(&status), Some(ids), "{status:?}");
+            let _noise = effective_ids(name);
+        });
+    }
 }
