@@ -188,6 +188,15 @@ fn the_published_bundle_is_what_the_standard_says() {
         let sequence = |bundle: &Value| bundle["spiffe_sequence"].as_u64().unwrap_or_default();
         let grows = sequence(&bundle) > sequence(&last);
         report.expect("TB-02", phase, grows || bundle["keys"] == last["keys"]);
+        // Only the first step brings keys, and they do not sign yet: whatever signs later was published.
+        let known = last["keys"].as_array().cloned().unwrap_or_default();
+        let fresh = bundle["keys"].as_array().unwrap().iter();
+        let fresh = fresh.filter(|key| !known.contains(key)).count();
+        let wanted = match phase {
+            "" | "init" => 2,
+            _ => 0,
+        };
+        report.expect("FE-01", &format!("new in {phase}"), fresh == wanted);
         last.clone_from(&bundle);
         let keys = |name: &str| {
             let keys = bundle["keys"].as_array().unwrap().iter();
