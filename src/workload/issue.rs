@@ -148,7 +148,7 @@ impl ClusterIssuer {
         }
     }
 
-    /// The same, with one key made ahead: for those that issue again and again.
+    /// The same, with keys made ahead: for those that issue again and again.
     #[must_use]
     pub fn with_keys_ahead(mut self) -> Self {
         self.ahead = Some(Keys::default());
