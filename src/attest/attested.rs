@@ -67,6 +67,11 @@ impl Attested {
         &self.attributes
     }
 
+    /// The user whose process it is; `None` if nobody can tell.
+    pub fn user(&self) -> Option<u32> {
+        self.attributes.unix.as_ref().map(|unix| unix.uid)
+    }
+
     /// A digest of all attributes and of the process. Two callers that have it in common are the
     /// same process and the same program; or neither is known at all.
     pub fn digest(&self) -> [u8; 32] {

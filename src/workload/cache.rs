@@ -1,8 +1,8 @@
 //! Issued SVIDs, one entry per selector, life and set of attributes, renewed from one queue.
 //!
-//! [`Cache::run`] is the only task: it starts what is due, keeps the number of requests in flight
-//! small, and publishes each outcome to the entry's subscribers. Everything else only looks at
-//! entries. What to do next is decided by `after`, a pure function. What an entry held stays on the
+//! [`Cache::run`] starts what is due and publishes each outcome to the entry's subscribers. Everything
+//! else only looks at entries. Few requests are in flight at a time, users take [`Turns`], and first
+//! SVIDs and renewals keep each other from none. What to do next is decided by `after`, a pure function. What an entry held stays on the
 //! [`Shelf`] when the entry ends, for the same process to come back to.
 
 use std::collections::{BTreeSet, HashMap};
@@ -20,15 +20,13 @@ use super::memo::Memo;
 use super::outcome::Failures;
 use super::selector::Selector;
 use super::shelf::{Mark, Shelf};
+use super::turns::Turns;
 use crate::attest::Attested;
 use crate::backoff::Backoff;
 use crate::clock::Clock;
 use crate::crypto::{jitter, sha256};
 use crate::renewal;
 
-/// Requests in flight at a time. A cluster answers one in some milliseconds; more would only queue
-/// there.
-const IN_FLIGHT: usize = 16;
 /// How long an entry outlives its last subscriber, for callers that connect anew each time.
 const GRACE: Duration = Duration::from_secs(30);
 /// How long a refusal answers for the cluster.
@@ -166,6 +164,9 @@ struct Inner {
     clock: Clock,
     interval: Duration,
     shelf: Shelf,
+    /// For those who hold nothing. Whoever waits has a call open, and those are limited elsewhere.
+    firsts: Turns,
+    renewals: Turns,
     wake: Notify,
     table: Mutex<Table>,
 }
@@ -294,6 +295,15 @@ impl Inner {
 
 type Outcome = Result<Vec<Svid>, IssueError>;
 
+/// An entry that is to be issued.
+struct Due {
+    id: u64,
+    key: Key,
+    attested: Arc<Attested>,
+    /// Whether something is held meanwhile.
+    renewal: bool,
+}
+
 impl Cache {
     /// How fresh is what somebody uses or lately wanted to use.
     pub fn freshness(&self) -> Freshness {
@@ -326,6 +336,8 @@ impl Cache {
             clock,
             interval,
             shelf,
+            firsts: Turns::new(usize::MAX),
+            renewals: Turns::new(usize::MAX),
             wake: Notify::new(),
             table: Mutex::new(Table::default()),
         }))
@@ -407,23 +419,14 @@ impl Cache {
 
     /// Issues and renews until the future is dropped.
     pub async fn run(&self) {
-        let mut flights: JoinSet<(u64, Outcome)> = JoinSet::new();
+        let mut flights: JoinSet<(u64, Option<Outcome>)> = JoinSet::new();
         loop {
             let now = self.0.clock.now();
-            while flights.len() < IN_FLIGHT {
-                let Some((id, key, attested)) = self.take_due(now) else {
-                    break;
-                };
-                let issuer = Arc::clone(&self.0.issuer);
-                flights.spawn(async move {
-                    let outcome = issuer
-                        .issue(&key.selector, key.ttl, attested.attributes())
-                        .await;
-                    (id, outcome)
-                });
+            while let Some(due) = self.take_due(now) {
+                let cache = self.clone();
+                flights.spawn(async move { (due.id, cache.fly(due).await) });
             }
             let next = self.0.plan();
-            let room = flights.len() < IN_FLIGHT;
             tokio::select! {
                 () = self.0.wake.notified() => {}
                 Some(ended) = flights.join_next() => {
@@ -436,13 +439,13 @@ impl Cache {
                         }
                     }
                 }
-                () = self.0.clock.sleep_until(next.unwrap_or(now)), if next.is_some() && room => {}
+                () = self.0.clock.sleep_until(next.unwrap_or(now)), if next.is_some() => {}
             }
         }
     }
 
     /// Removes what nobody wants any more, and takes the next entry that is to be issued.
-    fn take_due(&self, now: SystemTime) -> Option<(u64, Key, Arc<Attested>)> {
+    fn take_due(&self, now: SystemTime) -> Option<Due> {
         let mut table = self.0.table();
         loop {
             let (at, id) = *table.queue.first()?;
@@ -458,15 +461,46 @@ impl Cache {
                 continue;
             }
             entry.in_flight = true;
-            entry.attempted = Some(now);
-            return Some((id, entry.key.clone(), Arc::clone(&entry.attested)));
+            return Some(Due {
+                id,
+                key: entry.key.clone(),
+                attested: Arc::clone(&entry.attested),
+                renewal: matches!(&*entry.state.borrow(), State::Ready(_)),
+            });
         }
     }
 
-    fn finish(&self, id: u64, outcome: Outcome) {
+    /// Asks the cluster when the user's turn has come; `None` if nobody wants it any more by then.
+    async fn fly(&self, due: Due) -> Option<Outcome> {
+        let Inner {
+            firsts, renewals, ..
+        } = &*self.0;
+        let turns = if due.renewal { renewals } else { firsts };
+        let _turn = turns.next(due.attested.user()).await?;
+        {
+            let mut table = self.0.table();
+            let entry = table.entries.get_mut(&due.id)?;
+            if entry.abandoned.is_some() {
+                return None;
+            }
+            entry.attempted = Some(self.0.clock.now());
+        }
+        let Key { selector, ttl, .. } = &due.key;
+        let asked = self
+            .0
+            .issuer
+            .issue(selector, *ttl, due.attested.attributes());
+        Some(asked.await)
+    }
+
+    fn finish(&self, id: u64, outcome: Option<Outcome>) {
         let now = self.0.clock.now();
         let (interval, shelf) = (self.0.interval, &self.0.shelf);
         let mut table = self.0.table();
+        let Some(outcome) = outcome else {
+            return table.update(id, |entry| entry.in_flight = false);
+        };
+        let renewed = table.renewed;
         if let Some(entry) = table.entries.get(&id) {
             let attested = Arc::clone(&entry.attested);
             table.failures.tell(attested.attributes(), &outcome);
@@ -476,6 +510,10 @@ impl Cache {
             let held = entry.state.borrow().clone();
             let next = after(now, &held, outcome, interval, &mut entry.backoff, jitter());
             entry.due = next.due;
+            if entry.attempted <= renewed {
+                // It was under way when all were to renew, and may be of the old authority.
+                entry.due = entry.due.min(now + SPREAD.mul_f64(jitter()));
+            }
             if let Some(state) = next.publish {
                 if let Some(process) = entry.attested.process() {
                     match &state {

@@ -19,6 +19,7 @@ mod keys;
 mod memo;
 mod outcome;
 pub mod tokens;
+mod turns;
 
 #[cfg(test)]
 pub(crate) mod tests;

@@ -88,9 +88,14 @@ fn world_with(interval: Duration, delay: Duration) -> World {
 
 impl World {
     fn subscribe(&self, pid: i32) -> Subscription {
+        self.subscribe_as(0, pid)
+    }
+
+    fn subscribe_as(&self, uid: u32, pid: i32) -> Subscription {
         let attributes = WorkloadAttrs {
             unix: Some(WorkloadAttrsUnix {
                 pid,
+                uid,
                 ..WorkloadAttrsUnix::default()
             }),
             ..WorkloadAttrs::default()
@@ -391,18 +396,93 @@ async fn a_change_for_everybody_renews_everybody_soon() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn requests_in_flight_are_few() {
-    let world = world_with(20 * MINUTE, Duration::from_secs(1));
-    let mut all: Vec<Subscription> = (0..64).map(|pid| world.subscribe(pid)).collect();
+async fn an_answer_that_was_under_way_when_all_were_to_renew_is_renewed_too() {
+    let world = world_with(20 * MINUTE, 30 * Duration::from_secs(1));
+    let mut subscription = world.subscribe(1);
     world
         .run(async {
-            for subscription in &mut all {
-                serial(subscription, &world.clock).await.unwrap();
+            world.clock.sleep(Duration::from_secs(5)).await;
+            assert_eq!(world.calls(), 1);
+            world.cache.renew_all();
+            assert_eq!(
+                serial(&mut subscription, &world.clock).await,
+                Ok("1".into())
+            );
+            let answered = world.clock.now();
+            subscription.state().mark_unchanged();
+            subscription.state().changed().await.unwrap();
+            let took = world.clock.now().duration_since(answered).unwrap();
+            assert!(took < Duration::from_secs(41), "{took:?}");
+            // And that is all.
+            world.clock.sleep(15 * MINUTE).await;
+            assert_eq!(world.calls(), 2);
+        })
+        .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_in_flight_are_few() {
+    for (users, least) in [(1, 6), (4, 4)] {
+        let world = world_with(20 * MINUTE, Duration::from_secs(1));
+        let mut all: Vec<Subscription> = (0..64)
+            .map(|pid: i32| world.subscribe_as(pid.unsigned_abs() % users, pid))
+            .collect();
+        world
+            .run(async {
+                for subscription in &mut all {
+                    serial(subscription, &world.clock).await.unwrap();
+                }
+                // 64 requests of a second each: 16 at a time, of one user 12.
+                let took = world.clock.now().duration_since(start()).unwrap();
+                assert!(took >= Duration::from_secs(least), "{took:?}");
+                assert!(took < Duration::from_secs(least + 1), "{took:?}");
+            })
+            .await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_users_flood_delays_no_first_svid_of_others_and_no_renewal() {
+    let world = world_with(20 * MINUTE, Duration::from_secs(1));
+    let (mut own, mut others) = (world.subscribe_as(1, 1), world.subscribe_as(2, 2));
+    world
+        .run(async {
+            serial(&mut own, &world.clock).await.unwrap();
+            serial(&mut others, &world.clock).await.unwrap();
+            // Two minutes' work for the cluster, just before the two are to be renewed.
+            world.clock.sleep_until(start() + 17 * MINUTE).await;
+            let _flood: Vec<_> = (10..4000).map(|pid| world.subscribe_as(1, pid)).collect();
+            world.clock.sleep(Duration::from_secs(1)).await;
+            let before = world.clock.now();
+            let mut first = world.subscribe_as(2, 3);
+            serial(&mut first, &world.clock).await.unwrap();
+            let took = world.clock.now().duration_since(before).unwrap();
+            assert!(took < Duration::from_secs(2), "{took:?}");
+            for held in [&mut own, &mut others] {
+                held.state().mark_unchanged();
+                held.state().changed().await.unwrap();
+                assert!(world.clock.now() < start() + 20 * MINUTE + Duration::from_secs(2));
             }
-            // 64 requests of a second each, 16 at a time.
-            let took = world.clock.now().duration_since(start()).unwrap();
-            assert!(took >= Duration::from_secs(4), "{took:?}");
-            assert!(took < Duration::from_secs(5), "{took:?}");
+        })
+        .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_nobody_waits_for_any_more_is_not_asked_for() {
+    let world = world_with(20 * MINUTE, Duration::from_secs(1));
+    let all: Vec<Subscription> = (0..100).map(|pid| world.subscribe(pid)).collect();
+    world
+        .run(async {
+            world.clock.sleep(Duration::from_millis(100)).await;
+            let under_way = world.calls();
+            drop(all);
+            let mut last = world.subscribe(99);
+            serial(&mut last, &world.clock).await.unwrap();
+            assert_eq!(world.calls(), under_way + 1);
+            drop(last);
+            world.clock.sleep(2 * MINUTE).await;
+            assert_eq!(world.calls(), under_way + 1);
+            assert!(world.cache.is_empty());
         })
         .await;
 }
