@@ -10,11 +10,15 @@ use tokio::sync::watch;
 
 use super::hints::Hints;
 use super::issue::{Access, IssueError, Params, Wanted, current};
+use super::outcome::Caller;
 use super::{Bundles, Selector};
-use crate::clock::Clock;
+use crate::clock::{Clock, rfc3339};
 use crate::pb::teleport::workloadidentity::v1::credential::Credential as Kind;
 use crate::pb::teleport::workloadidentity::v1::{Credential, JwtsvidParams, WorkloadAttrs};
 use crate::spiffe::{SpiffeId, jwt};
+
+/// The most bytes of audiences that a line of the log shows.
+const SHOWN: usize = 512;
 
 /// A JWT-SVID as the cluster issued it, verified.
 #[derive(Clone)]
@@ -75,6 +79,7 @@ impl JwtIssuer {
         &self,
         credential: Credential,
         bundles: &Bundles,
+        attributes: &WorkloadAttrs,
         audiences: &[String],
     ) -> Result<JwtSvid, String> {
         let Some(Kind::JwtSvid(issued)) = credential.credential else {
@@ -87,11 +92,19 @@ impl JwtIssuer {
                 verified.id, credential.spiffe_id
             ));
         }
+        let caller = Caller::of(attributes);
         tracing::info!(
-            kind = "jwt-svid",
+            r#type = "jwt-svid",
             spiffe_id = %verified.id,
             jti = issued.jti,
-            workload_identity = credential.workload_identity_name,
+            audiences = shortened(audiences),
+            hint = credential.hint,
+            expires_at = %rfc3339(verified.expires),
+            workload_identity_name = credential.workload_identity_name,
+            workload_identity_revision = credential.workload_identity_revision,
+            pid = caller.pid,
+            uid = caller.uid,
+            systemd_service = caller.service,
             "Issued Workload Identity Credential"
         );
         Ok(JwtSvid {
@@ -101,6 +114,16 @@ impl JwtIssuer {
             not_after: verified.expires,
         })
     }
+}
+
+/// The names of audiences for a line of the log.
+fn shortened(audiences: &[String]) -> String {
+    let mut names = audiences.join(",");
+    if names.len() > SHOWN {
+        names.truncate(names.floor_char_boundary(SHOWN));
+        names.push('…');
+    }
+    names
 }
 
 /// Verifies a token that has to be for each of `audiences`. A cluster issues for its own trust
@@ -159,14 +182,37 @@ impl TokenIssuer for JwtIssuer {
         let bundles = current(&self.bundles).await?;
         let mut hints = Hints::default();
         let mut issued = Vec::with_capacity(credentials.len());
-        for credential in credentials {
-            let name = credential.workload_identity_name.clone();
-            let mut svid = self
-                .checked(credential, &bundles, audiences)
+        for mut credential in credentials {
+            let name = &credential.workload_identity_name;
+            credential.hint = hints.admit(credential.hint, name);
+            let svid = self
+                .checked(credential, &bundles, attributes, audiences)
                 .map_err(IssueError::Answer)?;
-            svid.hint = hints.admit(svid.hint, &name);
             issued.push(svid);
         }
         Ok(issued)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_shows_whom_a_token_is_for_and_has_an_end() {
+        let names = |names: &[&str]| {
+            names
+                .iter()
+                .map(|&name| name.to_owned())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            shortened(&names(&["a", "spiffe://td/b"])),
+            "a,spiffe://td/b"
+        );
+        let long = "ä".repeat(SHOWN);
+        let shown = shortened(&names(&["x", &long]));
+        assert!(shown.starts_with("x,ä") && shown.ends_with("ä…"), "{shown}");
+        assert!(shown.len() <= SHOWN + '…'.len_utf8());
     }
 }

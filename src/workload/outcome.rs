@@ -12,6 +12,25 @@ use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
 /// Kinds of callers whose failures are remembered.
 const REMEMBERED: usize = 256;
 
+/// What the log says of a caller.
+pub(super) struct Caller<'a> {
+    pub(super) pid: Option<i32>,
+    pub(super) uid: Option<u32>,
+    pub(super) service: Option<&'a str>,
+}
+
+impl<'a> Caller<'a> {
+    pub(super) fn of(attributes: &'a WorkloadAttrs) -> Self {
+        let unix = attributes.unix.as_ref();
+        let systemd = attributes.systemd.as_ref();
+        Self {
+            pid: unix.map(|unix| unix.pid),
+            uid: unix.map(|unix| unix.uid),
+            service: systemd.map(|systemd| systemd.service.as_str()),
+        }
+    }
+}
+
 /// A kind of caller. Many processes of one unit that get nothing are one piece of news.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Who {
@@ -21,9 +40,10 @@ struct Who {
 
 impl Who {
     fn of(attributes: &WorkloadAttrs) -> Self {
+        let Caller { uid, service, .. } = Caller::of(attributes);
         Self {
-            uid: attributes.unix.as_ref().map(|unix| unix.uid),
-            service: attributes.systemd.as_ref().map(|s| s.service.clone()),
+            uid,
+            service: service.map(str::to_owned),
         }
     }
 }
@@ -46,9 +66,8 @@ impl Failures {
         attributes: &WorkloadAttrs,
         outcome: &Result<Vec<Svid>, IssueError>,
     ) {
-        let pid = attributes.unix.as_ref().map(|unix| unix.pid);
+        let Caller { pid, uid, service } = Caller::of(attributes);
         let who = Who::of(attributes);
-        let (uid, service) = (who.uid, who.service.clone());
         match outcome {
             Ok(svids) => {
                 self.0.remove(&who);
