@@ -19,7 +19,7 @@ use super::issue::{self, IssueError, Issuer, Svid};
 use super::memo::Memo;
 use super::outcome::Failures;
 use super::selector::Selector;
-use super::shelf::{Mark, Shelf};
+use super::shelf::{Holder, Mark, Shelf};
 use super::turns::Turns;
 use crate::attest::Attested;
 use crate::backoff::Backoff;
@@ -515,9 +515,9 @@ impl Cache {
                 entry.due = entry.due.min(now + SPREAD.mul_f64(jitter()));
             }
             if let Some(state) = next.publish {
-                if let Some(process) = entry.attested.process() {
+                if let Some(holder) = Holder::of(&entry.attested) {
                     match &state {
-                        State::Ready(answer) => shelf.put(entry.key.mark(), process, &answer.svids),
+                        State::Ready(answer) => shelf.put(entry.key.mark(), holder, &answer.svids),
                         State::Refused(_) => shelf.withdraw(&entry.key.mark()),
                         State::Unavailable(_) | State::Pending => {}
                     }

@@ -23,11 +23,11 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
+pub(super) use self::row::Holder;
 use self::row::{Kept, Row};
 use super::issue::{self, Svid};
 use super::jwt::{self, JwtSvid};
 use super::{Bundles, Crl};
-use crate::attest::Process;
 use crate::backoff::{Loudness, Repeated};
 use crate::clock::Clock;
 use crate::destination::{Destination, FileSet};
@@ -36,6 +36,8 @@ use crate::destination::{Destination, FileSet};
 const FILE: &str = ".svids";
 /// The longest answer of JWT-SVIDs that is kept, in bytes. A token has some 700.
 const TOKENS: usize = 16 * 1024;
+/// About what an SVID takes besides its longest texts, in bytes.
+const OVERHEAD: usize = 512;
 /// How often what is over is thrown away.
 const SWEEP: Duration = Duration::from_mins(1);
 /// The shortest time between two writes.
@@ -153,27 +155,19 @@ impl Shelf {
         self.inner.changed.notify_one();
     }
 
-    /// Keeps an answer to `process`.
-    pub(super) fn put(&self, mark: Mark, process: Process, svids: &Arc<[Svid]>) {
-        let kept = Kept {
-            process,
-            not_after: first_end(svids.iter().map(|svid| svid.not_after)),
-            what: Arc::clone(svids),
-        };
+    /// Keeps an answer.
+    pub(super) fn put(&self, mark: Mark, holder: Holder, svids: &Arc<[Svid]>) {
+        let kept = kept_svids(holder, Arc::clone(svids));
         self.inner.change(|content| content.svids.put(mark, kept));
     }
 
-    /// Keeps JWT-SVIDs that `process` was given, unless they are very long.
-    pub(super) fn put_tokens(&self, mark: Mark, process: Process, tokens: Tokens) {
+    /// Keeps an answer of JWT-SVIDs, unless they are very long.
+    pub(super) fn put_tokens(&self, mark: Mark, holder: Holder, tokens: Tokens) {
         let length: usize = tokens.svids.iter().map(|svid| svid.token.len()).sum();
         if length > TOKENS {
             return self.withdraw_tokens(&mark);
         }
-        let kept = Kept {
-            process,
-            not_after: first_end(tokens.svids.iter().map(|svid| svid.not_after)),
-            what: Arc::new(tokens),
-        };
+        let kept = kept_tokens(holder, tokens);
         self.inner.change(|content| content.tokens.put(mark, kept));
     }
 
@@ -240,6 +234,29 @@ impl Shelf {
                 None
             }
         }
+    }
+}
+
+fn kept_svids(holder: Holder, svids: Arc<[Svid]>) -> Kept<Arc<[Svid]>> {
+    // All of an answer have the same key.
+    let key = svids.first().map_or(0, |svid| svid.key.len());
+    let bytes = |svid: &Svid| OVERHEAD + svid.chain.len() + svid.hint.len();
+    Kept {
+        holder,
+        bytes: key + svids.iter().map(bytes).sum::<usize>(),
+        not_after: first_end(svids.iter().map(|svid| svid.not_after)),
+        what: svids,
+    }
+}
+
+fn kept_tokens(holder: Holder, tokens: Tokens) -> Kept<Arc<Tokens>> {
+    let svids = || tokens.svids.iter();
+    let bytes = svids().map(|svid| OVERHEAD + svid.token.len() + svid.hint.len());
+    Kept {
+        holder,
+        bytes: bytes.sum(),
+        not_after: first_end(svids().map(|svid| svid.not_after)),
+        what: Arc::new(tokens),
     }
 }
 

@@ -16,7 +16,7 @@ use tokio::sync::{Semaphore, watch};
 use super::issue::IssueError;
 use super::jwt::{JwtSvid, TokenIssuer};
 use super::selector::Selector;
-use super::shelf::{self, Mark, Shelf};
+use super::shelf::{self, Holder, Mark, Shelf};
 use crate::attest::Attested;
 use crate::backoff::Backoff;
 use crate::clock::Clock;
@@ -290,7 +290,7 @@ impl Inner {
         asked: SystemTime,
         outcome: &Result<Vec<JwtSvid>, IssueError>,
     ) {
-        let Some(process) = attested.process() else {
+        let Some(holder) = Holder::of(attested) else {
             return;
         };
         let mark = self.mark(attested, audiences);
@@ -298,7 +298,7 @@ impl Inner {
             Ok(svids) => {
                 let svids = svids.clone();
                 let tokens = shelf::Tokens { asked, svids };
-                self.shelf.put_tokens(mark, process, tokens);
+                self.shelf.put_tokens(mark, holder, tokens);
             }
             Err(IssueError::Refused(_)) => self.shelf.withdraw_tokens(&mark),
             Err(IssueError::Unavailable(_) | IssueError::Answer(_)) => {}

@@ -13,7 +13,7 @@ use zeroize::{Zeroize, ZeroizeOnDrop};
 use super::super::jwt::JwtSvid;
 use super::super::{Bundles, Federated, Svid};
 use super::row::{Kept, MAX};
-use super::{Beside, Content, Mark, Origin, Tokens, first_end};
+use super::{Beside, Content, Holder, Mark, Origin, Tokens};
 use crate::attest::Process;
 use crate::crypto::sha256_hex;
 use crate::crypto::x509::Certificate;
@@ -23,9 +23,6 @@ use crate::spiffe::jwt::JwtBundle;
 
 /// The first word and the version of the form.
 const MAGIC: &str = "tbot-svids-2";
-/// The most bytes of JWT-SVIDs that are written. X.509-SVIDs are not lost to a file that is too long to
-/// read.
-const TOKENS: usize = 4 * 1024 * 1024;
 
 #[derive(Serialize, Deserialize)]
 struct Record {
@@ -56,6 +53,9 @@ struct StoredBundle {
 struct Answer {
     mark: Blob,
     process: Process,
+    /// Files of earlier versions do not say.
+    #[serde(default)]
+    user: Option<u32>,
     key: SecretText,
     /// Seconds since 1970.
     issued_at: u64,
@@ -75,6 +75,9 @@ struct StoredSvid {
 struct StoredTokens {
     mark: Blob,
     process: Process,
+    /// Files of earlier versions do not say.
+    #[serde(default)]
+    user: Option<u32>,
     /// Seconds since 1970.
     asked: u64,
     svids: Vec<StoredToken>,
@@ -120,7 +123,11 @@ pub(super) fn encode(origin: &Origin, content: &Content) -> Secret<Vec<u8>> {
             .iter()
             .filter_map(|(mark, kept)| answer(mark, kept))
             .collect(),
-        tokens: stored_tokens(content),
+        tokens: content
+            .tokens
+            .iter()
+            .filter_map(|(mark, kept)| tokens_of(mark, kept))
+            .collect(),
     });
     // These types have a JSON form, always.
     let body = Secret::new(serde_json::to_vec(&record).unwrap_or_default());
@@ -146,23 +153,6 @@ fn stored(bundles: &Bundles) -> StoredBundles {
     }
 }
 
-fn stored_tokens(content: &Content) -> Vec<StoredTokens> {
-    let mut left = TOKENS;
-    let mut all = Vec::new();
-    for (mark, kept) in content.tokens.iter() {
-        let length: usize = kept.what.svids.iter().map(|svid| svid.token.len()).sum();
-        let Some(rest) = left.checked_sub(length) else {
-            continue;
-        };
-        let Some(tokens) = tokens_of(mark, kept) else {
-            continue;
-        };
-        left = rest;
-        all.push(tokens);
-    }
-    all
-}
-
 fn tokens_of(mark: &Mark, kept: &Kept<Arc<Tokens>>) -> Option<StoredTokens> {
     let svids = kept.what.svids.iter().map(|svid| {
         Some(StoredToken {
@@ -174,7 +164,8 @@ fn tokens_of(mark: &Mark, kept: &Kept<Arc<Tokens>>) -> Option<StoredTokens> {
     });
     Some(StoredTokens {
         mark: Blob(Bytes::copy_from_slice(mark)),
-        process: kept.process,
+        process: kept.holder.process,
+        user: kept.holder.user,
         asked: seconds(kept.what.asked)?,
         svids: svids.collect::<Option<_>>()?,
     })
@@ -193,7 +184,8 @@ fn answer(mark: &Mark, kept: &Kept<Arc<[Svid]>>) -> Option<Answer> {
     let first = kept.what.first()?;
     Some(Answer {
         mark: Blob(Bytes::copy_from_slice(mark)),
-        process: kept.process,
+        process: kept.holder.process,
+        user: kept.holder.user,
         key: SecretText(STANDARD.encode(&first.key)),
         issued_at: seconds(first.issued_at)?,
         svids: kept
@@ -288,11 +280,11 @@ fn kept_tokens(stored: &StoredTokens) -> Option<Kept<Arc<Tokens>>> {
         asked: time(stored.asked)?,
         svids: svids.collect::<Option<_>>()?,
     };
-    Some(Kept {
+    let holder = Holder {
         process: stored.process,
-        not_after: first_end(tokens.svids.iter().map(|svid| svid.not_after)),
-        what: Arc::new(tokens),
-    })
+        user: stored.user,
+    };
+    Some(super::kept_tokens(holder, tokens))
 }
 
 fn kept(answer: &Answer) -> Option<Kept<Arc<[Svid]>>> {
@@ -317,9 +309,9 @@ fn kept(answer: &Answer) -> Option<Kept<Arc<[Svid]>>> {
             })
         })
         .collect::<Option<_>>()?;
-    Some(Kept {
+    let holder = Holder {
         process: answer.process,
-        not_after: first_end(svids.iter().map(|svid| svid.not_after)),
-        what: svids.into(),
-    })
+        user: answer.user,
+    };
+    Some(super::kept_svids(holder, svids.into()))
 }

@@ -4,18 +4,40 @@ use std::collections::HashMap;
 use std::time::SystemTime;
 
 use super::Mark;
-use crate::attest::Process;
+use crate::attest::{Attested, Process};
+use crate::workload::turns::User;
 
-/// Answers that are kept. Beyond that, the one that expires first makes room.
+/// Answers that are kept, and their size in bytes. Beyond that, whoever has most makes room with the
+/// one that expires first.
 pub(super) const MAX: usize = 2048;
+pub(super) const BYTES: usize = 4 * 1024 * 1024;
 /// Answers that are kept for one process; of more, again the first to expire makes room.
 const PER_PROCESS: usize = 16;
+
+/// Whom an answer was given to.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::workload) struct Holder {
+    pub(super) process: Process,
+    /// Whose process that is.
+    pub(super) user: User,
+}
+
+impl Holder {
+    /// `None` if the process could not be told from others after a restart.
+    pub(in crate::workload) fn of(attested: &Attested) -> Option<Self> {
+        Some(Self {
+            process: attested.process()?,
+            user: attested.user(),
+        })
+    }
+}
 
 /// One answer of the cluster.
 #[derive(Debug, Clone)]
 pub(super) struct Kept<T> {
-    /// Whom it was given to.
-    pub(super) process: Process,
+    pub(super) holder: Holder,
+    /// About how many bytes it has.
+    pub(super) bytes: usize,
     /// When the first part of it expires.
     pub(super) not_after: SystemTime,
     /// What was given.
@@ -24,7 +46,7 @@ pub(super) struct Kept<T> {
 
 impl<T> Kept<T> {
     fn is_over(&self, now: SystemTime) -> bool {
-        self.not_after <= now || !self.process.is_running()
+        self.not_after <= now || !self.holder.process.is_running()
     }
 }
 
@@ -40,7 +62,11 @@ impl<T> Default for Row<T> {
 
 impl<T> FromIterator<(Mark, Kept<T>)> for Row<T> {
     fn from_iter<I: IntoIterator<Item = (Mark, Kept<T>)>>(answers: I) -> Self {
-        Self(answers.into_iter().take(MAX).collect())
+        let mut row = Self::default();
+        for (mark, kept) in answers {
+            row.put(mark, kept);
+        }
+        row
     }
 }
 
@@ -63,17 +89,30 @@ impl<T> Row<T> {
     }
 
     pub(super) fn put(&mut self, mark: Mark, kept: Kept<T>) {
-        let process = kept.process;
-        if self.0.insert(mark, kept).is_some() {
-            return;
-        }
-        let of_process = |other: &Kept<T>| other.process == process;
+        let process = kept.holder.process;
+        self.0.insert(mark, kept);
+        let of_process = |other: &Kept<T>| other.holder.process == process;
         if self.0.values().filter(|kept| of_process(kept)).count() > PER_PROCESS {
             self.drop_first(of_process);
         }
-        if self.0.len() > MAX {
-            self.drop_first(|_| true);
+        while self.0.len() > MAX || self.bytes() > BYTES {
+            let largest = self.largest();
+            self.drop_first(|kept| kept.holder.user == largest);
         }
+    }
+
+    fn bytes(&self) -> usize {
+        self.0.values().map(|kept| kept.bytes).sum()
+    }
+
+    /// The user whose answers are the longest together.
+    fn largest(&self) -> User {
+        let mut users: HashMap<User, usize> = HashMap::new();
+        for kept in self.0.values() {
+            *users.entry(kept.holder.user).or_default() += kept.bytes;
+        }
+        let largest = users.into_iter().max_by_key(|(_, bytes)| *bytes);
+        largest.and_then(|(user, _)| user)
     }
 
     /// Drops the first to expire of those that `may` go.

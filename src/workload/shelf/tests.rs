@@ -1,4 +1,5 @@
 use super::*;
+use crate::attest::Process;
 use crate::crypto::{KeyAlgorithm, PrivateKey};
 use crate::destination::from_uri;
 use crate::secret::Secret;
@@ -6,8 +7,15 @@ use crate::workload::tests::{Authority, DOMAIN, HOUR, TokenKey, message, start};
 
 const MARK: Mark = [1; 32];
 
-fn own() -> Process {
-    Process::of(i32::try_from(std::process::id()).unwrap()).unwrap()
+fn own() -> Holder {
+    running(std::process::id())
+}
+
+fn running(pid: u32) -> Holder {
+    Holder {
+        process: Process::of(i32::try_from(pid).unwrap()).unwrap(),
+        user: Some(0),
+    }
 }
 
 fn svids(authority: &Authority) -> Arc<[Svid]> {
@@ -29,21 +37,17 @@ fn svids(authority: &Authority) -> Arc<[Svid]> {
 }
 
 /// As if there were a process with this ID.
-fn process(pid: i32) -> Process {
-    serde_json::from_value(serde_json::json!({ "boot": 1, "pid": pid, "began": 1 })).unwrap()
-}
-
-fn kept(svids: &Arc<[Svid]>) -> Kept<Arc<[Svid]>> {
-    Kept {
-        process: own(),
-        not_after: svids[0].not_after,
-        what: Arc::clone(svids),
+fn process(user: u32, pid: usize) -> Holder {
+    let process = serde_json::json!({ "boot": 1, "pid": pid, "began": 1 });
+    Holder {
+        process: serde_json::from_value(process).unwrap(),
+        user: Some(user),
     }
 }
 
 fn content(authority: &Authority) -> Content {
     Content {
-        svids: Row::from_iter([(MARK, kept(&svids(authority)))]),
+        svids: Row::from_iter([(MARK, kept_svids(own(), svids(authority)))]),
         tokens: Row::default(),
         beside: Some(Beside {
             bundles: bundles(authority),
@@ -221,14 +225,10 @@ fn what_is_over_or_for_nobody_goes() {
         .arg("1000")
         .spawn()
         .unwrap();
-    let process = Process::of(i32::try_from(child.id()).unwrap()).unwrap();
     let inner = Inner::default();
     let svids = svids(&authority);
-    for (mark, process) in [([1; 32], own()), ([2; 32], process)] {
-        let svids = Kept {
-            process,
-            ..kept(&svids)
-        };
+    for (mark, holder) in [([1; 32], own()), ([2; 32], running(child.id()))] {
+        let svids = kept_svids(holder, Arc::clone(&svids));
         inner.content().svids.put(mark, svids);
     }
     assert!(!inner.sweep(start()));
@@ -251,22 +251,24 @@ fn what_is_kept_is_bounded() {
         ..long[0].clone()
     }]);
     shelf.put([0; 32], own(), &short);
-    for number in 1..=row::MAX + 5 {
+    shelf.put([1; 32], process(1, 1), &short);
+    for number in 2..=row::MAX + 5 {
         let mut mark = [9; 32];
         mark[..8].copy_from_slice(&number.to_be_bytes());
-        shelf.put(mark, process(i32::try_from(number).unwrap()), &long);
+        shelf.put(mark, process(1, number), &long);
     }
     {
         let content = shelf.inner.content();
         assert_eq!(content.svids.len(), row::MAX);
-        assert!(content.svids.get(&[0; 32]).is_none(), "the first to expire");
+        assert!(content.svids.get(&[1; 32]).is_none(), "the first to expire");
+        assert!(content.svids.get(&[0; 32]).is_some(), "another user's");
     }
 
     // One process that asks for ever more takes nobody else's room.
     let shelf = Shelf::default();
     shelf.put([0; 32], own(), &short);
     for number in 1..=100 {
-        shelf.put([number; 32], process(1), &long);
+        shelf.put([number; 32], process(0, 1), &long);
     }
     assert!(shelf.inner.content().svids.get(&[0; 32]).is_some());
     assert_eq!(shelf.inner.content().svids.len(), 17);
@@ -353,7 +355,7 @@ fn very_long_tokens_are_not_kept_and_take_the_place_of_none() {
 }
 
 #[test]
-fn tokens_are_written_up_to_a_limit() {
+fn what_is_long_is_bounded_by_its_length() {
     let key = TokenKey::new();
     let long = "x".repeat(TOKENS / 2);
     let mut content = content(&Authority::new(DOMAIN));
@@ -365,20 +367,20 @@ fn tokens_are_written_up_to_a_limit() {
             asked: start(),
             svids: vec![token.clone()],
         };
-        let kept = Kept {
-            process: process(i32::from(number)),
-            not_after: token.not_after,
-            what: Arc::new(tokens),
-        };
-        content.tokens.put(mark, kept);
+        // The first are of another user.
+        let user = u32::from(number >= 100);
+        let holder = process(user, number.into());
+        content.tokens.put(mark, kept_tokens(holder, tokens));
     }
     let bytes = record::encode(&origin("a", "t"), &content);
     assert!(
-        bytes.expose().len() < 6 * 1024 * 1024,
+        bytes.expose().len() < row::BYTES * 3 / 2,
         "{}",
         bytes.expose().len()
     );
     let (_, read) = record::decode(&bytes, start()).unwrap();
     assert_eq!(read.svids.len(), 1);
     assert!(read.tokens.len() > 300, "{}", read.tokens.len());
+    let kept = read.tokens.iter().map(|(_, kept)| kept.holder.user);
+    assert_eq!(kept.filter(|user| *user == Some(0)).count(), 100);
 }
