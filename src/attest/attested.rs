@@ -20,7 +20,7 @@ pub struct Attested {
 
 /// One process, told from every other that has or had its ID: by the boot of the machine and the
 /// clock tick in which it began.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Process {
     /// A digest of the kernel's name for this boot.
     boot: u64,

@@ -5,31 +5,35 @@
 //! cannot be reached, the old one serves almost to its end. What to do for a caller is decided by
 //! [`Slot::look`], a pure function. What was issued stays on the [`Shelf`] too, for the same process to
 //! come back to when the agent was restarted.
+//!
+//! Whoever asks for ever more audiences takes neither the memory (`table.rs`) of others nor their turns.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+mod table;
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
+use self::table::Table;
 use super::issue::IssueError;
 use super::jwt::{JwtSvid, TokenIssuer};
 use super::selector::Selector;
 use super::shelf::{self, Holder, Mark, Shelf};
+use super::turns::Turns;
 use crate::attest::Attested;
 use crate::backoff::Backoff;
 use crate::clock::Clock;
 use crate::crypto::{jitter, sha256};
 
-/// Requests in flight at a time.
-const IN_FLIGHT: usize = 16;
+/// Requests of one user that run or wait for their turn.
+const WAITING: usize = 512;
 /// How long tokens are kept for somebody who does not ask for them.
 const IDLE: Duration = Duration::from_mins(10);
-/// Audience sets that are kept for one workload.
-const PER_WORKLOAD: usize = 64;
-/// Workloads whose tokens are kept.
-const WORKLOADS: usize = 4096;
+/// About what a slot takes besides texts, in bytes.
+const OVERHEAD: usize = 512;
 /// How long a failure answers for the cluster.
 const FAILURE_KEPT: Duration = Duration::from_secs(1);
 /// The longest that a caller waits for a fresh token while an old one would do.
@@ -90,12 +94,11 @@ struct Inner {
     selector: Selector,
     ttl: Duration,
     clock: Clock,
-    flights: Semaphore,
+    turns: Turns,
     shelf: Shelf,
     /// When all were last asked to renew.
     renewed: Mutex<Option<SystemTime>>,
-    /// By the digest of who asked.
-    table: Mutex<HashMap<[u8; 32], Vec<Arc<Slot>>>>,
+    table: Mutex<Table>,
 }
 
 /// One audience set of one workload.
@@ -114,8 +117,8 @@ struct State {
     /// Not before then is the cluster asked again while `held` would do.
     retry: SystemTime,
     backoff: Backoff,
-    /// Closed when the request that is under way has ended.
-    flight: Option<watch::Receiver<()>>,
+    /// The request that is under way. Whoever waits for its end has a receiver.
+    flight: Weak<watch::Sender<()>>,
 }
 
 /// What a caller is told.
@@ -123,10 +126,19 @@ struct State {
 enum Answer {
     Serve(Arc<Issued>),
     Fail(IssueError),
-    /// A request is under way. With a fallback, it is not waited for long.
-    Wait(watch::Receiver<()>, Option<Arc<Issued>>),
-    /// A request is to be sent. It counts as under way until the sender is dropped.
-    Ask(watch::Sender<()>),
+    /// A request is under way.
+    Wait(Waiting),
+    /// A request is to be sent. It is under way until the sender is dropped.
+    Ask(Arc<watch::Sender<()>>, Waiting),
+}
+
+/// What a caller waits for.
+#[derive(Debug)]
+struct Waiting {
+    /// Nothing is ever sent: it ends with the sender.
+    flight: watch::Receiver<()>,
+    /// With this, it is not waited for long.
+    fallback: Option<Arc<Issued>>,
 }
 
 impl Tokens {
@@ -144,7 +156,7 @@ impl Tokens {
             selector,
             ttl,
             clock,
-            flights: Semaphore::new(IN_FLIGHT),
+            turns: Turns::new(WAITING),
             shelf,
             renewed: Mutex::default(),
             table: Mutex::default(),
@@ -162,51 +174,53 @@ impl Tokens {
         audiences.dedup();
         let clock = &self.0.clock;
         let asked = clock.now();
-        let slot = match self.0.known(&attested.digest(), &audiences) {
+        let known = self.0.table().get(attested, &audiences);
+        let slot = match known {
             Some(slot) => slot,
             None => self.0.begin(attested, audiences, asked),
         };
         loop {
-            match slot.look(clock.now(), asked) {
+            let mut waiting = match slot.look(clock.now(), asked) {
                 Answer::Serve(issued) => return Ok(issued),
                 Answer::Fail(error) => return Err(error),
-                Answer::Wait(mut flight, None) => {
-                    // Nothing is ever sent: it ends with the sender.
-                    let _ended = flight.changed().await;
-                }
-                Answer::Wait(mut flight, Some(fallback)) => {
-                    tokio::select! {
-                        _ended = flight.changed() => {}
-                        () = clock.sleep(WITH_FALLBACK) => return Ok(fallback),
-                    }
-                }
-                Answer::Ask(flying) => {
+                Answer::Wait(waiting) => waiting,
+                Answer::Ask(flying, waiting) => {
                     self.ask(Arc::clone(attested), Arc::clone(&slot), flying);
+                    waiting
                 }
+            };
+            let Some(fallback) = waiting.fallback else {
+                let _ended = waiting.flight.changed().await;
+                continue;
+            };
+            tokio::select! {
+                _ended = waiting.flight.changed() => {}
+                () = clock.sleep(WITH_FALLBACK) => return Ok(fallback),
             }
         }
     }
 
-    /// Sends a request that does not end with the caller who wanted it first.
-    fn ask(&self, attested: Arc<Attested>, slot: Arc<Slot>, flying: watch::Sender<()>) {
+    /// Sends a request when the user's turn has come, if somebody still waits for it then. Once sent,
+    /// it does not end with the caller who wanted it.
+    fn ask(&self, attested: Arc<Attested>, slot: Arc<Slot>, flying: Arc<watch::Sender<()>>) {
         let inner = Arc::clone(&self.0);
         tokio::spawn(async move {
-            let permit = inner.flights.acquire().await;
+            let turn = tokio::select! {
+                biased;
+                () = flying.closed() => return,
+                turn = inner.turns.next(attested.user()) => turn,
+            };
             let asked = inner.clock.now();
-            let outcome = inner
-                .issuer
-                .issue(
-                    &inner.selector,
-                    inner.ttl,
-                    attested.attributes(),
-                    &slot.audiences,
-                )
-                .await;
-            drop(permit);
-            let outcome = outcome.and_then(at_least_one);
+            let outcome = match &turn {
+                Some(_turn) => inner.issue(&attested, &slot.audiences).await,
+                None => Err(IssueError::Unavailable(format!(
+                    "this user waits for {WAITING} other JWT-SVIDs: try again"
+                ))),
+            };
+            drop(turn);
             inner.keep(&attested, &slot.audiences, asked, &outcome);
-            slot.finish(outcome, asked, inner.clock.now(), jitter());
-            drop(flying);
+            inner.finish(&slot, outcome, asked);
+            inner.table().weigh(&attested, &slot);
         });
     }
 
@@ -215,7 +229,7 @@ impl Tokens {
     pub fn renew_all(&self) {
         let now = self.0.clock.now();
         *self.0.renewed() = Some(now);
-        for slot in self.0.table().values().flatten() {
+        for slot in self.0.table().slots() {
             let mut state = slot.state();
             state.retry = now;
             let held = state.held.take();
@@ -223,24 +237,35 @@ impl Tokens {
         }
     }
 
-    /// Forgets what nobody asked for lately, until the future is dropped.
+    /// Forgets what nobody asked for lately, and what was for processes that have ended, until the
+    /// future is dropped.
     pub async fn run(&self) {
+        let inner = &self.0;
         loop {
-            self.0.clock.sleep(IDLE / 10).await;
-            self.0.sweep(self.0.clock.now());
+            inner.clock.sleep(IDLE / 10).await;
+            let processes = inner.table().processes();
+            // Looking at thousands of processes takes a while.
+            let ended = tokio::task::spawn_blocking(|| {
+                let processes = processes.into_iter();
+                processes
+                    .filter(|process| !process.is_running())
+                    .collect::<HashSet<_>>()
+            });
+            let ended = ended.await.unwrap_or_default();
+            let idle = inner.clock.now() - IDLE;
+            inner.table().sweep(idle, &ended);
         }
     }
 
     /// How many audience sets of how many workloads are kept.
     #[cfg(test)]
     fn len(&self) -> (usize, usize) {
-        let table = self.0.table();
-        (table.values().flatten().count(), table.len())
+        self.0.table().len()
     }
 }
 
 impl Inner {
-    fn table(&self) -> MutexGuard<'_, HashMap<[u8; 32], Vec<Arc<Slot>>>> {
+    fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -248,19 +273,12 @@ impl Inner {
         self.renewed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn known(&self, who: &[u8; 32], audiences: &[String]) -> Option<Arc<Slot>> {
-        let table = self.table();
-        let mut slots = table.get(who)?.iter();
-        slots
-            .find(|slot| slot.audiences == audiences)
-            .map(Arc::clone)
-    }
-
     /// A slot for what was not asked for lately, with what is on the shelf.
     fn begin(&self, attested: &Attested, audiences: Vec<String>, now: SystemTime) -> Arc<Slot> {
         // Checking what is there takes a while; others are not held up for it.
         let held = self.shelved(attested, &audiences, now);
-        self.add(attested.digest(), Slot::new(audiences, held, now))
+        let slot = Slot::new(audiences, held, now);
+        self.table().add(attested, slot)
     }
 
     /// What an earlier agent, or this one a while ago, was given for this process.
@@ -273,13 +291,35 @@ impl Inner {
         attested.process()?;
         let mark = self.mark(attested, audiences);
         let kept = self.shelf.tokens(&mark, audiences, now)?;
-        let issued = Issued::new(kept.svids.clone(), kept.asked);
-        let outdated = self.renewed().is_some_and(|renewed| kept.asked <= renewed);
-        Some(Arc::new(if outdated {
+        Some(self.issued(kept.svids.clone(), kept.asked, now))
+    }
+
+    /// An answer; one that was asked for before all were to renew is to be asked for again.
+    fn issued(&self, svids: Vec<JwtSvid>, asked: SystemTime, now: SystemTime) -> Arc<Issued> {
+        let issued = Issued::new(svids, asked);
+        let outdated = self.renewed().is_some_and(|renewed| asked < renewed);
+        Arc::new(if outdated {
             issued.stale_from(now)
         } else {
             issued
-        }))
+        })
+    }
+
+    /// Asks the cluster. An answer with nothing in it is a refusal.
+    async fn issue(
+        &self,
+        attested: &Attested,
+        audiences: &[String],
+    ) -> Result<Vec<JwtSvid>, IssueError> {
+        let (selector, attributes) = (&self.selector, attested.attributes());
+        let asked = self.issuer.issue(selector, self.ttl, attributes, audiences);
+        let svids = asked.await?;
+        if svids.is_empty() {
+            let why =
+                "no workload identity with the selector's labels may be issued to this workload";
+            return Err(IssueError::Refused(why.to_owned()));
+        }
+        Ok(svids)
     }
 
     /// Puts an answer of the cluster on the shelf; a refusal takes away what is there.
@@ -313,42 +353,27 @@ impl Inner {
         sha256(what.as_bytes())
     }
 
-    /// Adds a slot, unless somebody else just did.
-    fn add(&self, who: [u8; 32], slot: Slot) -> Arc<Slot> {
-        let mut table = self.table();
-        let same = |other: &&Arc<Slot>| other.audiences == slot.audiences;
-        if let Some(slot) = table.get(&who).and_then(|slots| slots.iter().find(same)) {
-            return Arc::clone(slot);
-        }
-        if table.len() >= WORKLOADS && !table.contains_key(&who) {
-            // Whoever asked last longest ago asks the cluster again when it comes back.
-            let idle = table.iter().min_by_key(|(_, slots)| last_use(slots));
-            if let Some(who) = idle.map(|(who, _)| *who) {
-                table.remove(&who);
+    /// Notes how a request ended that was sent at `asked`.
+    fn finish(&self, slot: &Slot, outcome: Result<Vec<JwtSvid>, IssueError>, asked: SystemTime) {
+        let now = self.clock.now();
+        let mut state = slot.state();
+        match outcome {
+            Ok(svids) => {
+                state.held = Some(self.issued(svids, asked, now));
+                state.failed = None;
+                state.retry = now;
+                state.backoff.reset();
+            }
+            Err(error) => {
+                if matches!(error, IssueError::Refused(_)) {
+                    state.held = None;
+                }
+                tracing::debug!(%error, "No JWT-SVID was issued");
+                state.retry = now + state.backoff.next_wait(jitter());
+                state.failed = Some((now, error));
             }
         }
-        let slots = table.entry(who).or_default();
-        if slots.len() >= PER_WORKLOAD {
-            let idle = slots.iter().enumerate().min_by_key(|(_, slot)| slot.used());
-            if let Some(at) = idle.map(|(at, _)| at) {
-                slots.swap_remove(at);
-            }
-        }
-        let slot = Arc::new(slot);
-        slots.push(Arc::clone(&slot));
-        slot
     }
-
-    fn sweep(&self, now: SystemTime) {
-        self.table().retain(|_, slots| {
-            slots.retain(|slot| slot.used() + IDLE > now);
-            !slots.is_empty()
-        });
-    }
-}
-
-fn last_use(slots: &[Arc<Slot>]) -> Option<SystemTime> {
-    slots.iter().map(|slot| slot.used()).max()
 }
 
 impl Slot {
@@ -361,7 +386,7 @@ impl Slot {
                 failed: None,
                 retry: now,
                 backoff: Backoff::new(BACKOFF.0, BACKOFF.1),
-                flight: None,
+                flight: Weak::new(),
             }),
         }
     }
@@ -374,6 +399,16 @@ impl Slot {
         self.state().used
     }
 
+    /// About how much memory it takes.
+    fn bytes(&self) -> usize {
+        let audiences: usize = self.audiences.iter().map(String::len).sum();
+        let held = self.state().held.clone();
+        let svids = held.iter().flat_map(|held| &held.svids);
+        // The message that is made of them holds them again.
+        let tokens: usize = svids.map(|svid| 2 * svid.token.len()).sum();
+        OVERHEAD + audiences + tokens
+    }
+
     /// What a caller who came at `asked` is told at `now`.
     fn look(&self, now: SystemTime, asked: SystemTime) -> Answer {
         let mut state = self.state();
@@ -384,10 +419,12 @@ impl Slot {
         {
             return Answer::Serve(Arc::clone(held));
         }
-        if let Some(flight) = &state.flight
-            && flight.has_changed().is_ok()
-        {
-            return Answer::Wait(flight.clone(), held);
+        let waiting = |flying: &watch::Sender<()>| Waiting {
+            flight: flying.subscribe(),
+            fallback: held.clone(),
+        };
+        if let Some(flying) = state.flight.upgrade() {
+            return Answer::Wait(waiting(&flying));
         }
         if held.is_none()
             && let Some((at, error)) = &state.failed
@@ -395,45 +432,11 @@ impl Slot {
         {
             return Answer::Fail(error.clone());
         }
-        let (flying, flight) = watch::channel(());
-        state.flight = Some(flight);
-        Answer::Ask(flying)
+        let flying = Arc::new(watch::Sender::new(()));
+        state.flight = Arc::downgrade(&flying);
+        let waiting = waiting(&flying);
+        Answer::Ask(flying, waiting)
     }
-
-    fn finish(
-        &self,
-        outcome: Result<Vec<JwtSvid>, IssueError>,
-        asked: SystemTime,
-        now: SystemTime,
-        random: f64,
-    ) {
-        let mut state = self.state();
-        match outcome {
-            Ok(svids) => {
-                state.held = Some(Arc::new(Issued::new(svids, asked)));
-                state.failed = None;
-                state.retry = now;
-                state.backoff.reset();
-            }
-            Err(error) => {
-                if matches!(error, IssueError::Refused(_)) {
-                    state.held = None;
-                }
-                tracing::debug!(%error, "No JWT-SVID was issued");
-                state.retry = now + state.backoff.next_wait(random);
-                state.failed = Some((now, error));
-            }
-        }
-    }
-}
-
-/// An answer with nothing in it is a refusal.
-fn at_least_one(svids: Vec<JwtSvid>) -> Result<Vec<JwtSvid>, IssueError> {
-    if svids.is_empty() {
-        let why = "no workload identity with the selector's labels may be issued to this workload";
-        return Err(IssueError::Refused(why.to_owned()));
-    }
-    Ok(svids)
 }
 
 #[cfg(test)]

@@ -95,31 +95,41 @@ fn tokens(fake: &Arc<Fake>, shelf: &Shelf) -> Tokens {
 }
 
 fn workload(pid: i32) -> Arc<Attested> {
+    workload_of(0, pid, None)
+}
+
+fn workload_of(uid: u32, pid: i32, process: Option<Process>) -> Arc<Attested> {
     let attributes = WorkloadAttrs {
         unix: Some(WorkloadAttrsUnix {
             pid,
+            uid,
             ..WorkloadAttrsUnix::default()
         }),
         ..WorkloadAttrs::default()
     };
-    Arc::new(Attested::new(attributes, None))
+    Arc::new(Attested::new(attributes, process))
 }
 
 impl World {
     async fn get(&self, pid: i32, audiences: &[&str]) -> Result<String, IssueError> {
+        self.get_for(&workload(pid), audiences).await
+    }
+
+    async fn get_for(
+        &self,
+        attested: &Arc<Attested>,
+        audiences: &[&str],
+    ) -> Result<String, IssueError> {
         let audiences = audiences.iter().map(|&text| text.to_owned()).collect();
-        let issued = self.tokens.get(&workload(pid), audiences).await?;
+        let issued = self.tokens.get(attested, audiences).await?;
         Ok(issued.svids[0].hint.clone())
     }
 
     /// The same for a process that is known again after a restart.
     async fn get_known(&self, audiences: &[&str]) -> Result<String, IssueError> {
-        let audiences = audiences.iter().map(|&text| text.to_owned()).collect();
         let pid = i32::try_from(std::process::id()).unwrap();
-        let attributes = workload(pid).attributes().clone();
-        let attested = Arc::new(Attested::new(attributes, Process::of(pid)));
-        let issued = self.tokens.get(&attested, audiences).await?;
-        Ok(issued.svids[0].hint.clone())
+        let attested = workload_of(0, pid, Process::of(pid));
+        self.get_for(&attested, audiences).await
     }
 
     /// As if the agent were another one that has this one's shelf.
@@ -271,19 +281,14 @@ async fn a_change_of_keys_is_asked_about_at_once_and_bridged_too() {
 #[tokio::test(start_paused = true)]
 async fn what_is_kept_is_bounded_and_ends_after_its_last_use() {
     let world = world();
-    for number in 0..PER_WORKLOAD + 10 {
+    for number in 0..table::PER_WORKLOAD + 10 {
         world.get(1, &[&number.to_string()]).await.unwrap();
     }
-    assert_eq!(world.tokens.len(), (PER_WORKLOAD, 1));
-    let newest = (PER_WORKLOAD + 9).to_string();
+    assert_eq!(world.tokens.len(), (table::PER_WORKLOAD, 1));
+    let newest = (table::PER_WORKLOAD + 9).to_string();
     let calls = world.calls();
     world.get(1, &[&newest]).await.unwrap();
     assert_eq!(world.calls(), calls, "the newest stayed");
-    *world.fake.delay.lock().unwrap() = Duration::ZERO;
-    for pid in 0..i32::try_from(WORKLOADS).unwrap() + 10 {
-        world.get(pid + 2, &["a"]).await.unwrap();
-    }
-    assert_eq!(world.tokens.len().1, WORKLOADS);
     tokio::select! {
         () = world.tokens.run() => {}
         () = world.clock.sleep(IDLE + 2 * MINUTE) => {}
@@ -335,4 +340,122 @@ async fn what_was_renewed_or_refused_does_not_come_back_from_the_shelf() {
     world.fail_with(Some(outage()));
     world.restart();
     assert_eq!(world.get_known(&["a"]).await, Err(outage()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_under_way_when_all_were_to_renew_is_asked_for_again() {
+    let world = world();
+    let (told, ()) = tokio::join!(world.get(1, &["a"]), async {
+        world.clock.sleep(Duration::from_millis(10)).await;
+        world.tokens.renew_all();
+    });
+    assert_eq!(told.unwrap(), "2");
+    assert_eq!(world.get(1, &["a"]).await.unwrap(), "2");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_user_who_asks_for_many_takes_its_own_memory_only() {
+    let world = world();
+    *world.fake.delay.lock().unwrap() = Duration::from_micros(1);
+    let small = workload_of(9, 1, None);
+    world.get_for(&small, &["a"]).await.unwrap();
+    let long = "x".repeat(8000);
+    let table = || world.tokens.0.table();
+    for uid in 1..7 {
+        for pid in 0..4 {
+            let attested = workload_of(uid, pid, None);
+            for number in 0..50 {
+                let before = world.calls();
+                let audience = format!("{number}{long}");
+                world.get_for(&attested, &[&audience]).await.unwrap();
+                world.get_for(&attested, &[&audience]).await.unwrap();
+                assert_eq!(world.calls(), before + 1, "the newest stays");
+            }
+        }
+        let bytes = table().bytes();
+        let most = table::OF_USER * usize::try_from(uid).unwrap();
+        assert!(bytes > most.min(table::OF_ALL) * 3 / 4, "{bytes}");
+        assert!(bytes <= most.min(table::OF_ALL) + 10_000, "{bytes}");
+        // Whoever has little keeps it.
+        let before = world.calls();
+        world.get_for(&small, &["a"]).await.unwrap();
+        assert_eq!(world.calls(), before);
+    }
+    table().sweep(world.clock.now(), &HashSet::new());
+    assert_eq!(table().bytes(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_for_a_process_that_ended_goes() {
+    let world = world();
+    let mut child = std::process::Command::new("sleep")
+        .arg("1000")
+        .spawn()
+        .unwrap();
+    let pid = i32::try_from(child.id()).unwrap();
+    let attested = workload_of(0, pid, Process::of(pid));
+    world.get_for(&attested, &["a"]).await.unwrap();
+    world.get_known(&["a"]).await.unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    tokio::select! {
+        () = world.tokens.run() => {}
+        () = world.clock.sleep(2 * MINUTE) => {}
+    }
+    assert_eq!(world.tokens.len(), (1, 1));
+    let calls = world.calls();
+    world.get_known(&["a"]).await.unwrap();
+    assert_eq!(world.calls(), calls, "who runs keeps its own");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_users_flood_keeps_only_itself_waiting() {
+    let world = world();
+    *world.fake.delay.lock().unwrap() = Duration::from_secs(1);
+    let attested = workload_of(1, 1, None);
+    let names: Vec<String> = (0..WAITING + 100).map(|n| n.to_string()).collect();
+    let flood = names.iter().map(|name| async {
+        let asked = world.clock.now();
+        let told = world.get_for(&attested, &[name]).await;
+        let waited = world.clock.now().duration_since(asked).unwrap();
+        (told, waited)
+    });
+    let other = async {
+        world.clock.sleep(Duration::from_millis(1500)).await;
+        let asked = world.clock.now();
+        world
+            .get_for(&workload_of(2, 2, None), &["a"])
+            .await
+            .unwrap();
+        let waited = world.clock.now().duration_since(asked).unwrap();
+        assert!(waited < Duration::from_secs(2), "{waited:?}");
+    };
+    let (flood, ()) = tokio::join!(join_all(flood), other);
+    let turned_away = flood.iter().filter(|(told, waited)| {
+        matches!(told, Err(IssueError::Unavailable(why)) if why.contains("512"))
+            && *waited < Duration::from_secs(1)
+    });
+    assert_eq!(turned_away.count(), 100);
+    assert_eq!(
+        flood.iter().filter(|(told, _)| told.is_ok()).count(),
+        WAITING
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_nobody_waits_for_any_more_is_not_asked_for() {
+    let world = world();
+    *world.fake.delay.lock().unwrap() = Duration::from_secs(1);
+    let names: Vec<String> = (0..100).map(|number| number.to_string()).collect();
+    let all = join_all(names.iter().map(|name| async {
+        let audiences = [name.as_str()];
+        let asked = world.get(1, &audiences);
+        let told = tokio::time::timeout(Duration::from_millis(1), asked).await;
+        assert!(told.is_err());
+    }));
+    all.await;
+    let under_way = world.calls();
+    assert!(under_way < 20, "{under_way}");
+    assert!(world.get(1, &["99"]).await.is_ok());
+    assert_eq!(world.calls(), under_way + 1);
 }

@@ -7,6 +7,8 @@ use crate::spiffe::SpiffeId;
 
 /// The most audiences of one token. One is strongly recommended (`JWT-SVID.md` 3.2).
 const MAX_AUDIENCES: usize = 32;
+/// The most bytes of one audience: as many as the longest SPIFFE ID has.
+const MAX_AUDIENCE: usize = 2048;
 /// The most bytes of all audiences of one token together.
 const MAX_AUDIENCE_BYTES: usize = 8 * 1024;
 
@@ -33,6 +35,12 @@ impl WantedTokens {
             return invalid(format!(
                 "{} audiences in one token: at most {MAX_AUDIENCES} are accepted, and one is best",
                 audiences.len()
+            ));
+        }
+        if let Some(long) = audiences.iter().find(|name| name.len() > MAX_AUDIENCE) {
+            return invalid(format!(
+                "an audience of {} bytes: at most {MAX_AUDIENCE} are accepted",
+                long.len()
             ));
         }
         let bytes: usize = audiences.iter().map(String::len).sum();
@@ -66,13 +74,19 @@ mod tests {
 
     #[test]
     fn malformed_requests_are_told() {
-        let long = "x".repeat(MAX_AUDIENCE_BYTES + 1);
+        let long = "x".repeat(MAX_AUDIENCE + 1);
+        let longest = &long[..MAX_AUDIENCE];
         for (audiences, id, word) in [
             (vec![], "", "audience"),
             (vec![""], "", "audience"),
             (vec!["a", ""], "", "audience"),
             (vec!["a"; MAX_AUDIENCES + 1], "", "33 audiences"),
-            (vec![long.as_str()], "", "8193 bytes"),
+            (vec!["a", &long], "", "an audience of 2049 bytes"),
+            (
+                vec![longest, longest, longest, longest, "a"],
+                "",
+                "audiences of 8193 bytes",
+            ),
             (vec!["a"], "x", "spiffe_id"),
             (vec!["a"], "spiffe://", "spiffe_id"),
             (vec!["a"], "spiffe://td", "spiffe_id"),
@@ -89,6 +103,12 @@ mod tests {
             assert_eq!(status.code(), Code::InvalidArgument, "{id}");
             assert!(status.message().contains(word), "{status:?}");
         }
+    }
+
+    #[test]
+    fn long_audiences_are_taken_up_to_a_limit() {
+        let longest = "x".repeat(MAX_AUDIENCE);
+        assert!(of(&[longest.as_str(); 4], "").is_ok());
     }
 
     #[test]
