@@ -75,7 +75,7 @@ mod tests {
     #[test]
     fn malformed_requests_are_told() {
         let long = "x".repeat(MAX_AUDIENCE + 1);
-        let longest = &long[..MAX_AUDIENCE];
+        let longest = &"x".repeat(MAX_AUDIENCE);
         for (audiences, id, word) in [
             (vec![], "", "audience"),
             (vec![""], "", "audience"),
