@@ -50,7 +50,12 @@ fn whole(message: &X509svidResponse) -> bool {
             && !svid.x509_svid_key.is_empty()
             && !svid.bundle.is_empty()
     };
-    message.svids.len() == 5 && message.svids.iter().all(parts) && message.crl.len() == 1
+    message.svids.len() == 5 && message.svids.iter().all(parts) && lists(&message.crl)
+}
+
+/// Whether the revocation lists are there: one for each authority, and there are two while they are rotated.
+fn lists(crl: &[impl AsRef<[u8]>]) -> bool {
+    matches!(crl.len(), 1 | 2) && crl.iter().all(|list| !list.as_ref().is_empty())
 }
 
 fn serial(message: &X509svidResponse) -> String {
@@ -100,7 +105,7 @@ async fn each_push_is_the_whole_state() {
     report.check("WL-05", "a revocation", after.map(drop));
     let after = until(
         &mut bundles,
-        |message: &X509BundlesResponse| message.crl.len() == 1 && message.bundles.contains_key(OWN),
+        |message: &X509BundlesResponse| lists(&message.crl) && message.bundles.contains_key(OWN),
         |message| message.crl != old.crl,
     )
     .await;
@@ -119,7 +124,7 @@ async fn each_push_is_the_whole_state() {
     report.check("WL-05", "a new authority", after.map(drop));
     let after = until(
         &mut bundles,
-        |message: &X509BundlesResponse| message.crl.len() == 1 && message.bundles.contains_key(OWN),
+        |message: &X509BundlesResponse| lists(&message.crl) && message.bundles.contains_key(OWN),
         |message| message.bundles[OWN] != old.bundles[OWN],
     )
     .await;
