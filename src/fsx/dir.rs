@@ -383,6 +383,11 @@ impl Folder for Dir {
         {
             give(&file, acl)?;
         }
+        if content.is_empty() && old.as_ref().is_some_and(|old| old.expose().is_empty()) {
+            // Whether it can be written was the question: there is nothing that a disk has to keep, and an
+            // agent that starts does not wait for one.
+            return Ok(());
+        }
         let written = replace_content(&file, content);
         if let (Err(_), Some(old)) = (&written, old) {
             // As with `create`: the first error tells, and there is nothing better left to try.
@@ -482,6 +487,21 @@ mod tests {
         assert_eq!(std::fs::read(&path).unwrap(), b"short");
         assert_eq!(std::fs::metadata(&path).unwrap().ino(), inode);
         assert!(dir.overwrite("missing", b"", None, false).is_err());
+    }
+
+    #[test]
+    fn an_empty_file_that_stays_empty_is_not_written() {
+        let (base, dir) = folder();
+        dir.create("x", b"", &Access::PRIVATE).unwrap();
+        let path = base.path().join("x");
+        let written = || std::fs::metadata(&path).unwrap().modified().unwrap();
+        let long_ago = std::time::SystemTime::UNIX_EPOCH;
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_modified(long_ago).unwrap();
+        dir.overwrite("x", b"", None, false).unwrap();
+        assert_eq!(written(), long_ago);
+        dir.overwrite("x", b"no longer", None, false).unwrap();
+        assert_ne!(written(), long_ago);
     }
 
     #[test]
