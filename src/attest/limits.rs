@@ -138,8 +138,8 @@ pub(super) struct Turns {
 #[derive(Debug)]
 pub(super) struct Turn {
     // In this order: a queue is removed when nobody is in it any more.
-    _running: [OwnedSemaphorePermit; 3],
-    _queues: [Queue; 2],
+    _running: Vec<OwnedSemaphorePermit>,
+    _queues: Vec<Queue>,
     _place: Permit,
 }
 
@@ -165,22 +165,20 @@ impl Turns {
     pub(super) async fn next(&self, owner: Owner) -> Option<Turn> {
         let place = self.places.take(owner)?;
         let [cgroup, user, _] = RUNNING;
-        let queues = [
-            self.queue(owner, cgroup),
-            self.queue(
-                Owner {
-                    cgroup: None,
-                    ..owner
-                },
-                user,
-            ),
-        ];
-        let [of_cgroup, of_user] = &queues;
-        let running = [
-            of_cgroup.wait().await?,
-            of_user.wait().await?,
-            Arc::clone(&self.all).acquire_owned().await.ok()?,
-        ];
+        let whole = Owner {
+            cgroup: None,
+            ..owner
+        };
+        let mut queues = Vec::with_capacity(2);
+        if owner.cgroup.is_some() {
+            queues.push(self.queue(owner, cgroup));
+        }
+        queues.push(self.queue(whole, user));
+        let mut running = Vec::with_capacity(3);
+        for queue in &queues {
+            running.push(queue.wait().await?);
+        }
+        running.push(Arc::clone(&self.all).acquire_owned().await.ok()?);
         Some(Turn {
             _running: running,
             _queues: queues,
@@ -225,6 +223,7 @@ impl Drop for Queue {
 mod tests {
     use std::time::Duration;
 
+    use futures_util::future::join_all;
     use tokio::time::timeout;
 
     use super::*;
@@ -308,6 +307,15 @@ mod tests {
         assert!(has_turn(&turns, cgroup(1, 99)).await.is_some());
         running.clear();
         assert!(turns.own.lock().unwrap().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_has_no_cgroup_counts_for_its_user_alone() {
+        let turns = Turns::new();
+        let [_, per_user, _] = RUNNING;
+        let all = join_all((0..per_user).map(|_| has_turn(&turns, user(1)))).await;
+        assert!(all.iter().all(Option::is_some), "all at once");
+        assert!(has_turn(&turns, user(1)).await.is_none());
     }
 
     #[tokio::test(start_paused = true)]

@@ -4,25 +4,27 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aws_lc_rs::digest;
 use rustix::fs::{AtFlags, CWD, StatxFlags, StatxTimestamp, makedev, statx};
-use tokio::sync::{OnceCell, Semaphore};
+use tokio::sync::watch;
+use tokio::task::spawn_blocking;
 use tokio::time::timeout;
+
+use crate::attest::Owner;
+use crate::attest::limits::{Turn, Turns};
 
 /// The default limit, in bytes.
 const DEFAULT_LIMIT: u64 = 1 << 30;
 /// The longest that a caller waits: a network file system must not hold callers for ever.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// The longest that a file is read. Nobody waits so long, but callers ask again.
+const READING: Duration = Duration::from_secs(300);
 /// Hashes that are remembered. A host runs fewer different programs that ask for SVIDs.
 const REMEMBERED: usize = 1024;
-/// Files that are read at a time. A read from a file system that hangs keeps its thread, and threads
-/// are for other work too.
-const READERS: usize = 32;
 /// How much is read at once, in bytes.
 const CHUNK: usize = 64 * 1024;
 
@@ -61,17 +63,26 @@ impl std::fmt::Display for Limit {
 }
 
 /// Why there is no hash. The attribute stays unset.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub(super) enum HashError {
     /// The file is larger than `binary_hash_max_size_bytes`.
     #[error("it has {bytes} bytes, more than binary_hash_max_size_bytes ({limit})")]
     TooLarge { bytes: u64, limit: Limit },
-    /// The file took longer to read than [`PATIENCE`].
+    /// The file takes longer to read than callers wait.
     #[error("reading it takes longer than {} s", PATIENCE.as_secs())]
     TooSlow,
+    /// Files of the same user that are read for others already.
+    #[error("too many programs of this user are being read")]
+    TooMany,
     /// The file cannot be read.
     #[error(transparent)]
-    Io(#[from] io::Error),
+    Io(Arc<io::Error>),
+}
+
+impl From<io::Error> for HashError {
+    fn from(source: io::Error) -> Self {
+        Self::Io(Arc::new(source))
+    }
 }
 
 /// What tells one content from another without reading it. An executable cannot be written to
@@ -102,22 +113,24 @@ impl Fingerprint {
     }
 }
 
-type Slot = Arc<OnceCell<String>>;
+/// What became of reading a content; `None` while it is read.
+type Reading = watch::Receiver<Option<Result<String, HashError>>>;
 
 /// Hashes files, each content once, however many ask for it at a time.
 #[derive(Debug)]
 pub(super) struct Hasher {
     limit: Limit,
-    known: Mutex<HashMap<Fingerprint, Slot>>,
-    readers: Arc<Semaphore>,
+    readings: Mutex<HashMap<Fingerprint, Reading>>,
+    /// A file system that hangs keeps the thread that reads: those of a user are a few.
+    turns: Turns,
 }
 
 impl Hasher {
     pub(super) fn new(limit: Limit) -> Self {
         Self {
             limit,
-            known: Mutex::new(HashMap::new()),
-            readers: Arc::new(Semaphore::new(READERS)),
+            readings: Mutex::new(HashMap::new()),
+            turns: Turns::new(),
         }
     }
 
@@ -125,11 +138,37 @@ impl Hasher {
         self.limit
     }
 
-    /// The lower-case hex SHA-256 of a file opened for reading, which has this fingerprint.
-    pub(super) async fn hash(
+    /// The hash, if it was computed before.
+    pub(super) fn known(&self, fingerprint: Fingerprint) -> Option<String> {
+        let readings = self.readings();
+        let reading = readings.get(&fingerprint)?.borrow();
+        reading.as_ref()?.as_ref().ok().cloned()
+    }
+
+    /// The lower-case hex SHA-256 of the file at `path`, read for this owner. A failure is not remembered:
+    /// the next caller tries again.
+    pub(super) async fn hash(&self, path: PathBuf, owner: Owner) -> Result<String, HashError> {
+        let hash = async {
+            let turn = self.turns.next(owner).await.ok_or(HashError::TooMany)?;
+            let opened = spawn_blocking(move || {
+                let file = File::open(path)?;
+                // The turn is the thread's, however long that takes.
+                fingerprint(&file).map(|fingerprint| (file, fingerprint, turn))
+            });
+            let (file, fingerprint, turn) = opened.await.map_err(io::Error::other)??;
+            self.content(file, fingerprint, turn).await
+        };
+        timeout(PATIENCE, hash)
+            .await
+            .unwrap_or(Err(HashError::TooSlow))
+    }
+
+    /// The hash of an open file that has this fingerprint.
+    async fn content(
         &self,
         file: File,
         fingerprint: Fingerprint,
+        turn: Turn,
     ) -> Result<String, HashError> {
         if !self.limit.admits(fingerprint.size) {
             return Err(HashError::TooLarge {
@@ -137,43 +176,51 @@ impl Hasher {
                 limit: self.limit,
             });
         }
-        // A failure is not remembered: the next caller tries again, for what is left of its time.
-        let slot = self.slot(fingerprint);
-        let hash = slot.get_or_try_init(|| self.computed(file));
-        let hash = timeout(PATIENCE, hash).await;
-        hash.map_err(|_elapsed| HashError::TooSlow)?.cloned()
+        let mut reading = self.reading(file, fingerprint, turn);
+        let ended = reading.wait_for(Option::is_some).await;
+        let hash = ended.ok().and_then(|ended| ended.clone());
+        hash.unwrap_or_else(|| Err(io::Error::other("reading it ended early").into()))
     }
 
-    async fn computed(&self, file: File) -> Result<String, HashError> {
-        let reader = Arc::clone(&self.readers).acquire_owned().await;
-        let stop = Stop(Arc::new(AtomicBool::new(false)));
-        let (flag, limit) = (Arc::clone(&stop.0), self.limit);
-        let reading = tokio::task::spawn_blocking(move || {
-            let hash = read(file, limit, &flag);
-            drop(reader);
-            hash
-        });
-        reading.await.map_err(io::Error::other)?
-    }
-
-    /// The hash, if it was computed before.
-    pub(super) fn known(&self, fingerprint: Fingerprint) -> Option<String> {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.get(&fingerprint)?.get().cloned()
-    }
-
-    fn slot(&self, fingerprint: Fingerprint) -> Slot {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.len() >= REMEMBERED && !known.contains_key(&fingerprint) {
-            // Rare, and cheap to compute again.
-            known.clear();
+    /// Reads the file, unless its content was read, or is. It is read to the end even if nobody waits any
+    /// more: who asks again then finds the hash.
+    fn reading(&self, file: File, fingerprint: Fingerprint, turn: Turn) -> Reading {
+        let mut readings = self.readings();
+        if let Some(reading) = readings.get(&fingerprint)
+            && is_of_use(reading)
+        {
+            return reading.clone();
         }
-        Arc::clone(known.entry(fingerprint).or_default())
+        if readings.len() >= REMEMBERED {
+            // Rare, and cheap to compute again.
+            readings.retain(|_, reading| reading.borrow().is_none() && is_of_use(reading));
+        }
+        let (hash, reading) = watch::channel(None);
+        readings.insert(fingerprint, reading.clone());
+        let (limit, until) = (self.limit, Instant::now() + READING);
+        spawn_blocking(move || {
+            hash.send_replace(Some(read(file, limit, until)));
+            drop(turn);
+        });
+        reading
+    }
+
+    fn readings(&self) -> std::sync::MutexGuard<'_, HashMap<Fingerprint, Reading>> {
+        self.readings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether there is a hash, or will be.
+fn is_of_use(reading: &Reading) -> bool {
+    match reading.borrow().as_ref() {
+        Some(ended) => ended.is_ok(),
+        // Without a sender, its thread ended with it.
+        None => reading.has_changed().is_ok(),
     }
 }
 
 /// The fingerprint of an open file. May wait for its file system.
-pub(super) fn fingerprint(file: &File) -> io::Result<Fingerprint> {
+fn fingerprint(file: &File) -> io::Result<Fingerprint> {
     let meta = file.metadata()?;
     if !meta.is_file() {
         return Err(io::Error::other("it is no regular file"));
@@ -187,21 +234,12 @@ pub(super) fn fingerprint(file: &File) -> io::Result<Fingerprint> {
     })
 }
 
-/// Tells the reading thread to stop when nobody waits for it any more.
-struct Stop(Arc<AtomicBool>);
-
-impl Drop for Stop {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
-fn read(mut file: impl Read, limit: Limit, stop: &AtomicBool) -> Result<String, HashError> {
+fn read(mut file: impl Read, limit: Limit, until: Instant) -> Result<String, HashError> {
     let mut context = digest::Context::new(&digest::SHA256);
     let mut chunk = vec![0; CHUNK];
     let mut total = 0_u64;
     loop {
-        if stop.load(Ordering::Relaxed) {
+        if Instant::now() > until {
             return Err(HashError::TooSlow);
         }
         let read = match file.read(&mut chunk) {
@@ -242,9 +280,29 @@ mod tests {
         }
     }
 
+    const OWNER: Owner = Owner {
+        user: Some(1),
+        cgroup: None,
+    };
+
+    /// As [`Hasher::hash`], of a file that is open.
+    async fn hash_of(
+        hasher: &Hasher,
+        file: File,
+        fingerprint: Fingerprint,
+        owner: Owner,
+    ) -> Result<String, HashError> {
+        let hash = async {
+            let turn = hasher.turns.next(owner).await.unwrap();
+            hasher.content(file, fingerprint, turn).await
+        };
+        let waited = timeout(PATIENCE, hash).await;
+        waited.unwrap_or(Err(HashError::TooSlow))
+    }
+
     async fn hash(hasher: &Hasher, file: File) -> Result<String, HashError> {
         let fingerprint = fingerprint(&file)?;
-        hasher.hash(file, fingerprint).await
+        hash_of(hasher, file, fingerprint, OWNER).await
     }
 
     fn file(content: &[u8]) -> (tempfile::NamedTempFile, File) {
@@ -269,15 +327,14 @@ mod tests {
 
     #[test]
     fn a_growing_file_does_not_pass_the_limit() {
-        let stop = AtomicBool::new(false);
-        let error = read(io::repeat(1), Limit(Some(1 << 20)), &stop).unwrap_err();
+        let until = Instant::now() + READING;
+        let error = read(io::repeat(1), Limit(Some(1 << 20)), until).unwrap_err();
         assert!(matches!(error, HashError::TooLarge { .. }), "{error}");
     }
 
     #[test]
-    fn a_reader_without_audience_stops() {
-        let stop = AtomicBool::new(true);
-        let error = read(io::repeat(1), Limit(None), &stop).unwrap_err();
+    fn reading_has_an_end() {
+        let error = read(io::repeat(1), Limit(None), Instant::now()).unwrap_err();
         assert!(matches!(error, HashError::TooSlow), "{error}");
     }
 
@@ -285,22 +342,22 @@ mod tests {
     async fn one_content_is_read_once() {
         let (named, _opened) = file(b"program");
         let hasher = Arc::new(Hasher::new(Limit::default()));
-        let opened = || File::open(named.path()).unwrap();
         let mut all = tokio::task::JoinSet::new();
         for _ in 0..100 {
-            let (hasher, file) = (Arc::clone(&hasher), opened());
-            all.spawn(async move { hash(&hasher, file).await.unwrap() });
+            let (hasher, path) = (Arc::clone(&hasher), named.path().to_owned());
+            all.spawn(async move { hasher.hash(path, OWNER).await.unwrap() });
         }
         for hash in all.join_all().await {
             assert_eq!(hash, sha256_hex(b"program"));
         }
-        assert_eq!(hasher.known.lock().unwrap().len(), 1);
+        assert_eq!(hasher.readings().len(), 1);
         // What is remembered is used: a planted value comes back.
+        let opened = || File::open(named.path()).unwrap();
         let key = fingerprint(&opened()).unwrap();
         assert_eq!(Fingerprint::cached(named.path()), Some(key));
         assert_eq!(hasher.known(key), Some(sha256_hex(b"program")));
-        let planted = Arc::new(OnceCell::new_with(Some("planted".to_owned())));
-        hasher.known.lock().unwrap().insert(key, planted);
+        let (_sender, planted) = watch::channel(Some(Ok("planted".to_owned())));
+        hasher.readings().insert(key, planted);
         assert_eq!(hash(&hasher, opened()).await.unwrap(), "planted");
     }
 
@@ -331,7 +388,7 @@ mod tests {
             let (file, writer, fingerprint) = hanging(1);
             writers.push(writer);
             let hasher = Arc::clone(&hasher);
-            callers.spawn(async move { hasher.hash(file, fingerprint).await });
+            callers.spawn(async move { hash_of(&hasher, file, fingerprint, OWNER).await });
         }
         let (_kept, opened) = file(b"program");
         let other = hash(&hasher, opened).await;
@@ -352,26 +409,59 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn files_that_hang_take_a_few_threads_only() {
+    async fn who_asks_again_finds_the_hash_of_a_slow_file() {
+        let hasher = Hasher::new(Limit::default());
+        let (file, mut writer, fingerprint) = hanging(1);
+        let turn = hasher.turns.next(OWNER).await.unwrap();
+        let mut gave_up = hasher.reading(file, fingerprint, turn);
+        assert_eq!(hasher.known(fingerprint), None);
+        writer.write_all(b"program").unwrap();
+        drop(writer);
+        gave_up.changed().await.unwrap();
+        assert_eq!(hasher.known(fingerprint), Some(sha256_hex(b"program")));
+    }
+
+    #[tokio::test]
+    async fn a_failure_is_not_remembered() {
+        let hasher = Hasher::new(Limit::default());
+        let (named, opened) = file(b"program");
+        let fingerprint = fingerprint(&opened).unwrap();
+        let unreadable = File::options().write(true).open(named.path()).unwrap();
+        let failed = hash_of(&hasher, unreadable, fingerprint, OWNER).await;
+        assert!(matches!(failed, Err(HashError::Io(_))), "{failed:?}");
+        let read = hash_of(&hasher, opened, fingerprint, OWNER).await;
+        assert_eq!(read.unwrap(), sha256_hex(b"program"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn files_that_hang_take_a_few_threads_of_their_user_only() {
         let hasher = Arc::new(Hasher::new(Limit::default()));
         let (mut callers, mut writers) = (tokio::task::JoinSet::new(), Vec::new());
-        for number in 0..READERS + 8 {
-            let (file, writer, fingerprint) = hanging(number as u64);
+        for number in 0..100 {
+            let (file, writer, fingerprint) = hanging(number);
             writers.push(writer);
             let hasher = Arc::clone(&hasher);
-            callers.spawn(async move { hasher.hash(file, fingerprint).await });
+            callers.spawn(async move { hash_of(&hasher, file, fingerprint, OWNER).await });
         }
-        while hasher.readers.available_permits() > 0 {
-            tokio::task::yield_now().await;
+        // Threads that read keep the paused clock from moving by itself.
+        while !callers.is_empty() {
+            tokio::time::advance(PATIENCE).await;
+            while let Some(ended) = callers.try_join_next() {
+                assert!(matches!(ended.unwrap(), Err(HashError::TooSlow)));
+            }
         }
-        tokio::time::advance(PATIENCE * 2).await;
-        while let Some(ended) = callers.join_next().await {
-            assert!(matches!(ended.unwrap(), Err(HashError::TooSlow)));
-        }
-        assert_eq!(hasher.readers.available_permits(), 0, "they hang still");
+        let reading = hasher.readings().len();
+        assert!((1..=32).contains(&reading), "{reading}");
+        let other = Owner {
+            user: Some(2),
+            cgroup: None,
+        };
+        let (named, _opened) = file(b"program");
+        let hash = hasher.hash(named.path().to_owned(), other).await;
+        assert!(hash.is_ok(), "{hash:?}");
         drop(writers);
-        let (_kept, opened) = file(b"program");
-        assert!(hash(&hasher, opened).await.is_ok(), "threads came back");
+        let hash = hasher.hash(named.path().to_owned(), OWNER).await;
+        assert!(hash.is_ok(), "threads come back");
     }
 
     #[tokio::test]

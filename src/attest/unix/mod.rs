@@ -6,15 +6,14 @@
 mod hash;
 mod status;
 
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use self::hash::{Fingerprint, Hasher, Limit, fingerprint};
-use super::{AttestError, Attestor, AttestorKind, Peer};
+use self::hash::{Fingerprint, Hasher, Limit};
+use super::{AttestError, Attestor, AttestorKind, Owner, Peer};
 use crate::fsx::read_proc;
 use crate::pb::teleport::workloadidentity::v1::{WorkloadAttrs, WorkloadAttrsUnix};
 use crate::yaml::{Fields, Tree};
@@ -83,7 +82,7 @@ impl Unix {
         }
     }
 
-    async fn found(&self, pid: i32) -> Result<WorkloadAttrsUnix, String> {
+    async fn found(&self, pid: i32, owner: Owner) -> Result<WorkloadAttrsUnix, String> {
         let directory = self.proc.join(pid.to_string());
         // Both come from the kernel's memory: a change of threads would take longer.
         let ids = ids(&directory.join("status"))?;
@@ -91,17 +90,20 @@ impl Unix {
             tracing::debug!(pid, %source, "Cannot read the path of the caller's executable");
             None
         });
-        let known = Fingerprint::cached(&directory.join("exe"))
-            .and_then(|fingerprint| self.hasher.known(fingerprint));
+        // Opened by this link, it is the inode that runs, whatever stands under its path by now.
+        let program = directory.join("exe");
+        let known =
+            Fingerprint::cached(&program).and_then(|fingerprint| self.hasher.known(fingerprint));
         let binary_hash = match known {
             Some(hash) => Some(hash),
-            None => self.computed(directory).await.map_or_else(
-                |problem| {
-                    tracing::debug!(pid, problem, "The caller's executable is not hashed");
-                    None
-                },
-                Some,
-            ),
+            None => self
+                .hasher
+                .hash(program, owner)
+                .await
+                .inspect_err(|problem| {
+                    tracing::debug!(pid, %problem, "The caller's executable is not hashed");
+                })
+                .ok(),
         };
         Ok(WorkloadAttrsUnix {
             attested: true,
@@ -111,23 +113,6 @@ impl Unix {
             binary_path,
             binary_hash,
         })
-    }
-
-    /// The hash of what runs, read off the async threads: its file system may be at the other end of a
-    /// network.
-    async fn computed(&self, directory: PathBuf) -> Result<String, String> {
-        let opened = tokio::task::spawn_blocking(move || {
-            // Opened by the link, this is the inode that runs, whatever stands under its path by now.
-            let file = File::open(directory.join("exe"))?;
-            fingerprint(&file).map(|fingerprint| (file, fingerprint))
-        });
-        let (file, fingerprint) = opened
-            .await
-            .map_err(io::Error::other)
-            .flatten()
-            .map_err(|source| source.to_string())?;
-        let hash = self.hasher.hash(file, fingerprint).await;
-        hash.map_err(|error| error.to_string())
     }
 }
 
@@ -139,7 +124,7 @@ impl Attestor for Unix {
 
     async fn attest(&self, peer: &Peer, attributes: &mut WorkloadAttrs) -> Result<(), AttestError> {
         let found = self
-            .found(peer.pid())
+            .found(peer.pid(), peer.owner())
             .await
             .map_err(AttestError::of(NAME, peer))?;
         attributes.unix = Some(found);
@@ -187,8 +172,8 @@ mod tests {
     #[tokio::test]
     async fn this_process_is_described() {
         let unix = Unix::default();
-        let found = unix.found(own()).await.unwrap();
-        let again = unix.found(own()).await.unwrap();
+        let found = unix.found(own(), Owner::default()).await.unwrap();
+        let again = unix.found(own(), Owner::default()).await.unwrap();
         assert_eq!(found, again, "with a hash that is known by then");
         let path = std::env::current_exe().unwrap();
         let bytes = std::fs::read(&path).unwrap();
@@ -203,7 +188,7 @@ mod tests {
     #[tokio::test]
     async fn an_executable_above_the_limit_is_not_hashed() {
         let found = Unix::new(Limit::new(10).unwrap())
-            .found(own())
+            .found(own(), Owner::default())
             .await
             .unwrap();
         assert!(found.binary_path.is_some());
@@ -216,7 +201,7 @@ mod tests {
             proc: PathBuf::from("/nonexistent"),
             ..Unix::default()
         };
-        let problem = unix.found(own()).await.unwrap_err();
+        let problem = unix.found(own(), Owner::default()).await.unwrap_err();
         assert!(problem.contains("/nonexistent/"), "{problem}");
     }
 
@@ -231,7 +216,7 @@ mod tests {
             proc: proc.path().to_owned(),
             ..Unix::default()
         };
-        let found = unix.found(42).await.unwrap();
+        let found = unix.found(42, Owner::default()).await.unwrap();
         assert_eq!((found.uid, found.gid), (33, 33));
         assert_eq!(
             found.binary_path.as_deref(),
