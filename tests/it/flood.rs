@@ -118,6 +118,27 @@ fn noise(length: usize) -> Vec<u8> {
 }
 
 #[test]
+fn the_door_alone_goes_before_others() {
+    if !nix::unistd::geteuid().is_root() {
+        return skip("a higher priority needs root");
+    }
+    let sandbox = Sandbox::new();
+    let target = Target::new(&sandbox);
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", target.agent.id())).unwrap();
+    let mut door = Vec::new();
+    for task in tasks {
+        let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap();
+        let (name, rest) = stat.rsplit_once(')').unwrap();
+        // Field 19 of proc(5), and the third one comes after the name.
+        let nice: i32 = rest.split_whitespace().nth(16).unwrap().parse().unwrap();
+        if nice < 0 {
+            door.push((name.rsplit_once('(').unwrap().1.to_owned(), nice));
+        }
+    }
+    assert_eq!(door, [("tbot-door".to_owned(), -15)]);
+}
+
+#[test]
 fn what_is_not_grpc_is_hung_up_on_or_answered_with_an_error() {
     let sandbox = Sandbox::new();
     let mut target = Target::new(&sandbox);

@@ -12,9 +12,11 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::setpriority_process;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use super::listener::Bound;
 use crate::attest::Peer;
+use crate::backoff::{Loudness, Repeated};
 
 /// The pause after a failed accept: descriptors may have run out.
 const PAUSE: Timespec = Timespec {
@@ -122,9 +124,13 @@ impl Entrance {
     /// Lets everybody in until the bell's other end is closed, and then those who had come by then.
     fn keep(&self, rings: &UnixStream, admit: &mut impl FnMut(Arrived)) {
         let mut closing = false;
+        let mut failures = Repeated::default();
         loop {
             match self.accept() {
-                Ok(arrived) => admit(arrived),
+                Ok(arrived) => {
+                    failures.recovered();
+                    admit(arrived);
+                }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     if closing {
@@ -137,7 +143,9 @@ impl Entrance {
                     closing = rung(&mut either, None);
                 }
                 Err(source) => {
-                    tracing::warn!(%source, "Cannot accept connections to the Workload API");
+                    if let Loudness::Warn = failures.failed(Instant::now(), &source) {
+                        tracing::warn!(%source, "Cannot accept connections to the Workload API");
+                    }
                     if closing {
                         return;
                     }

@@ -11,6 +11,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::{getpriority_process, setpriority_process};
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::time::Instant;
@@ -18,6 +19,7 @@ use tokio_util::task::TaskTracker;
 
 use super::door::Arrived;
 use super::server::Server;
+use crate::backoff::{Loudness, Repeated};
 
 /// Threads at a time. Users beyond share them.
 const THREADS: usize = 64;
@@ -30,6 +32,8 @@ const WORK: Duration = Duration::from_micros(500);
 const REST: Duration = Duration::from_millis(1);
 /// About how long a thread stays without a connection.
 const QUIET: Duration = Duration::from_secs(30);
+/// After a thread could not be had, the next try.
+const RETRY: Duration = Duration::from_secs(1);
 /// A thread's stack, in bytes.
 const STACK: usize = 1024 * 1024;
 
@@ -40,15 +44,25 @@ pub(super) struct Threads {
     lines: HashMap<Option<u32>, Sender<Arrived>>,
     /// Each thread has one: who holds the other end hears when all ended.
     running: Sender<Infallible>,
+    /// The nice value of these threads. They are begun by the door's, which has another, and a thread begins
+    /// with that of whoever begins it.
+    priority: i32,
+    /// When a thread could not be had, and how often in a row.
+    refused: Option<Instant>,
+    refusals: Repeated,
 }
 
 impl Threads {
-    /// None runs yet. Nothing is ever sent through `running`; it is closed with the last of them.
+    /// None runs yet; they will run at the priority of the thread that calls this. Nothing is ever sent through
+    /// `running`; it is closed with the last of them.
     pub(super) fn new(server: Arc<Server>, running: Sender<Infallible>) -> Self {
         Self {
             server,
             lines: HashMap::new(),
             running,
+            priority: getpriority_process(None).unwrap_or_default(),
+            refused: None,
+            refusals: Repeated::default(),
         }
     }
 
@@ -77,24 +91,40 @@ impl Threads {
         let runs = |line: &Sender<Arrived>| !line.is_closed();
         if !self.lines.get(&user).is_some_and(runs) {
             self.lines.retain(|_, line| runs(line));
-            if self.lines.len() < THREADS {
-                match start(&self.server, &self.running) {
-                    Ok(line) => {
-                        self.lines.insert(user, line);
-                    }
-                    Err(source) => {
-                        tracing::warn!(%source, "Cannot start a thread for callers of another user");
-                    }
-                }
+            let soon = self.refused.is_some_and(|at| at.elapsed() < RETRY);
+            if self.lines.len() < THREADS && !soon {
+                self.start(user);
             }
         }
         let rest = || self.lines.values().max_by_key(|line| line.capacity());
         self.lines.get(&user).or_else(rest)
     }
+
+    /// Starts a thread for this user, if one can be had.
+    fn start(&mut self, user: Option<u32>) {
+        match start(&self.server, &self.running, self.priority) {
+            Ok(line) => {
+                self.refused = None;
+                self.refusals.recovered();
+                self.lines.insert(user, line);
+            }
+            Err(source) => {
+                let now = Instant::now();
+                self.refused = Some(now);
+                if let Loudness::Warn = self.refusals.failed(now, &source) {
+                    tracing::warn!(%source, "Cannot start a thread for callers of another user");
+                }
+            }
+        }
+    }
 }
 
 /// Starts a thread; gives the line of those who wait for it.
-fn start(server: &Arc<Server>, running: &Sender<Infallible>) -> io::Result<Sender<Arrived>> {
+fn start(
+    server: &Arc<Server>,
+    running: &Sender<Infallible>,
+    priority: i32,
+) -> io::Result<Sender<Arrived>> {
     let (line, arrivals) = channel(WAITING);
     let (server, running) = (Arc::clone(server), running.clone());
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -104,6 +134,8 @@ fn start(server: &Arc<Server>, running: &Sender<Infallible>) -> io::Result<Sende
         .name("tbot-callers".to_owned())
         .stack_size(STACK)
         .spawn(move || {
+            // Of this thread and of those that it begins. To go down needs no right.
+            let _lowered = setpriority_process(None, priority);
             runtime.block_on(serve(&server, arrivals));
             // What still runs is a look at a program's file that nobody waits for.
             runtime.shutdown_background();
