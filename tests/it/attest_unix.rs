@@ -181,6 +181,40 @@ async fn a_connection_that_is_passed_on_stays_its_makers_and_ends_with_it() {
     assert!(served.is_err(), "{served:?}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn who_executes_a_program_of_root_s_is_not_root() {
+    if !nix::unistd::geteuid().is_root() {
+        return skip("a set-user-ID program of root's needs root");
+    }
+    let sandbox = Sandbox::new();
+    let everybody = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(sandbox.path(""), everybody).unwrap();
+    let cluster = Cluster::start(&sandbox, &resources("/unix/{{workload.unix.uid}}"));
+    let agent = agent(&sandbox, &cluster, "", &[]);
+    let (_bridge, control) = bridged(&sandbox, "control", None);
+    let expected = format!("spiffe://{}/unix/0", Cluster::NAME);
+    assert_eq!(identity(&control).await.unwrap(), expected);
+
+    let program = sandbox.path("run/elevated");
+    std::fs::copy("/usr/bin/sleep", &program).unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o4755)).unwrap();
+    let near = sandbox.path("run/near.sock");
+    let mut command = sandbox.command("python3");
+    command
+        .arg(repository().join("tests/support/elevated.py"))
+        .arg(sandbox.path("run/w.sock"))
+        .arg(&near)
+        .arg(agent.id().to_string())
+        .arg(&program);
+    let mut process = sandbox.spawn("elevated", command);
+    process.wait_for_log("elevated");
+    let answer = identity(&near).await;
+    assert!(answer.is_err(), "{answer:?}");
+    let log = agent.log();
+    assert!(log.contains("it connected as user 65534"), "{log}");
+    assert_eq!(identity(&control).await.unwrap(), expected);
+}
+
 /// Whether this kernel gives each namespace a highest process ID of its own (Linux 6.14): an older one
 /// would change it for the whole machine.
 fn has_own_highest_pid() -> bool {

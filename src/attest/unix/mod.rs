@@ -126,6 +126,7 @@ impl Attestor for Unix {
         let found = self
             .found(peer.pid(), peer.owner())
             .await
+            .and_then(|found| same_user(found, peer.uid(), peer.gid()))
             .map_err(AttestError::of(NAME, peer))?;
         attributes.unix = Some(found);
         Ok(())
@@ -135,6 +136,20 @@ impl Attestor for Unix {
         let limit = Tree::Raw(self.hasher.limit().to_string());
         Tree::map([(MAX_SIZE, Some(limit))])
     }
+}
+
+/// What was found, if the process still is whose it was when it connected as this user and group.
+///
+/// Root may become anybody. Anybody may become root for a moment, by a set-user-ID program that is executed after
+/// the socket was connected, and that another process speaks for over a copy of the connection.
+fn same_user(found: WorkloadAttrsUnix, uid: u32, gid: u32) -> Result<WorkloadAttrsUnix, String> {
+    if uid == 0 || (found.uid, found.gid) == (uid, gid) {
+        return Ok(found);
+    }
+    Err(format!(
+        "it connected as user {uid} and group {gid}, and is {} and {} now: it has to connect again",
+        found.uid, found.gid
+    ))
 }
 
 /// The effective user of a process of this machine. It is the process that was meant only if that one
@@ -193,6 +208,25 @@ mod tests {
             .unwrap();
         assert!(found.binary_path.is_some());
         assert_eq!(found.binary_hash, None);
+    }
+
+    #[test]
+    fn nobody_but_root_becomes_somebody_else() {
+        let found = |uid, gid| WorkloadAttrsUnix {
+            attested: true,
+            uid,
+            gid,
+            ..WorkloadAttrsUnix::default()
+        };
+        for (connected, is, fine) in [
+            ((1000, 1000), (1000, 1000), true),
+            ((1000, 1000), (0, 1000), false),
+            ((1000, 1000), (1000, 0), false),
+            ((0, 0), (33, 33), true),
+        ] {
+            let same = same_user(found(is.0, is.1), connected.0, connected.1);
+            assert_eq!(same.is_ok(), fine, "{connected:?} {is:?}");
+        }
     }
 
     #[tokio::test]
