@@ -116,11 +116,18 @@ impl Fingerprint {
 /// What became of reading a content; `None` while it is read.
 type Reading = watch::Receiver<Option<Result<String, HashError>>>;
 
+/// A reading, and the user for whom it was begun.
+#[derive(Debug)]
+struct Kept {
+    reading: Reading,
+    user: Option<u32>,
+}
+
 /// Hashes files, each content once, however many ask for it at a time.
 #[derive(Debug)]
 pub(super) struct Hasher {
     limit: Limit,
-    readings: Mutex<HashMap<Fingerprint, Reading>>,
+    readings: Mutex<HashMap<Fingerprint, Kept>>,
     /// A file system that hangs keeps the thread that reads: those of a user are a few.
     turns: Turns,
 }
@@ -141,7 +148,7 @@ impl Hasher {
     /// The hash, if it was computed before.
     pub(super) fn known(&self, fingerprint: Fingerprint) -> Option<String> {
         let readings = self.readings();
-        let reading = readings.get(&fingerprint)?.borrow();
+        let reading = readings.get(&fingerprint)?.reading.borrow();
         reading.as_ref()?.as_ref().ok().cloned()
     }
 
@@ -156,7 +163,7 @@ impl Hasher {
                 fingerprint(&file).map(|fingerprint| (file, fingerprint, turn))
             });
             let (file, fingerprint, turn) = opened.await.map_err(io::Error::other)??;
-            self.content(file, fingerprint, turn).await
+            self.content(file, fingerprint, owner.user, turn).await
         };
         timeout(PATIENCE, hash)
             .await
@@ -168,6 +175,7 @@ impl Hasher {
         &self,
         file: File,
         fingerprint: Fingerprint,
+        user: Option<u32>,
         turn: Turn,
     ) -> Result<String, HashError> {
         if !self.limit.admits(fingerprint.size) {
@@ -176,7 +184,7 @@ impl Hasher {
                 limit: self.limit,
             });
         }
-        let mut reading = self.reading(file, fingerprint, turn);
+        let mut reading = self.reading(file, fingerprint, user, turn);
         let ended = reading.wait_for(Option::is_some).await;
         let hash = ended.ok().and_then(|ended| ended.clone());
         hash.unwrap_or_else(|| Err(io::Error::other("reading it ended early").into()))
@@ -184,19 +192,28 @@ impl Hasher {
 
     /// Reads the file, unless its content was read, or is. It is read to the end even if nobody waits any
     /// more: who asks again then finds the hash.
-    fn reading(&self, file: File, fingerprint: Fingerprint, turn: Turn) -> Reading {
+    fn reading(
+        &self,
+        file: File,
+        fingerprint: Fingerprint,
+        user: Option<u32>,
+        turn: Turn,
+    ) -> Reading {
         let mut readings = self.readings();
-        if let Some(reading) = readings.get(&fingerprint)
-            && is_of_use(reading)
+        if let Some(kept) = readings.get(&fingerprint)
+            && is_of_use(&kept.reading)
         {
-            return reading.clone();
+            return kept.reading.clone();
         }
         if readings.len() >= REMEMBERED {
-            // Rare, and cheap to compute again.
-            readings.retain(|_, reading| reading.borrow().is_none() && is_of_use(reading));
+            make_room(&mut readings);
         }
         let (hash, reading) = watch::channel(None);
-        readings.insert(fingerprint, reading.clone());
+        let kept = Kept {
+            reading: reading.clone(),
+            user,
+        };
+        readings.insert(fingerprint, kept);
         let (limit, until) = (self.limit, Instant::now() + READING);
         spawn_blocking(move || {
             hash.send_replace(Some(read(file, limit, until)));
@@ -205,9 +222,24 @@ impl Hasher {
         reading
     }
 
-    fn readings(&self) -> std::sync::MutexGuard<'_, HashMap<Fingerprint, Reading>> {
+    fn readings(&self) -> std::sync::MutexGuard<'_, HashMap<Fingerprint, Kept>> {
         self.readings.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Forgets what failed, and the hashes of the user who has most of them: a program whose times are changed over
+/// and over is another one each time, and those of others are not to be read again for that.
+fn make_room(readings: &mut HashMap<Fingerprint, Kept>) {
+    readings.retain(|_, kept| is_of_use(&kept.reading));
+    let mut counts = HashMap::<_, usize>::new();
+    for kept in readings.values() {
+        *counts.entry(kept.user).or_default() += 1;
+    }
+    let most = counts.into_iter().max_by_key(|(_, count)| *count);
+    let Some((greedy, _)) = most else {
+        return;
+    };
+    readings.retain(|_, kept| kept.user != greedy || kept.reading.borrow().is_none());
 }
 
 /// Whether there is a hash, or will be.
@@ -294,7 +326,7 @@ mod tests {
     ) -> Result<String, HashError> {
         let hash = async {
             let turn = hasher.turns.next(owner).await.unwrap();
-            hasher.content(file, fingerprint, turn).await
+            hasher.content(file, fingerprint, owner.user, turn).await
         };
         let waited = timeout(PATIENCE, hash).await;
         waited.unwrap_or(Err(HashError::TooSlow))
@@ -333,6 +365,34 @@ mod tests {
     }
 
     #[test]
+    fn the_user_with_most_programs_makes_room() {
+        let (sender, reading) = watch::channel(Some(Ok("hash".to_owned())));
+        let (_hangs, hanging) = watch::channel(None);
+        let (_failed, failed) = watch::channel(Some(Err(HashError::TooSlow)));
+        let mut readings = HashMap::new();
+        let mut keep = |inode: u64, user: u32, reading: &Reading| {
+            let kept = Kept {
+                reading: reading.clone(),
+                user: Some(user),
+            };
+            readings.insert(fingerprint_of(inode), kept);
+        };
+        for inode in 0..10 {
+            keep(inode, 1, &reading);
+        }
+        keep(10, 1, &hanging);
+        keep(11, 2, &reading);
+        for inode in 12..30 {
+            keep(inode, 2, &failed);
+        }
+        make_room(&mut readings);
+        let mut left: Vec<_> = readings.keys().map(|key| key.inode).collect();
+        left.sort_unstable();
+        assert_eq!(left, [10, 11]);
+        drop(sender);
+    }
+
+    #[test]
     fn reading_has_an_end() {
         let error = read(io::repeat(1), Limit(None), Instant::now()).unwrap_err();
         assert!(matches!(error, HashError::TooSlow), "{error}");
@@ -357,6 +417,10 @@ mod tests {
         assert_eq!(Fingerprint::cached(named.path()), Some(key));
         assert_eq!(hasher.known(key), Some(sha256_hex(b"program")));
         let (_sender, planted) = watch::channel(Some(Ok("planted".to_owned())));
+        let planted = Kept {
+            reading: planted,
+            user: None,
+        };
         hasher.readings().insert(key, planted);
         assert_eq!(hash(&hasher, opened()).await.unwrap(), "planted");
     }
@@ -364,18 +428,18 @@ mod tests {
     /// A file system that hangs: reading it ends with the writer.
     fn hanging(inode: u64) -> (File, std::io::PipeWriter, Fingerprint) {
         let (reader, writer) = std::io::pipe().unwrap();
-        let fingerprint = Fingerprint {
+        let file = File::from(std::os::fd::OwnedFd::from(reader));
+        (file, writer, fingerprint_of(inode))
+    }
+
+    fn fingerprint_of(inode: u64) -> Fingerprint {
+        Fingerprint {
             device: 0,
             inode,
             size: 1,
             modified: (0, 0),
             changed: (0, 0),
-        };
-        (
-            File::from(std::os::fd::OwnedFd::from(reader)),
-            writer,
-            fingerprint,
-        )
+        }
     }
 
     #[tokio::test(start_paused = true)]
@@ -413,7 +477,7 @@ mod tests {
         let hasher = Hasher::new(Limit::default());
         let (file, mut writer, fingerprint) = hanging(1);
         let turn = hasher.turns.next(OWNER).await.unwrap();
-        let mut gave_up = hasher.reading(file, fingerprint, turn);
+        let mut gave_up = hasher.reading(file, fingerprint, OWNER.user, turn);
         assert_eq!(hasher.known(fingerprint), None);
         writer.write_all(b"program").unwrap();
         drop(writer);
