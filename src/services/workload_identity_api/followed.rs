@@ -59,24 +59,29 @@ impl Followed {
     pub(super) async fn changed(&mut self) {
         loop {
             let left = self.look.saturating_duration_since(Instant::now());
-            let clock = &self.source.clock;
-            tokio::select! {
+            let (source, caller) = (&self.source, &self.caller);
+            // Attestors may take long over it. What was issued meanwhile does not wait for them.
+            let look = async {
+                source.clock.sleep(left).await;
+                source.attest_again(caller).await
+            };
+            let looked = tokio::select! {
                 changed = self.subscription.state().changed() => match changed {
                     Ok(()) => return,
                     Err(_closed) => std::future::pending().await,
                 },
-                () = clock.sleep(left) => {}
-            }
-            if self.look_again().await {
+                looked = look => looked,
+            };
+            if self.is_another(looked) {
                 return;
             }
         }
     }
 
-    /// Looks at the caller again. Says whether something else is to be sent from now on.
-    async fn look_again(&mut self) -> bool {
+    /// Takes up what another look at the caller told. Says whether something else is to be sent from now on.
+    fn is_another(&mut self, looked: Result<Option<Arc<Attested>>, Status>) -> bool {
         let interval = self.source.interval;
-        match self.source.attest_again(&self.caller).await {
+        match looked {
             Ok(Some(attested)) => {
                 self.look = soon(interval);
                 if attested.digest() == self.attested.digest() {
