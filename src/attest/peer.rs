@@ -116,7 +116,7 @@ impl Peer {
     /// The user who connected `stream`, without a look at the process; `None` if the kernel cannot tell.
     pub fn user_of(stream: &impl AsFd) -> Option<u32> {
         let credentials = getsockopt(stream, PeerCredentials).ok()?;
-        (credentials.pid() > 0).then(|| credentials.uid())
+        Some(credentials.uid())
     }
 
     /// Whether nobody holds the other end of a connection any more.
@@ -147,12 +147,7 @@ impl Peer {
             gid,
             owner: Owner::of(pid, uid),
             pidfd,
-            directory: open(
-                format!("/proc/{pid}"),
-                OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-                Mode::empty(),
-            )
-            .ok(),
+            directory: directory(pid)?,
             connected: None,
             memo: Mutex::new(None),
             looking: tokio::sync::Mutex::new(()),
@@ -343,6 +338,25 @@ fn parse_uptime(text: &str) -> Option<u64> {
         .ok()?
         .checked_mul(100)?
         .checked_add(rest)
+}
+
+/// The directory of a process; `None` where that may not be looked at, or is no more. Without it, nobody notices
+/// that the process executes another program: descriptors that have run out are no reason to do without.
+fn directory(pid: i32) -> Result<Option<OwnedFd>, PeerError> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    match open(format!("/proc/{pid}"), flags, Mode::empty()) {
+        Ok(directory) => Ok(Some(directory)),
+        Err(
+            rustix::io::Errno::NOENT
+            | rustix::io::Errno::SRCH
+            | rustix::io::Errno::ACCESS
+            | rustix::io::Errno::PERM,
+        ) => Ok(None),
+        Err(source) => Err(PeerError::Unknown {
+            action: "open /proc/<pid>",
+            source: source.into(),
+        }),
+    }
 }
 
 /// The effective user and group of a process.

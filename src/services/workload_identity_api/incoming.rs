@@ -34,8 +34,9 @@ const GATHERED: usize = 16 * 1024;
 pub(super) enum Caller {
     /// A process of this machine, pinned.
     Process(Arc<Peer>),
-    /// Somebody whom the kernel cannot name: over TCP, or from another PID namespace.
-    Unknown,
+    /// Somebody whom the kernel cannot name: over TCP, or from another PID namespace. In the latter case, it
+    /// tells the user for whom it counts.
+    Unknown(Owner),
 }
 
 impl Caller {
@@ -48,7 +49,7 @@ impl Caller {
     pub(super) fn owner(&self) -> Owner {
         match self {
             Self::Process(peer) => peer.owner(),
-            Self::Unknown => Owner::default(),
+            Self::Unknown(owner) => *owner,
         }
     }
 
@@ -56,7 +57,7 @@ impl Caller {
     pub(super) async fn gone(&self) {
         match self {
             Self::Process(peer) => peer.exited().await,
-            Self::Unknown => std::future::pending().await,
+            Self::Unknown(_) => std::future::pending().await,
         }
     }
 
@@ -64,7 +65,7 @@ impl Caller {
     pub(super) fn pid(&self) -> Option<i32> {
         match self {
             Self::Process(peer) => Some(peer.pid()),
-            Self::Unknown => None,
+            Self::Unknown(_) => None,
         }
     }
 
@@ -72,7 +73,7 @@ impl Caller {
     pub(super) fn is_unchanged(&self) -> bool {
         match self {
             Self::Process(peer) => peer.is_unchanged(),
-            Self::Unknown => true,
+            Self::Unknown(_) => true,
         }
     }
 }
@@ -157,6 +158,7 @@ fn pinned(arrived: Arrived) -> Result<(Either<UnixStream, TcpStream>, Caller), S
     let problem = |error: io::Error| error.to_string();
     match arrived {
         Arrived::Local(stream) => {
+            let user = Peer::user_of(&stream);
             let peer = Peer::of(&stream).map_err(|error| error.to_string())?;
             stream.set_nonblocking(true).map_err(problem)?;
             let stream = UnixStream::from_std(stream).map_err(problem)?;
@@ -164,15 +166,17 @@ fn pinned(arrived: Arrived) -> Result<(Either<UnixStream, TcpStream>, Caller), S
                 Some(peer) => Caller::Process(Arc::new(peer)),
                 None => {
                     tracing::debug!("A caller from another PID namespace stays unattested");
-                    Caller::Unknown
+                    Caller::Unknown(Owner { user, cgroup: None })
                 }
             };
             Ok((Either::Left(stream), caller))
         }
         Arrived::Remote(stream) => {
             stream.set_nonblocking(true).map_err(problem)?;
+            // Without it, the end of an answer may wait for the client's system to confirm its beginning.
+            let _quick = stream.set_nodelay(true);
             let stream = TcpStream::from_std(stream).map_err(problem)?;
-            Ok((Either::Right(stream), Caller::Unknown))
+            Ok((Either::Right(stream), Caller::Unknown(Owner::default())))
         }
     }
 }

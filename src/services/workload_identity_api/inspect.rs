@@ -83,7 +83,7 @@ impl InspectService for Inspect {
         }
         let findings = match &caller {
             Caller::Process(peer) => self.findings(peer).await?,
-            Caller::Unknown => Vec::new(),
+            Caller::Unknown(_) => Vec::new(),
         };
         let attested = self.source.attest(&caller).await?;
         Ok(Response::new(ExplainResponse {

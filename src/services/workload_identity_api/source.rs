@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 
 use super::incoming::Caller;
-use crate::attest::{Attested, Attestors, Limit, Permit};
+use crate::attest::{Attested, Attestors, Limit, Owner, Permit};
 use crate::clock::Clock;
 use crate::services::trust::View;
 use crate::workload::{Cache, Memo, Selector, Subscription, Tokens};
@@ -47,7 +47,7 @@ impl Source {
     /// Who calls, counted.
     pub(super) fn admit(&self, extensions: &Extensions) -> Result<(Caller, Permit), Box<Status>> {
         let caller = extensions.get::<Caller>().cloned();
-        let caller = caller.unwrap_or(Caller::Unknown);
+        let caller = caller.unwrap_or(Caller::Unknown(Owner::default()));
         let permit = self.count(&caller)?;
         Ok((caller, permit))
     }
@@ -72,7 +72,7 @@ impl Source {
                 let found = self.attestors.attest(peer).await;
                 found.map_err(|gone| Status::aborted(gone.to_string()))
             }
-            Caller::Unknown => Ok(Arc::clone(&self.nobody)),
+            Caller::Unknown(_) => Ok(Arc::clone(&self.nobody)),
         }
     }
 
@@ -103,7 +103,7 @@ impl Source {
                 .attest_again(peer, self.interval / 2)
                 .await
                 .map_err(|gone| Status::aborted(gone.to_string())),
-            Caller::Unknown => Ok(Some(Arc::clone(&self.nobody))),
+            Caller::Unknown(_) => Ok(Some(Arc::clone(&self.nobody))),
         }
     }
 
