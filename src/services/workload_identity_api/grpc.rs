@@ -19,7 +19,7 @@ use tonic::Status;
 use tonic::body::Body;
 
 /// The largest request, in bytes; the largest that has a meaning carries one token.
-const MAX_REQUEST: usize = 64 * 1024;
+pub(super) const MAX_REQUEST: usize = 32 * 1024;
 /// What stands before a message: whether it is compressed, and its length.
 const PREFIX: usize = 5;
 
@@ -90,7 +90,7 @@ fn answer(body: Body) -> Response<Body> {
 }
 
 /// The end of an answer.
-fn trailers(status: &Status) -> Frame<Bytes> {
+pub(super) fn trailers(status: &Status) -> Frame<Bytes> {
     let mut trailers = HeaderMap::with_capacity(2);
     if status.add_header(&mut trailers).is_err() {
         trailers.insert("grpc-status", HeaderValue::from_static("13"));

@@ -2,9 +2,9 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, LazyLock};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
@@ -14,7 +14,7 @@ use hyper::body::{Frame, Incoming, SizeHint};
 use hyper::server::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::Status;
 use tonic::body::Body;
 use tonic::server::NamedService;
@@ -24,6 +24,7 @@ use tonic_health::server::{HealthReporter, HealthService};
 use tower::{Service, ServiceExt as _};
 
 use super::door::{Arrived, Door};
+use super::grpc::{self, MAX_REQUEST};
 use super::incoming::{Arrivals, Caller, Connection};
 use super::inspect::Inspect;
 use super::listener::Bound;
@@ -42,8 +43,6 @@ use crate::pb::workload_api::spiffe_workload_api_server::SERVICE_NAME as SPIFFE;
 
 /// Calls and streams that one connection may have open. Each costs memory that a caller decides on.
 const STREAMS_PER_CONNECTION: u32 = 1000;
-/// The largest request, in bytes; the largest that has a meaning carries one token.
-const MAX_REQUEST: usize = 64 * 1024;
 /// The most that a call's headers may come to, in bytes, as HTTP/2 counts them: gRPC's own few, and what
 /// proxies and tracing add.
 const HEADERS: u32 = 16 * 1024;
@@ -55,8 +54,11 @@ const RESETS: usize = 20;
 /// A connection from which nothing came for so long is asked whether anybody is there, and closed if no
 /// answer comes in time.
 const SILENCE: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(20));
-/// Calls of one user to the services beside the standard's: they need no identity and hold no secret.
+/// Calls that one user may have open to the services beside the standard's, which read a request before they look
+/// who asks: to health and reflection, to `tbot spiffe-inspect`'s, and to Envoy's, of which each proxy opens a few.
 const SIDE_CALLS: usize = 256;
+const INSPECT_CALLS: usize = 16;
+const SDS_CALLS: usize = 1024;
 
 /// What all connections of the socket are served by.
 #[derive(Debug)]
@@ -99,7 +101,9 @@ impl Server {
     pub(super) fn new(source: Arc<Source>, health: HealthReporter, explain: bool) -> Self {
         let clock = source.clock.clone();
         let beside = Arc::clone(&source);
-        let others: Make = Box::new(move || others(&beside, health, explain));
+        let over = CancellationToken::new();
+        let ending = over.clone();
+        let others: Make = Box::new(move || others(&beside, health, explain, &ending));
         Self {
             services: Services {
                 spiffe: SpiffeApi(source),
@@ -108,7 +112,7 @@ impl Server {
             protocol: protocol(),
             arrivals: Arrivals::new(clock.clone()),
             clock,
-            over: CancellationToken::new(),
+            over,
             gone: CancellationToken::new(),
         }
     }
@@ -171,8 +175,13 @@ fn protocol() -> http2::Builder<TokioExecutor> {
 }
 
 /// The services beside the standard's.
-fn others(source: &Arc<Source>, health: HealthReporter, explain: bool) -> Routes {
-    let limit = Limit::new(SIDE_CALLS);
+fn others(
+    source: &Arc<Source>,
+    health: HealthReporter,
+    explain: bool,
+    over: &CancellationToken,
+) -> Routes {
+    let aside = Limits::new(SIDE_CALLS, over);
     let inspect = InspectServiceServer::new(Inspect {
         source: Arc::clone(source),
         everybody: explain,
@@ -184,9 +193,9 @@ fn others(source: &Arc<Source>, health: HealthReporter, explain: bool) -> Routes
         HealthService::from_health_reporter(health),
     )
     .max_decoding_message_size(MAX_REQUEST);
-    let mut routes = Routes::new(sds)
-        .add_service(inspect)
-        .add_service(Counted::new(health, &limit));
+    let mut routes = Routes::new(Counted::new(sds, &Limits::new(SDS_CALLS, over)))
+        .add_service(Counted::new(inspect, &Limits::new(INSPECT_CALLS, over)))
+        .add_service(Counted::new(health, &aside));
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(pb::SERVED)
@@ -195,8 +204,14 @@ fn others(source: &Arc<Source>, health: HealthReporter, explain: bool) -> Routes
     match (reflection().build_v1(), reflection().build_v1alpha()) {
         (Ok(v1), Ok(v1alpha)) => {
             routes = routes
-                .add_service(Counted::new(v1, &limit))
-                .add_service(Counted::new(v1alpha, &limit));
+                .add_service(Counted::new(
+                    v1.max_decoding_message_size(MAX_REQUEST),
+                    &aside,
+                ))
+                .add_service(Counted::new(
+                    v1alpha.max_decoding_message_size(MAX_REQUEST),
+                    &aside,
+                ));
         }
         (Err(error), _) | (_, Err(error)) => {
             tracing::warn!(%error, "The server cannot describe itself");
@@ -297,18 +312,34 @@ pub(super) async fn tell(health: &HealthReporter, serves: bool) {
     }
 }
 
-/// A service of which each user may have so many calls open.
+/// How many calls each user may have open, and until when.
+#[derive(Debug, Clone)]
+struct Limits {
+    calls: Limit,
+    over: CancellationToken,
+}
+
+impl Limits {
+    fn new(maximum: usize, over: &CancellationToken) -> Self {
+        Self {
+            calls: Limit::new(maximum),
+            over: over.clone(),
+        }
+    }
+}
+
+/// A service whose calls are limited.
 #[derive(Debug, Clone)]
 struct Counted<S> {
     service: S,
-    limit: Limit,
+    limits: Limits,
 }
 
 impl<S> Counted<S> {
-    fn new(service: S, limit: &Limit) -> Self {
+    fn new(service: S, limits: &Limits) -> Self {
         Self {
             service,
-            limit: limit.clone(),
+            limits: limits.clone(),
         }
     }
 }
@@ -334,16 +365,18 @@ where
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         let caller = request.extensions().get::<Caller>();
         let owner = caller.map(Caller::owner).unwrap_or_default();
-        let Some(permit) = self.limit.take(owner) else {
+        let Some(permit) = self.limits.calls.take(owner) else {
             let refusal = Status::unavailable("this user has too many calls open: close some");
             return std::future::ready(Ok(refusal.into_http())).boxed();
         };
+        let over = Box::pin(self.limits.over.clone().cancelled_owned());
         let answer = self.service.call(request);
         async move {
             let answer = answer.await?;
             Ok(answer.map(|body| {
                 Body::new(Held {
-                    body,
+                    body: Some(body),
+                    over,
                     _permit: permit,
                 })
             }))
@@ -352,9 +385,12 @@ where
     }
 }
 
-/// A response that counts until its end.
+/// A response that counts until its end. Some would have none: who watches the server's health is told when that
+/// is over.
 struct Held {
-    body: Body,
+    /// `None` after the end.
+    body: Option<Body>,
+    over: Pin<Box<WaitForCancellationFutureOwned>>,
     _permit: Permit,
 }
 
@@ -363,18 +399,27 @@ impl hyper::body::Body for Held {
     type Error = Status;
 
     fn poll_frame(
-        mut self: std::pin::Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<bytes::Bytes>, Status>>> {
-        std::pin::Pin::new(&mut self.body).poll_frame(cx)
+        let Some(body) = &mut self.body else {
+            return Poll::Ready(None);
+        };
+        if let Poll::Ready(frame) = Pin::new(body).poll_frame(cx) {
+            return Poll::Ready(frame);
+        }
+        ready!(self.over.as_mut().poll(cx));
+        self.body = None;
+        let stopping = Status::unavailable("the agent is stopping");
+        Poll::Ready(Some(Ok(grpc::trailers(&stopping))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.body.as_ref().is_none_or(Body::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        self.body.as_ref().map(Body::size_hint).unwrap_or_default()
     }
 }
 

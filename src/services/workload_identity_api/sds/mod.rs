@@ -26,7 +26,7 @@ use crate::pb::envoy::service::discovery::v3::{
 use crate::pb::envoy::service::secret::v3::secret_discovery_service_server::SecretDiscoveryService;
 
 /// The largest request, in bytes. An Envoy lists every extension that it was built with.
-pub(super) const MAX_REQUEST: usize = 1024 * 1024;
+pub(super) const MAX_REQUEST: usize = 256 * 1024;
 /// The first Envoy with the validator that bundles are made for.
 const FIRST_ENVOY: (u32, u32) = (1, 18);
 

@@ -102,6 +102,25 @@ async fn health_is_told_without_the_header() {
         .await;
 }
 
+#[tokio::test]
+async fn who_watches_the_server_s_health_does_not_hold_up_its_end() {
+    let world = World::new();
+    let mut watching = None;
+    world
+        .run(async {
+            let mut client = HealthClient::new(world.channel().await);
+            let request = HealthCheckRequest::default();
+            let mut stream = client.watch(request).await.unwrap().into_inner();
+            stream.message().await.unwrap().unwrap();
+            watching = Some(tokio::spawn(async move { stream.message().await }));
+            world.shutdown.cancel();
+            std::future::pending().await
+        })
+        .await;
+    let status = watching.unwrap().await.unwrap().unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+}
+
 /// Calls a method that nobody declared.
 async fn unknown(world: &World, path: &'static str, header: bool) -> Code {
     let mut client = tonic::client::Grpc::new(world.channel().await);
