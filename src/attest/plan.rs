@@ -63,6 +63,20 @@ impl Plan {
     }
 }
 
+/// The section of an attestor that is on. One that is off may be unfinished: of it, only keys are told that are
+/// none of its `keys`, since one of them may have been meant to turn it on.
+pub(super) fn enabled<'a>(section: Option<Fields<'a>>, keys: &[&str]) -> Option<Fields<'a>> {
+    let mut fields = section?;
+    if fields.bool("enabled").unwrap_or(false) {
+        return Some(fields);
+    }
+    for key in keys {
+        fields.ignore(key);
+    }
+    fields.finish();
+    None
+}
+
 /// `enabled: false`, how a configuration file shows an attestor that is off.
 pub(super) fn disabled() -> Tree {
     Tree::map([("enabled", Some(Tree::Bool(false)))])
@@ -120,6 +134,10 @@ mod tests {
         for (source, expected) in [
             ("attestors: {unix: {binary_hash_max_size_bytes: -2}}", "-1"),
             ("attestors: {systemd: {enabled: 1}}", "true"),
+            ("attestors: {docker: {enable: true, addr: x}}", "`enabled`"),
+            ("attestors: {podman: {enable: true}}", "`enabled`"),
+            ("attestors: {kubernetes: {enable: true}}", "`enabled`"),
+            ("attestors: {sigstore: {enable: true}}", "`enabled`"),
             (
                 "attestors: {podman: {enabled: true}}",
                 "attestors.podman.addr: ",

@@ -17,7 +17,7 @@ use self::list::Lists;
 use self::pods::Sight;
 use self::settings::Settings;
 use super::container::{self, ContainerError};
-use super::plan::disabled;
+use super::plan::{disabled, enabled};
 use super::{AttestError, Attestor, AttestorKind, Peer};
 use crate::backoff::Backoff;
 use crate::clock::Clock;
@@ -44,11 +44,7 @@ impl AttestorKind for Kind {
     }
 
     fn parse(&self, section: Option<Fields<'_>>) -> Option<Arc<dyn Attestor>> {
-        let mut fields = section?;
-        if !fields.bool("enabled").unwrap_or(false) {
-            // What is off may be unfinished.
-            return None;
-        }
+        let mut fields = enabled(section, &["kubelet"])?;
         let settings = Settings::parse(fields.section("kubelet"));
         fields.finish();
         let attestor = Kubernetes::new(settings?, &Env::of_process(), Clock::system());

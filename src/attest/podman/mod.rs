@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use serde::Deserialize;
 
 use super::container::{self, Address, Config, ContainerError, State};
-use super::plan::disabled;
+use super::plan::{disabled, enabled};
 use super::{AttestError, Attestor, AttestorKind, Peer};
 use crate::pb::teleport::workloadidentity::v1::{
     WorkloadAttrs, WorkloadAttrsPodman, WorkloadAttrsPodmanContainer, WorkloadAttrsPodmanPod,
@@ -30,11 +30,7 @@ impl AttestorKind for Kind {
     }
 
     fn parse(&self, section: Option<Fields<'_>>) -> Option<Arc<dyn Attestor>> {
-        let mut fields = section?;
-        if !fields.bool("enabled").unwrap_or(false) {
-            // What is off may be unfinished.
-            return None;
-        }
+        let mut fields = enabled(section, &["addr"])?;
         let engine = match fields.string("addr").as_deref().map(Address::parse) {
             Some(Ok(engine)) => Some(engine),
             Some(Err(problem)) => {

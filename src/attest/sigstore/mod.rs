@@ -24,7 +24,7 @@ use self::guard::Guard;
 use self::reference::{Reference, is_digest};
 use self::registry::Registries;
 use self::settings::Settings;
-use super::plan::disabled;
+use super::plan::{disabled, enabled};
 use super::{AttestError, Attestor, AttestorKind, Peer};
 use crate::clock::Clock;
 use crate::env::Env;
@@ -46,11 +46,7 @@ impl AttestorKind for Kind {
     }
 
     fn parse(&self, section: Option<Fields<'_>>) -> Option<Arc<dyn Attestor>> {
-        let mut fields = section?;
-        if !fields.bool("enabled").unwrap_or(false) {
-            // What is off may be unfinished.
-            return None;
-        }
+        let mut fields = enabled(section, &settings::KEYS)?;
         let settings = Settings::parse(&mut fields);
         fields.finish();
         let attestor = Sigstore::new(settings?, &Env::of_process(), Clock::system());

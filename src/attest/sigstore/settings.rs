@@ -6,6 +6,12 @@ use super::guard::Prefix;
 use super::reference::is_host;
 use crate::yaml::{Fields, Tree};
 
+/// Its keys, beside `enabled`.
+pub(super) const KEYS: [&str; 3] = [REGISTRIES, CREDENTIALS, PREFIXES];
+const REGISTRIES: &str = "additional_registries";
+const CREDENTIALS: &str = "credentials_path";
+const PREFIXES: &str = "allowed_private_network_prefixes";
+
 /// The section as it was configured.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Settings {
@@ -20,7 +26,7 @@ impl Settings {
     pub(super) fn parse(fields: &mut Fields<'_>) -> Option<Self> {
         let mut sound = true;
         let mut registries = Vec::new();
-        for mut registry in fields.sections("additional_registries").unwrap_or_default() {
+        for mut registry in fields.sections(REGISTRIES).unwrap_or_default() {
             match registry.required("host") {
                 Some(host) if is_host(&host) => registries.push(host),
                 Some(host) => {
@@ -35,25 +41,22 @@ impl Settings {
             }
             registry.finish();
         }
-        let credentials = fields.string("credentials_path").map(PathBuf::from);
+        let credentials = fields.string(CREDENTIALS).map(PathBuf::from);
         if let Some(path) = credentials.as_deref().filter(|path| !path.is_file()) {
             fields.error(
-                "credentials_path",
+                CREDENTIALS,
                 format!("{} is no file", path.display()),
                 Some("a configuration of Docker, as `docker login` writes it"),
             );
             sound = false;
         }
         let mut allowed = Vec::new();
-        for text in fields
-            .strings("allowed_private_network_prefixes")
-            .unwrap_or_default()
-        {
+        for text in fields.strings(PREFIXES).unwrap_or_default() {
             match Prefix::parse(&text) {
                 Some(prefix) => allowed.push(prefix),
                 None => {
                     fields.error(
-                        "allowed_private_network_prefixes",
+                        PREFIXES,
                         format!("{text:?} is no range of addresses"),
                         Some("an address and a number of bits, as 10.0.0.0/8 or fd00::/8"),
                     );
