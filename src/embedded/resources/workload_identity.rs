@@ -12,7 +12,7 @@ pub(super) fn check(fields: &mut Fields<'_>, resource: &mut Resource) {
         Ok(spec) => resource.spec = spec_to_json(&spec),
         Err(error) => fields.error_here(
             format!("`{}` {}", error.path, error.problem),
-            "correct it as the reference of the resource says",
+            "docs/reference/workload_identity.md has all of them",
         ),
     }
 }
