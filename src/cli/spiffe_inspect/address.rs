@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow, bail};
@@ -81,6 +82,9 @@ impl Address {
 }
 
 fn unreachable_socket(path: &Path, source: &io::Error) -> anyhow::Error {
+    let is_socket = path
+        .metadata()
+        .is_ok_and(|meta| meta.file_type().is_socket());
     let path = path.display();
     let remedy = match source.kind() {
         io::ErrorKind::NotFound => {
@@ -91,10 +95,10 @@ fn unreachable_socket(path: &Path, source: &io::Error) -> anyhow::Error {
             "this user may not reach it: it needs the execute permission on every directory of the \
              path, and the write permission on the socket"
         }
-        io::ErrorKind::ConnectionRefused => {
+        io::ErrorKind::ConnectionRefused if is_socket => {
             "nobody answers on it: tbot is not running (`systemctl status tbot`)"
         }
-        _ => "is it a socket?",
+        _ => "it is no socket: name the path that `listen` of the service names",
     };
     anyhow!("cannot connect to {path}: {source}: {remedy}")
 }
@@ -102,6 +106,24 @@ fn unreachable_socket(path: &Path, source: &io::Error) -> anyhow::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn what_is_no_socket_is_told_from_one_that_nobody_answers_on() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("w.sock");
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        let told = async |path: &Path| {
+            let answer = Address::Unix(path.to_owned()).connect().await;
+            answer.err().unwrap().to_string()
+        };
+        let deserted = told(&path).await;
+        assert!(deserted.contains("not running"), "{deserted}");
+        let folder = told(home.path()).await;
+        assert!(folder.contains("no socket"), "{folder}");
+        std::fs::write(home.path().join("file"), "").unwrap();
+        let file = told(&home.path().join("file")).await;
+        assert!(file.contains("no socket"), "{file}");
+    }
 
     #[test]
     fn addresses_follow_the_standard() {
