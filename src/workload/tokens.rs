@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use self::table::Table;
@@ -96,6 +97,9 @@ struct Inner {
     clock: Clock,
     turns: Turns,
     shelf: Shelf,
+    /// Where requests are sent. Callers have runtimes of their own, which end: connections to the cluster
+    /// are shared, and would end with that of whoever was first to use them.
+    runtime: Handle,
     /// When all were last asked to renew.
     renewed: Mutex<Option<SystemTime>>,
     table: Mutex<Table>,
@@ -143,7 +147,7 @@ struct Waiting {
 
 impl Tokens {
     /// Keeps what `issuer` issues by `selector` with a wished life of `ttl`; what is on `shelf` serves
-    /// whom it was issued to.
+    /// whom it was issued to. Must be called inside the runtime of the service.
     pub fn new(
         issuer: Arc<dyn TokenIssuer>,
         selector: Selector,
@@ -158,6 +162,7 @@ impl Tokens {
             clock,
             turns: Turns::new(WAITING),
             shelf,
+            runtime: Handle::current(),
             renewed: Mutex::default(),
             table: Mutex::default(),
         }))
@@ -204,7 +209,7 @@ impl Tokens {
     /// it does not end with the caller who wanted it.
     fn ask(&self, attested: Arc<Attested>, slot: Arc<Slot>, flying: Arc<watch::Sender<()>>) {
         let inner = Arc::clone(&self.0);
-        tokio::spawn(async move {
+        self.0.runtime.spawn(async move {
             let turn = tokio::select! {
                 biased;
                 () = flying.closed() => return,

@@ -19,6 +19,8 @@ struct Fake {
     always: Mutex<Option<IssueError>>,
     calls: Mutex<Vec<Vec<String>>>,
     delay: Mutex<Duration>,
+    /// Where it was asked last.
+    runtime: Mutex<Option<tokio::runtime::Id>>,
     key: TokenKey,
 }
 
@@ -36,6 +38,7 @@ impl TokenIssuer for Fake {
             calls.push(audiences.to_vec());
             calls.len()
         };
+        *self.runtime.lock().unwrap() = Some(Handle::current().id());
         let delay = *self.delay.lock().unwrap();
         tokio::time::sleep(delay).await;
         let scripted = self.script.lock().unwrap().pop_front();
@@ -72,6 +75,7 @@ fn world() -> World {
         always: Mutex::default(),
         calls: Mutex::default(),
         delay: Mutex::new(Duration::from_millis(50)),
+        runtime: Mutex::default(),
         key,
     });
     World {
@@ -189,6 +193,21 @@ async fn callers_at_once_cause_one_request_even_if_the_first_gives_up() {
     let all = join_all((0..100).map(|_| world.get(1, &["a"]))).await;
     assert!(all.iter().all(|one| one.as_deref() == Ok("1")), "{all:?}");
     assert_eq!(world.calls(), 1);
+}
+
+#[tokio::test]
+async fn a_request_outlives_the_runtime_of_its_caller() {
+    let world = Arc::new(world());
+    let caller = Arc::clone(&world);
+    let told = tokio::task::spawn_blocking(move || {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = runtime.enable_all().build().unwrap();
+        runtime.block_on(caller.get(1, &["a"]))
+    });
+    assert_eq!(told.await.unwrap().unwrap(), "1");
+    let own = Some(Handle::current().id());
+    assert_eq!(*world.fake.runtime.lock().unwrap(), own);
+    assert_eq!(world.get(1, &["b"]).await.unwrap(), "2");
 }
 
 #[tokio::test(start_paused = true)]
