@@ -179,7 +179,9 @@ struct Table {
     queue: BTreeSet<(SystemTime, u64)>,
     next_id: u64,
     failures: Failures,
-    /// When all were last asked to renew.
+    /// How often all were asked to renew. No time tells what was asked for since: clocks are set back.
+    renewals: u64,
+    /// When that was last, for what comes from the shelf and has only its time.
     renewed: Option<SystemTime>,
     /// When [`Cache::run`] looks at the queue by itself, unless it is woken before.
     planned: Option<SystemTime>,
@@ -193,6 +195,8 @@ struct Entry {
     subscribers: usize,
     abandoned: Option<SystemTime>,
     attempted: Option<SystemTime>,
+    /// How often all had been asked to renew by then.
+    renewals: u64,
     due: SystemTime,
     in_flight: bool,
     /// Why nothing is held, until the cluster answers.
@@ -397,6 +401,7 @@ impl Cache {
     pub fn renew_all(&self) {
         let now = self.0.clock.now();
         let mut table = self.0.table();
+        table.renewals += 1;
         table.renewed = Some(now);
         let ids: Vec<u64> = table.entries.keys().copied().collect();
         for id in ids {
@@ -410,6 +415,12 @@ impl Cache {
     /// How many entries there are.
     pub fn len(&self) -> usize {
         self.0.table().entries.len()
+    }
+
+    /// Tells the time by `clock` from now on. Nobody may be subscribed.
+    #[cfg(test)]
+    pub(super) fn set_clock(&mut self, clock: Clock) {
+        Arc::get_mut(&mut self.0).unwrap().clock = clock;
     }
 
     /// Whether there is no entry.
@@ -479,10 +490,12 @@ impl Cache {
         let _turn = turns.next(due.attested.user()).await?;
         {
             let mut table = self.0.table();
+            let renewals = table.renewals;
             let entry = table.entries.get_mut(&due.id)?;
             if entry.abandoned.is_some() {
                 return None;
             }
+            entry.renewals = renewals;
             entry.attempted = Some(self.0.clock.now());
         }
         let Key { selector, ttl, .. } = &due.key;
@@ -500,7 +513,7 @@ impl Cache {
         let Some(outcome) = outcome else {
             return table.update(id, |entry| entry.in_flight = false);
         };
-        let renewed = table.renewed;
+        let renewals = table.renewals;
         if let Some(entry) = table.entries.get(&id) {
             let attested = Arc::clone(&entry.attested);
             table.failures.tell(attested.attributes(), &outcome);
@@ -510,7 +523,7 @@ impl Cache {
             let held = entry.state.borrow().clone();
             let next = after(now, &held, outcome, interval, &mut entry.backoff, jitter());
             entry.due = next.due;
-            if entry.attempted <= renewed {
+            if entry.renewals < renewals {
                 // It was under way when all were to renew, and may be of the old authority.
                 entry.due = entry.due.min(now + SPREAD.mul_f64(jitter()));
             }
@@ -559,6 +572,7 @@ impl Entry {
             subscribers: 0,
             abandoned: None,
             attempted: None,
+            renewals: 0,
             due: now,
             in_flight: false,
             trouble: None,

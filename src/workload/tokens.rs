@@ -49,6 +49,8 @@ const REST: (u32, Duration) = (10, Duration::from_mins(1));
 pub struct Issued {
     /// At least one, in the cluster's order; hints are unique.
     pub svids: Vec<JwtSvid>,
+    /// How often all had been asked to renew when the cluster was asked.
+    renewed: u64,
     /// Until when they are handed out while the cluster can be reached.
     fresh_until: SystemTime,
     /// Until when they are handed out at all.
@@ -57,25 +59,16 @@ pub struct Issued {
 }
 
 impl Issued {
-    fn new(svids: Vec<JwtSvid>, asked: SystemTime) -> Self {
+    fn new(svids: Vec<JwtSvid>, asked: SystemTime, renewed: u64) -> Self {
         let end = svids.iter().map(|svid| svid.not_after).min();
         let end = end.unwrap_or(asked);
         let life = end.duration_since(asked).unwrap_or_default();
         Self {
             svids,
+            renewed,
             fresh_until: asked + life / 2,
             usable_until: end - (life / REST.0).min(REST.1),
             message: OnceLock::new(),
-        }
-    }
-
-    /// The same, not to be handed out from `now` on while the cluster can be reached.
-    fn stale_from(&self, now: SystemTime) -> Self {
-        Self {
-            svids: self.svids.clone(),
-            fresh_until: self.fresh_until.min(now),
-            usable_until: self.usable_until,
-            message: self.message.clone(),
         }
     }
 
@@ -100,9 +93,16 @@ struct Inner {
     /// Where requests are sent. Callers have runtimes of their own, which end: connections to the cluster
     /// are shared, and would end with that of whoever was first to use them.
     runtime: Handle,
-    /// When all were last asked to renew.
-    renewed: Mutex<Option<SystemTime>>,
+    renewed: Mutex<Renewed>,
     table: Mutex<Table>,
+}
+
+/// How often all were asked to renew, and when last. What is asked for counts, and no wall time is
+/// compared: clocks are set back.
+#[derive(Debug, Default, Clone, Copy)]
+struct Renewed {
+    times: u64,
+    last: Option<SystemTime>,
 }
 
 /// One audience set of one workload.
@@ -123,6 +123,15 @@ struct State {
     backoff: Backoff,
     /// The request that is under way. Whoever waits for its end has a receiver.
     flight: Weak<watch::Sender<()>>,
+}
+
+/// Who asks.
+#[derive(Debug)]
+struct Caller {
+    came: SystemTime,
+    /// Whether a request has ended that was begun since. Its answer is good enough, whatever came between:
+    /// asking again and again would end with nobody's patience but the cluster's.
+    heard: bool,
 }
 
 /// What a caller is told.
@@ -178,30 +187,40 @@ impl Tokens {
         audiences.sort_unstable();
         audiences.dedup();
         let clock = &self.0.clock;
-        let asked = clock.now();
+        let mut caller = Caller {
+            came: clock.now(),
+            heard: false,
+        };
         let known = self.0.table().get(attested, &audiences);
         let slot = match known {
             Some(slot) => slot,
-            None => self.0.begin(attested, audiences, asked),
+            None => self.0.begin(attested, audiences, caller.came),
         };
+        // Whether the request that is under way was begun since; every one after the first was.
+        let mut since = false;
         loop {
-            let mut waiting = match slot.look(clock.now(), asked) {
+            let renewed = self.0.renewed().times;
+            let mut waiting = match slot.look(clock.now(), renewed, &caller) {
                 Answer::Serve(issued) => return Ok(issued),
                 Answer::Fail(error) => return Err(error),
                 Answer::Wait(waiting) => waiting,
                 Answer::Ask(flying, waiting) => {
+                    since = true;
                     self.ask(Arc::clone(attested), Arc::clone(&slot), flying);
                     waiting
                 }
             };
-            let Some(fallback) = waiting.fallback else {
-                let _ended = waiting.flight.changed().await;
-                continue;
-            };
-            tokio::select! {
-                _ended = waiting.flight.changed() => {}
-                () = clock.sleep(WITH_FALLBACK) => return Ok(fallback),
+            match waiting.fallback {
+                None => {
+                    let _ended = waiting.flight.changed().await;
+                }
+                Some(fallback) => tokio::select! {
+                    _ended = waiting.flight.changed() => {}
+                    () = clock.sleep(WITH_FALLBACK) => return Ok(fallback),
+                },
             }
+            caller.heard = since;
+            since = true;
         }
     }
 
@@ -216,6 +235,7 @@ impl Tokens {
                 turn = inner.turns.next(attested.user()) => turn,
             };
             let asked = inner.clock.now();
+            let renewed = inner.renewed().times;
             let outcome = match &turn {
                 Some(_turn) => inner.issue(&attested, &slot.audiences).await,
                 None => Err(IssueError::Unavailable(format!(
@@ -224,7 +244,7 @@ impl Tokens {
             };
             drop(turn);
             inner.keep(&attested, &slot.audiences, asked, &outcome);
-            inner.finish(&slot, outcome, asked);
+            inner.finish(&slot, outcome, asked, renewed);
             inner.table().weigh(&attested, &slot);
         });
     }
@@ -233,12 +253,13 @@ impl Tokens {
     /// operator's wish changed.
     pub fn renew_all(&self) {
         let now = self.0.clock.now();
-        *self.0.renewed() = Some(now);
+        {
+            let mut renewed = self.0.renewed();
+            renewed.times += 1;
+            renewed.last = Some(now);
+        }
         for slot in self.0.table().slots() {
-            let mut state = slot.state();
-            state.retry = now;
-            let held = state.held.take();
-            state.held = held.map(|held| Arc::new(held.stale_from(now)));
+            slot.state().retry = now;
         }
     }
 
@@ -274,7 +295,7 @@ impl Inner {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn renewed(&self) -> MutexGuard<'_, Option<SystemTime>> {
+    fn renewed(&self) -> MutexGuard<'_, Renewed> {
         self.renewed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -296,18 +317,13 @@ impl Inner {
         attested.process()?;
         let mark = self.mark(attested, audiences);
         let kept = self.shelf.tokens(&mark, audiences, now)?;
-        Some(self.issued(kept.svids.clone(), kept.asked, now))
-    }
-
-    /// An answer; one that was asked for before all were to renew is to be asked for again.
-    fn issued(&self, svids: Vec<JwtSvid>, asked: SystemTime, now: SystemTime) -> Arc<Issued> {
-        let issued = Issued::new(svids, asked);
-        let outdated = self.renewed().is_some_and(|renewed| asked < renewed);
-        Arc::new(if outdated {
-            issued.stale_from(now)
-        } else {
-            issued
-        })
+        let Renewed { times, last } = *self.renewed();
+        // Nothing but its time tells whether all were to renew since. A clock that was set back makes
+        // this wrong at most once: what is then issued is counted.
+        let outdated = last.is_some_and(|last| kept.asked < last);
+        let renewed = times - u64::from(outdated);
+        let issued = Issued::new(kept.svids.clone(), kept.asked, renewed);
+        Some(Arc::new(issued))
     }
 
     /// Asks the cluster. An answer with nothing in it is a refusal.
@@ -358,13 +374,20 @@ impl Inner {
         sha256(what.as_bytes())
     }
 
-    /// Notes how a request ended that was sent at `asked`.
-    fn finish(&self, slot: &Slot, outcome: Result<Vec<JwtSvid>, IssueError>, asked: SystemTime) {
+    /// Notes how a request ended that was sent at `asked`, when all had been asked to renew `renewed`
+    /// times.
+    fn finish(
+        &self,
+        slot: &Slot,
+        outcome: Result<Vec<JwtSvid>, IssueError>,
+        asked: SystemTime,
+        renewed: u64,
+    ) {
         let now = self.clock.now();
         let mut state = slot.state();
         match outcome {
             Ok(svids) => {
-                state.held = Some(self.issued(svids, asked, now));
+                state.held = Some(Arc::new(Issued::new(svids, asked, renewed)));
                 state.failed = None;
                 state.retry = now;
                 state.backoff.reset();
@@ -414,13 +437,15 @@ impl Slot {
         OVERHEAD + audiences + tokens
     }
 
-    /// What a caller who came at `asked` is told at `now`.
-    fn look(&self, now: SystemTime, asked: SystemTime) -> Answer {
+    /// What a caller is told at `now`, when all have been asked to renew `renewed` times.
+    fn look(&self, now: SystemTime, renewed: u64, caller: &Caller) -> Answer {
         let mut state = self.state();
         state.used = now;
         let held = state.held.clone().filter(|held| now < held.usable_until);
         if let Some(held) = &held
-            && (now < held.fresh_until || now < state.retry)
+            && (caller.heard
+                || (renewed <= held.renewed && now < held.fresh_until)
+                || now < state.retry)
         {
             return Answer::Serve(Arc::clone(held));
         }
@@ -433,7 +458,7 @@ impl Slot {
         }
         if held.is_none()
             && let Some((at, error)) = &state.failed
-            && (*at >= asked || now < *at + FAILURE_KEPT)
+            && (*at >= caller.came || now < *at + FAILURE_KEPT)
         {
             return Answer::Fail(error.clone());
         }

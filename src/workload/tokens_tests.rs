@@ -141,6 +141,13 @@ impl World {
         self.tokens = tokens(&self.fake, &self.shelf);
     }
 
+    /// Sets the agent's clock back; the cluster's goes on. Nobody may be asking.
+    fn set_back(&mut self, by: Duration) {
+        self.clock = Clock::simulated(self.clock.now() - by);
+        let inner = Arc::get_mut(&mut self.tokens.0).unwrap();
+        inner.clock = self.clock.clone();
+    }
+
     fn calls(&self) -> usize {
         self.fake.calls.lock().unwrap().len()
     }
@@ -364,12 +371,30 @@ async fn what_was_renewed_or_refused_does_not_come_back_from_the_shelf() {
 #[tokio::test(start_paused = true)]
 async fn what_was_under_way_when_all_were_to_renew_is_asked_for_again() {
     let world = world();
-    let (told, ()) = tokio::join!(world.get(1, &["a"]), async {
+    let (before, since) = tokio::join!(world.get(1, &["a"]), async {
         world.clock.sleep(Duration::from_millis(10)).await;
         world.tokens.renew_all();
+        world.get(1, &["a"]).await
     });
-    assert_eq!(told.unwrap(), "2");
+    assert_eq!(before.unwrap(), "1", "it did not come after the change");
+    assert_eq!(since.unwrap(), "2");
     assert_eq!(world.get(1, &["a"]).await.unwrap(), "2");
+    assert_eq!(world.calls(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_asked_for_after_all_were_to_renew_is_new_whatever_the_clock_says() {
+    let mut world = world();
+    world.get(1, &["a"]).await.unwrap();
+    world.tokens.renew_all();
+    world.set_back(10 * MINUTE);
+    for audience in ["a", "b"] {
+        world.get(1, &[audience]).await.unwrap();
+        let calls = world.calls();
+        world.get(1, &[audience]).await.unwrap();
+        assert_eq!(world.calls(), calls, "{audience}");
+    }
+    assert_eq!(world.calls(), 3);
 }
 
 #[tokio::test(start_paused = true)]

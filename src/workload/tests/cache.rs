@@ -117,6 +117,12 @@ impl World {
         }
     }
 
+    /// Sets the agent's clock back. Nobody may be subscribed.
+    fn set_back(&mut self, by: Duration) {
+        self.clock = Clock::simulated(self.clock.now() - by);
+        self.cache.set_clock(self.clock.clone());
+    }
+
     fn fail_with(&self, error: Option<IssueError>) {
         *self.fake.always.lock().unwrap() = error;
     }
@@ -416,6 +422,21 @@ async fn an_answer_that_was_under_way_when_all_were_to_renew_is_renewed_too() {
             // And that is all.
             world.clock.sleep(15 * MINUTE).await;
             assert_eq!(world.calls(), 2);
+        })
+        .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_issued_after_all_were_to_renew_is_new_whatever_the_clock_says() {
+    let mut world = world();
+    world.cache.renew_all();
+    world.set_back(10 * MINUTE);
+    let mut subscription = world.subscribe(1);
+    world
+        .run(async {
+            serial(&mut subscription, &world.clock).await.unwrap();
+            world.clock.sleep(5 * MINUTE).await;
+            assert_eq!(world.calls(), 1);
         })
         .await;
 }
