@@ -85,7 +85,12 @@ impl JwtIssuer {
         let Some(Kind::JwtSvid(issued)) = credential.credential else {
             return Err("it holds no JWT-SVID".into());
         };
-        let verified = verified(&issued.jwt, audiences, bundles, self.clock.now())?;
+        let now = self.clock.now();
+        let verified = verified(&issued.jwt, audiences, bundles, now)?;
+        // Others are lenient with a token's end; nothing that has passed it can be handed out.
+        if verified.expires <= now {
+            return Err("the token has expired: do the clocks agree?".into());
+        }
         if verified.id.to_string() != credential.spiffe_id {
             return Err(format!(
                 "a token of {} came for {}",
@@ -197,6 +202,51 @@ impl TokenIssuer for JwtIssuer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::Client;
+    use crate::pb::teleport::workloadidentity::v1::JwtsvidCredential;
+    use crate::workload::tests::{TokenKey, start};
+
+    #[derive(Debug)]
+    struct NoAccess;
+
+    #[async_trait]
+    impl Access for NoAccess {
+        async fn client(&self) -> Result<Client, IssueError> {
+            Err(IssueError::Unavailable("none".into()))
+        }
+    }
+
+    #[test]
+    fn a_token_that_has_expired_by_this_clock_is_no_answer() {
+        let key = TokenKey::new();
+        let issuer = JwtIssuer::new(
+            Arc::new(NoAccess),
+            watch::channel(None).1,
+            Clock::simulated(start()),
+        );
+        let second = Duration::from_secs(1);
+        for (end, good) in [
+            (start() + second, true),
+            (start(), false),
+            (start() - second, false),
+        ] {
+            let token = key.token("/a", &["x"], end);
+            let credential = Credential {
+                spiffe_id: token.id.to_string(),
+                credential: Some(Kind::JwtSvid(JwtsvidCredential {
+                    jwt: token.token,
+                    ..JwtsvidCredential::default()
+                })),
+                ..Credential::default()
+            };
+            let (attributes, audiences) = (WorkloadAttrs::default(), ["x".to_owned()]);
+            let told = issuer.checked(credential, &key.bundles(), &attributes, &audiences);
+            match told {
+                Ok(svid) => assert!(good, "{svid:?}"),
+                Err(why) => assert!(!good && why.contains("do the clocks agree"), "{why}"),
+            }
+        }
+    }
 
     #[test]
     fn a_line_shows_whom_a_token_is_for_and_has_an_end() {
