@@ -13,6 +13,7 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use super::Bundles;
 use super::issue::{self, IssueError, Issuer, Svid};
@@ -194,7 +195,8 @@ struct Entry {
     state: watch::Sender<State>,
     subscribers: usize,
     abandoned: Option<SystemTime>,
-    attempted: Option<SystemTime>,
+    /// No wall time: a clock that is set back prolongs no refusal and no outage.
+    attempted: Option<Instant>,
     /// How often all had been asked to renew by then.
     renewals: u64,
     due: SystemTime,
@@ -496,7 +498,7 @@ impl Cache {
                 return None;
             }
             entry.renewals = renewals;
-            entry.attempted = Some(self.0.clock.now());
+            entry.attempted = Some(Instant::now());
         }
         let Key { selector, ttl, .. } = &due.key;
         let asked = self
@@ -590,18 +592,22 @@ impl Entry {
         self.state.send_replace(State::Ready(Answer::new(svids)));
     }
 
-    /// A new subscriber is not turned away with an old refusal or an old outage.
+    /// A new subscriber is not turned away with an old refusal or an old outage, and does not wait for
+    /// a time that the clock was set back from.
     fn ask_again_if_stale(&mut self, now: SystemTime) {
         let stale = match &*self.state.borrow() {
-            State::Refused(_) | State::Unavailable(_) => self
+            State::Pending | State::Refused(_) | State::Unavailable(_) => self
                 .attempted
-                .is_none_or(|attempted| attempted + REFUSAL_KEPT <= now),
+                .is_none_or(|attempted| attempted.elapsed() >= REFUSAL_KEPT),
             State::Ready(svids) => not_after(svids) <= now,
-            State::Pending => false,
         };
         if stale && !self.in_flight {
-            self.due = now;
-            self.state.send_replace(State::Pending);
+            self.due = self.due.min(now);
+            self.state.send_if_modified(|state| {
+                let told = !matches!(state, State::Pending);
+                *state = State::Pending;
+                told
+            });
         }
     }
 }

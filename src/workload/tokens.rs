@@ -17,6 +17,7 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use self::table::Table;
 use super::issue::IssueError;
@@ -117,9 +118,10 @@ struct Slot {
 struct State {
     used: SystemTime,
     held: Option<Arc<Issued>>,
-    failed: Option<(SystemTime, IssueError)>,
+    /// When the last request failed, and how. No wall time: a clock that is set back prolongs no failure.
+    failed: Option<(Instant, IssueError)>,
     /// Not before then is the cluster asked again while `held` would do.
-    retry: SystemTime,
+    retry: Instant,
     backoff: Backoff,
     /// The request that is under way. Whoever waits for its end has a receiver.
     flight: Weak<watch::Sender<()>>,
@@ -128,7 +130,7 @@ struct State {
 /// Who asks.
 #[derive(Debug)]
 struct Caller {
-    came: SystemTime,
+    came: Instant,
     /// Whether a request has ended that was begun since. Its answer is good enough, whatever came between:
     /// asking again and again would end with nobody's patience but the cluster's.
     heard: bool,
@@ -188,13 +190,13 @@ impl Tokens {
         audiences.dedup();
         let clock = &self.0.clock;
         let mut caller = Caller {
-            came: clock.now(),
+            came: Instant::now(),
             heard: false,
         };
         let known = self.0.table().get(attested, &audiences);
         let slot = match known {
             Some(slot) => slot,
-            None => self.0.begin(attested, audiences, caller.came),
+            None => self.0.begin(attested, audiences, clock.now()),
         };
         // Whether the request that is under way was begun since; every one after the first was.
         let mut since = false;
@@ -252,12 +254,12 @@ impl Tokens {
     /// Hands out nothing of what is held as long as the cluster can be asked: its keys or the
     /// operator's wish changed.
     pub fn renew_all(&self) {
-        let now = self.0.clock.now();
         {
             let mut renewed = self.0.renewed();
             renewed.times += 1;
-            renewed.last = Some(now);
+            renewed.last = Some(self.0.clock.now());
         }
+        let now = Instant::now();
         for slot in self.0.table().slots() {
             slot.state().retry = now;
         }
@@ -383,7 +385,7 @@ impl Inner {
         asked: SystemTime,
         renewed: u64,
     ) {
-        let now = self.clock.now();
+        let now = Instant::now();
         let mut state = slot.state();
         match outcome {
             Ok(svids) => {
@@ -412,7 +414,7 @@ impl Slot {
                 used: now,
                 held,
                 failed: None,
-                retry: now,
+                retry: Instant::now(),
                 backoff: Backoff::new(BACKOFF.0, BACKOFF.1),
                 flight: Weak::new(),
             }),
@@ -445,7 +447,7 @@ impl Slot {
         if let Some(held) = &held
             && (caller.heard
                 || (renewed <= held.renewed && now < held.fresh_until)
-                || now < state.retry)
+                || Instant::now() < state.retry)
         {
             return Answer::Serve(Arc::clone(held));
         }
@@ -458,7 +460,7 @@ impl Slot {
         }
         if held.is_none()
             && let Some((at, error)) = &state.failed
-            && (*at >= caller.came || now < *at + FAILURE_KEPT)
+            && (*at >= caller.came || at.elapsed() < FAILURE_KEPT)
         {
             return Answer::Fail(error.clone());
         }

@@ -398,6 +398,21 @@ async fn what_is_asked_for_after_all_were_to_renew_is_new_whatever_the_clock_say
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_clock_that_is_set_back_prolongs_no_failure() {
+    let mut world = world();
+    world.get(1, &["a"]).await.unwrap();
+    world.clock.sleep(31 * MINUTE).await;
+    world.fail_with(Some(outage()));
+    assert_eq!(world.get(1, &["a"]).await.unwrap(), "1");
+    assert_eq!(world.get(1, &["b"]).await, Err(outage()));
+    world.fail_with(None);
+    world.set_back(Duration::from_secs(30));
+    world.clock.sleep(Duration::from_secs(2)).await;
+    assert_eq!(world.get(1, &["a"]).await.unwrap(), "4");
+    assert_eq!(world.get(1, &["b"]).await.unwrap(), "5");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_user_who_asks_for_many_takes_its_own_memory_only() {
     let world = world();
     *world.fake.delay.lock().unwrap() = Duration::from_micros(1);

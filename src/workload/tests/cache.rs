@@ -442,6 +442,32 @@ async fn what_is_issued_after_all_were_to_renew_is_new_whatever_the_clock_says()
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_clock_that_is_set_back_prolongs_neither_a_refusal_nor_a_wait() {
+    let mut world = world();
+    world.fake.script.lock().unwrap().push_back(refusal());
+    let mut refused = world.subscribe(1);
+    world
+        .run(async {
+            assert!(serial(&mut refused, &world.clock).await.is_err());
+            drop(refused);
+            drop(world.subscribe(2));
+        })
+        .await;
+    world.set_back(10 * MINUTE);
+    world
+        .run(async {
+            world.clock.sleep(Duration::from_secs(2)).await;
+            for pid in [1, 2] {
+                let mut again = world.subscribe(pid);
+                let told = serial(&mut again, &world.clock);
+                let told = tokio::time::timeout(Duration::from_secs(5), told).await;
+                assert!(matches!(told, Ok(Ok(_))), "{pid}: {told:?}");
+            }
+        })
+        .await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn requests_in_flight_are_few() {
     for (users, least) in [(1, 6), (4, 4)] {
         let world = world_with(20 * MINUTE, Duration::from_secs(1));
