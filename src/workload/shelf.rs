@@ -235,6 +235,13 @@ impl Shelf {
             }
         }
     }
+
+    /// Throws away all JWT-SVIDs of a process.
+    pub(super) fn withdraw_tokens_of(&self, holder: &Holder) {
+        if self.inner.content().tokens.remove_of(holder) {
+            self.inner.changed.notify_one();
+        }
+    }
 }
 
 fn kept_svids(holder: Holder, svids: Arc<[Svid]>) -> Kept<Arc<[Svid]>> {

@@ -345,7 +345,8 @@ impl Inner {
         Ok(svids)
     }
 
-    /// Puts an answer of the cluster on the shelf; a refusal takes away what is there.
+    /// Puts an answer of the cluster on the shelf. A refusal takes away all that the workload has, here and
+    /// there: the cluster decides by who asks, never by the audiences.
     fn keep(
         &self,
         attested: &Attested,
@@ -353,18 +354,21 @@ impl Inner {
         asked: SystemTime,
         outcome: &Result<Vec<JwtSvid>, IssueError>,
     ) {
-        let Some(holder) = Holder::of(attested) else {
-            return;
-        };
-        let mark = self.mark(attested, audiences);
-        match outcome {
-            Ok(svids) => {
+        let holder = Holder::of(attested);
+        match (outcome, holder) {
+            (Ok(svids), Some(holder)) => {
                 let svids = svids.clone();
                 let tokens = shelf::Tokens { asked, svids };
+                let mark = self.mark(attested, audiences);
                 self.shelf.put_tokens(mark, holder, tokens);
             }
-            Err(IssueError::Refused(_)) => self.shelf.withdraw_tokens(&mark),
-            Err(IssueError::Unavailable(_) | IssueError::Answer(_)) => {}
+            (Err(IssueError::Refused(_)), _) => {
+                if let Some(holder) = holder {
+                    self.shelf.withdraw_tokens_of(&holder);
+                }
+                self.table().withdraw(attested);
+            }
+            (Ok(_) | Err(IssueError::Unavailable(_) | IssueError::Answer(_)), _) => {}
         }
     }
 

@@ -284,6 +284,26 @@ async fn a_refusal_withdraws_what_is_held_and_an_outage_does_not() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_refusal_for_some_audiences_is_one_for_all() {
+    let mut world = world();
+    for audience in ["a", "b"] {
+        world.get_known(&[audience]).await.unwrap();
+        world.get(1, &[audience]).await.unwrap();
+    }
+    let bytes = world.tokens.0.table().bytes();
+    world.fail_with(Some(refusal()));
+    assert_eq!(world.get_known(&["c"]).await, Err(refusal()));
+    world.fail_with(Some(outage()));
+    assert!(world.tokens.0.table().bytes() < bytes, "less is held");
+    for audience in ["a", "b"] {
+        assert_eq!(world.get_known(&[audience]).await, Err(outage()));
+        assert!(world.get(1, &[audience]).await.is_ok(), "somebody else");
+    }
+    world.restart();
+    assert_eq!(world.get_known(&["a"]).await, Err(outage()), "the shelf");
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_empty_answer_is_a_refusal() {
     let world = world();
     world.fake.script.lock().unwrap().push_back(Ok(()));

@@ -128,6 +128,14 @@ impl<T> Row<T> {
         self.0.remove(mark).is_some()
     }
 
+    /// Removes all that was given to the process of `holder`. Says whether that was anything.
+    pub(super) fn remove_of(&mut self, holder: &Holder) -> bool {
+        let before = self.0.len();
+        self.0
+            .retain(|_, kept| kept.holder.process != holder.process);
+        self.0.len() < before
+    }
+
     /// What has expired, and what was for processes that have ended. Takes a look at each process.
     pub(super) fn over(&self, now: SystemTime) -> Vec<Mark> {
         let over = self.0.iter().filter(|(_, kept)| kept.is_over(now));

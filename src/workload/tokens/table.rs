@@ -102,6 +102,19 @@ impl Table {
         }
     }
 
+    /// Takes away what a workload holds, whatever for.
+    pub(super) fn withdraw(&mut self, whose: &Attested) {
+        let Some(share) = self.0.get_mut(&whose.user()) else {
+            return;
+        };
+        let workload = share.workloads.get_mut(&whose.digest());
+        for kept in workload.into_iter().flat_map(|workload| &mut workload.kept) {
+            kept.slot.state().held = None;
+            kept.bytes = kept.slot.bytes();
+        }
+        share.bytes = share.kept().map(|kept| kept.bytes).sum();
+    }
+
     /// Forgets what was not used since `idle`, and what is for processes that `ended`.
     pub(super) fn sweep(&mut self, idle: SystemTime, ended: &HashSet<Process>) {
         self.0.retain(|_, share| {
