@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Deref;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -34,6 +35,8 @@ const GRACE: Duration = Duration::from_secs(30);
 const REFUSAL_KEPT: Duration = Duration::from_secs(1);
 /// Renewals after a change that concerns everybody spread over this time.
 const SPREAD: Duration = Duration::from_secs(10);
+/// The longest that a caller waits for fresh SVIDs while old ones from the shelf would do.
+const WITH_FALLBACK: Duration = Duration::from_secs(2);
 /// First and longest wait after a failure.
 const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
@@ -193,6 +196,8 @@ struct Entry {
     key: Key,
     attested: Arc<Attested>,
     state: watch::Sender<State>,
+    /// Old SVIDs from the shelf, for when fresh ones cannot be had soon.
+    fallback: Option<Arc<Answer>>,
     subscribers: usize,
     abandoned: Option<SystemTime>,
     /// No wall time: a clock that is set back prolongs no refusal and no outage.
@@ -377,7 +382,7 @@ impl Cache {
             table.ids.insert(key.clone(), id);
             let mut entry = Entry::new(key, Arc::clone(attested), now);
             if let Some(svids) = kept {
-                entry.begin_with(svids, self.0.interval, table.renewed);
+                entry.begin_with(svids, now, self.0.interval, table.renewed);
             }
             table.entries.insert(id, entry);
             id
@@ -483,8 +488,22 @@ impl Cache {
         }
     }
 
-    /// Asks the cluster when the user's turn has come; `None` if nobody wants it any more by then.
+    /// Gets an outcome for an entry, whose subscribers do not wait for long if there is a fallback.
     async fn fly(&self, due: Due) -> Option<Outcome> {
+        let id = due.id;
+        let mut asked = pin!(self.ask(due));
+        tokio::select! {
+            outcome = &mut asked => return outcome,
+            () = self.0.clock.sleep(WITH_FALLBACK) => {}
+        }
+        if let Some(entry) = self.0.table().entries.get_mut(&id) {
+            entry.fall_back();
+        }
+        asked.await
+    }
+
+    /// Asks the cluster when the user's turn has come; `None` if nobody wants it any more by then.
+    async fn ask(&self, due: Due) -> Option<Outcome> {
         let Inner {
             firsts, renewals, ..
         } = &*self.0;
@@ -522,6 +541,10 @@ impl Cache {
         }
         table.update(id, |entry| {
             entry.in_flight = false;
+            match outcome {
+                Ok(_) | Err(IssueError::Refused(_)) => entry.fallback = None,
+                Err(IssueError::Unavailable(_) | IssueError::Answer(_)) => entry.fall_back(),
+            }
             let held = entry.state.borrow().clone();
             let next = after(now, &held, outcome, interval, &mut entry.backoff, jitter());
             entry.due = next.due;
@@ -559,6 +582,7 @@ impl Cache {
         for id in lost {
             table.update(id, |entry| {
                 entry.in_flight = false;
+                entry.fall_back();
                 entry.due = now + BACKOFF.1;
             });
         }
@@ -571,6 +595,7 @@ impl Entry {
             key,
             attested,
             state: watch::Sender::new(State::Pending),
+            fallback: None,
             subscribers: 0,
             abandoned: None,
             attempted: None,
@@ -583,13 +608,31 @@ impl Entry {
     }
 
     /// Serves what was issued earlier, renewed when it was to be renewed then, or at once if all
-    /// were to renew since.
-    fn begin_with(&mut self, svids: Arc<[Svid]>, interval: Duration, renewed: Option<SystemTime>) {
+    /// were to renew since. What is not fresh any more waits for what the cluster says: who connects
+    /// anew once an hour would always get the last minute of it.
+    fn begin_with(
+        &mut self,
+        svids: Arc<[Svid]>,
+        now: SystemTime,
+        interval: Duration,
+        renewed: Option<SystemTime>,
+    ) {
         let issued = issued_at(&svids);
+        if renewal::fresh_until(issued, not_after(&svids)) <= now {
+            self.fallback = Some(Answer::new(svids));
+            return;
+        }
         if renewed.is_none_or(|renewed| renewed <= issued) {
             self.due = renewal::due(issued, not_after(&svids), interval, jitter());
         }
         self.state.send_replace(State::Ready(Answer::new(svids)));
+    }
+
+    /// Serves the old SVIDs if there are any.
+    fn fall_back(&mut self) {
+        if let Some(kept) = self.fallback.take() {
+            self.state.send_replace(State::Ready(kept));
+        }
     }
 
     /// A new subscriber is not turned away with an old refusal or an old outage, and does not wait for

@@ -5,10 +5,12 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::*;
-use crate::attest::Attested;
+use crate::attest::{Attested, Process};
 use crate::clock::Clock;
 use crate::pb::teleport::workloadidentity::v1::{WorkloadAttrs, WorkloadAttrsUnix};
-use crate::workload::{Cache, Freshness, IssueError, Issuer, Selector, State, Subscription, Svid};
+use crate::workload::{
+    Cache, Crl, Freshness, IssueError, Issuer, Selector, Shelf, State, Subscription, Svid,
+};
 
 const MINUTE: Duration = Duration::from_mins(1);
 
@@ -21,7 +23,8 @@ struct Fake {
     /// What every call answers, script aside.
     always: Mutex<Option<IssueError>>,
     calls: Mutex<Vec<SystemTime>>,
-    delay: Duration,
+    delay: Mutex<Duration>,
+    authority: Authority,
 }
 
 #[async_trait]
@@ -38,17 +41,20 @@ impl Issuer for Fake {
             calls.push(now);
             calls.len().to_string()
         };
-        tokio::time::sleep(self.delay).await;
+        let delay = *self.delay.lock().unwrap();
+        tokio::time::sleep(delay).await;
         if let Some(error) = self.script.lock().unwrap().pop_front() {
             return Err(error);
         }
         if let Some(error) = self.always.lock().unwrap().clone() {
             return Err(error);
         }
+        let key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();
+        let id = "spiffe://example.org/a";
         Ok(vec![Svid {
-            id: "spiffe://example.org/a".parse().unwrap(),
-            chain: Bytes::new(),
-            key: Bytes::new(),
+            id: id.parse().unwrap(),
+            chain: self.authority.leaf_at(&key, &[id], now).into(),
+            key: Bytes::copy_from_slice(key.pkcs8_der().expose()),
             hint: String::new(),
             issued_at: now,
             not_after: now + HOUR,
@@ -76,11 +82,15 @@ fn world_with(interval: Duration, delay: Duration) -> World {
         script: Mutex::default(),
         always: Mutex::default(),
         calls: Mutex::default(),
-        delay,
+        delay: Mutex::new(delay),
+        authority: Authority::new(DOMAIN),
     });
+    let shelf = Shelf::default();
+    let bundles = Bundles::from_authority(&message(DOMAIN, &[&fake.authority]));
+    shelf.tell(&Arc::new(bundles.unwrap()), &Crl::None);
     let issuer: Arc<dyn Issuer> = Arc::clone(&fake) as _;
     World {
-        cache: Cache::new(issuer, clock.clone(), interval),
+        cache: Cache::beside(issuer, clock.clone(), interval, shelf),
         fake,
         clock,
     }
@@ -92,6 +102,16 @@ impl World {
     }
 
     fn subscribe_as(&self, uid: u32, pid: i32) -> Subscription {
+        self.subscribe_for(uid, pid, None)
+    }
+
+    /// For a process that the shelf knows again.
+    fn subscribe_known(&self) -> Subscription {
+        let pid = i32::try_from(std::process::id()).unwrap();
+        self.subscribe_for(0, pid, Process::of(pid))
+    }
+
+    fn subscribe_for(&self, uid: u32, pid: i32, process: Option<Process>) -> Subscription {
         let attributes = WorkloadAttrs {
             unix: Some(WorkloadAttrsUnix {
                 pid,
@@ -101,7 +121,7 @@ impl World {
             ..WorkloadAttrs::default()
         };
         let selector = Selector::Name("a".into());
-        let attested = Arc::new(Attested::new(attributes, None));
+        let attested = Arc::new(Attested::new(attributes, process));
         self.cache.subscribe(&selector, HOUR, &attested)
     }
 
@@ -377,6 +397,43 @@ async fn entries_end_a_while_after_their_last_subscriber() {
             assert_eq!(world.calls(), 1);
         })
         .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_old_comes_from_the_shelf_only_if_the_cluster_does_not_answer() {
+    for (age, trouble, delay, expected, longest) in [
+        (30, None, 0, "1", 0),
+        (55, None, 1, "2", 1),
+        (55, Some(outage()), 1, "1", 1),
+        (55, Some(IssueError::Answer("odd".into())), 1, "1", 1),
+        (55, None, 3, "1", 2),
+    ] {
+        let world = world();
+        let mut first = world.subscribe_known();
+        world
+            .run(async {
+                serial(&mut first, &world.clock).await.unwrap();
+                drop(first);
+                world.clock.sleep_until(start() + age * MINUTE).await;
+                assert!(world.cache.is_empty());
+                world.fail_with(trouble);
+                *world.fake.delay.lock().unwrap() = Duration::from_secs(delay);
+                let came = world.clock.now();
+                let mut again = world.subscribe_known();
+                let told = serial(&mut again, &world.clock).await;
+                assert_eq!(told.as_deref(), Ok(expected), "{age} min, {delay} s");
+                let waited = world.clock.now().duration_since(came).unwrap();
+                assert!(
+                    waited.as_secs() <= longest,
+                    "{age} min, {delay} s: {waited:?}"
+                );
+                if delay == 3 {
+                    again.state().changed().await.unwrap();
+                    assert_eq!(serial(&mut again, &world.clock).await, Ok("2".into()));
+                }
+            })
+            .await;
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -32,6 +32,7 @@ pub(crate) const HOUR: Duration = Duration::from_hours(1);
 pub(crate) const DOMAIN: &str = "example.org";
 
 /// A certificate authority.
+#[derive(Debug)]
 pub(crate) struct Authority {
     name: RdnSequence,
     key: PrivateKey,
