@@ -139,7 +139,7 @@ impl Agent {
             reloads,
         );
 
-        let trust = Trust::default();
+        let trust = Trust::beside(shelf.clone());
         let context = |name: Arc<str>, lifetime| Context {
             clock: clock.clone(),
             identity: bot.handle(),

@@ -5,7 +5,6 @@ use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures_util::FutureExt as _;
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
@@ -19,7 +18,10 @@ const AGAIN: Duration = Duration::from_secs(10);
 
 /// The place where services find them. Clones share it; following ends with the last clone.
 #[derive(Debug, Clone, Default)]
-pub struct Trust(Arc<Mutex<Option<Following>>>);
+pub struct Trust {
+    following: Arc<Mutex<Option<Following>>>,
+    shelf: Shelf,
+}
 
 /// What is followed, and the task that does it.
 #[derive(Debug)]
@@ -33,41 +35,37 @@ struct Following {
 pub(super) struct Feeds {
     /// `None` until the bot has joined and the cluster was heard.
     pub(super) bundles: watch::Receiver<Option<Arc<Bundles>>>,
-    /// Pending until then, and a moment longer.
+    /// Pending until then, and a moment longer; but if there were lists before the agent was started
+    /// anew, those from the beginning.
     pub(super) revoked: watch::Receiver<Crl>,
 }
 
 /// What stands beside SVIDs in an answer: what the cluster says, and until it was heard for the first
-/// time, what it said before the agent was started anew. Clones each remember what they looked at.
+/// time, the bundles of before the agent was started anew (the lists begin with those of then).
+/// Clones each remember what they looked at.
 #[derive(Debug, Clone)]
 pub(super) struct View {
     heard: Feeds,
-    before: Option<Beside>,
+    before: Option<Arc<Bundles>>,
 }
 
 impl View {
     pub(super) fn new(heard: Feeds, before: Option<Beside>) -> Self {
+        let before = before.map(|before| before.bundles);
         Self { heard, before }
     }
 
     /// The current state, which counts as looked at.
     pub(super) fn look(&mut self) -> (Option<Arc<Bundles>>, Crl) {
-        let bundles = self.heard.bundles.borrow_and_update().clone();
+        let heard = self.heard.bundles.borrow_and_update().clone();
         let crl = self.heard.revoked.borrow_and_update().clone();
-        match &self.before {
-            Some(before) if bundles.is_none() => {
-                (Some(Arc::clone(&before.bundles)), list(before.crl.as_ref()))
-            }
-            // The list is on its way.
-            Some(before) if crl == Crl::Pending => (bundles, list(before.crl.as_ref())),
-            _ => (bundles, crl),
-        }
+        (heard.or_else(|| self.before.clone()), crl)
     }
 
     /// The bundles, without looking.
     pub(super) fn bundles(&self) -> Option<Arc<Bundles>> {
         let heard = self.heard.bundles.borrow().clone();
-        heard.or_else(|| Some(Arc::clone(&self.before.as_ref()?.bundles)))
+        heard.or_else(|| self.before.clone())
     }
 
     /// Waits for something else than was looked at; of the list, only with `revocations`. An error
@@ -99,17 +97,26 @@ impl View {
     }
 }
 
-fn list(der: Option<&Bytes>) -> Crl {
-    der.cloned().map_or(Crl::None, Crl::Signed)
-}
-
 impl Trust {
+    /// Begins with the lists on `shelf`: what the cluster revoked stays revoked until it says otherwise,
+    /// however long it takes to be heard after a restart.
+    pub fn beside(shelf: Shelf) -> Self {
+        Self {
+            shelf,
+            ..Self::default()
+        }
+    }
+
     /// Follows them as the bot itself from its first join on, if nobody did so far.
     pub(super) fn follow(&self, identity: &Handle, clock: &Clock) -> Feeds {
-        let mut following = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut following = self
+            .following
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let following = following.get_or_insert_with(|| {
             let (bundles, follow_bundles) = watch::channel(None);
-            let (revoked, follow_revoked) = watch::channel(Crl::Pending);
+            let known = self.shelf.lists().map_or(Crl::Pending, Crl::Signed);
+            let (revoked, follow_revoked) = watch::channel(known);
             let (identity, clock) = (identity.clone(), clock.clone());
             let beside = follow_bundles.clone();
             let task = tokio::spawn(async move {
@@ -154,6 +161,8 @@ mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
     use std::time::SystemTime;
 
+    use bytes::Bytes;
+
     use super::*;
     use crate::workload::tests::{Authority, DOMAIN, message};
 
@@ -172,19 +181,19 @@ mod tests {
         assert_eq!(clock.now(), SystemTime::UNIX_EPOCH + 2 * AGAIN);
     }
 
+    fn bundles(authority: &Authority) -> Arc<Bundles> {
+        Arc::new(Bundles::from_authority(&message(DOMAIN, &[authority])).unwrap())
+    }
+
     #[test]
-    fn what_was_said_before_stands_in_until_the_cluster_is_heard() {
-        let bundles = |names: &[&Authority]| {
-            Arc::new(Bundles::from_authority(&message(DOMAIN, names)).unwrap())
-        };
-        let (old, new) = (Authority::new("old"), Authority::new("new"));
-        let (old, new) = (bundles(&[&old]), bundles(&[&new]));
-        let [old_list, new_list] = ["old", "new"].map(|text| Bytes::from_static(text.as_bytes()));
+    fn the_bundles_of_before_stand_in_until_the_cluster_is_heard() {
+        let [old, new] = ["old", "new"].map(|name| bundles(&Authority::new(name)));
+        let list = Crl::Signed(Bytes::from_static(b"list"));
         let (told, heard) = watch::channel(None);
-        let (listed, revoked) = watch::channel(Crl::Pending);
+        let (listed, revoked) = watch::channel(list.clone());
         let before = Beside {
             bundles: Arc::clone(&old),
-            crl: Some(old_list.clone()),
+            crl: None,
         };
         let heard = Feeds {
             bundles: heard,
@@ -192,21 +201,53 @@ mod tests {
         };
         let mut view = View::new(heard.clone(), Some(before));
         let mut without = View::new(heard, None);
-        assert_eq!(without.look(), (None, Crl::Pending));
-        assert_eq!(
-            view.look(),
-            (Some(Arc::clone(&old)), Crl::Signed(old_list.clone()))
-        );
-        // A list that was given up on is no news while the cluster is away.
-        listed.send_replace(Crl::None);
-        assert_eq!(view.look().1, Crl::Signed(old_list.clone()));
-        listed.send_replace(Crl::Pending);
+        assert_eq!(without.look(), (None, list.clone()));
+        assert_eq!(view.look(), (Some(Arc::clone(&old)), list.clone()));
+        assert_eq!(view.bundles(), Some(old));
         told.send_replace(Some(Arc::clone(&new)));
-        assert_eq!(view.look(), (Some(Arc::clone(&new)), Crl::Signed(old_list)));
+        assert_eq!(view.look(), (Some(Arc::clone(&new)), list));
         assert_eq!(view.bundles(), Some(new));
-        listed.send_replace(Crl::Signed(new_list.clone()));
-        assert_eq!(view.look().1, Crl::Signed(new_list));
         listed.send_replace(Crl::None);
         assert_eq!(view.look().1, Crl::None, "the cluster took it away");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn lists_of_before_the_restart_are_there_at_once_and_kept_on() {
+        let clock = Clock::simulated(SystemTime::UNIX_EPOCH);
+        let identity = Handle::new(
+            clock.clone(),
+            Arc::new(crate::cluster::dial::Tcp),
+            crate::cluster::client::Route::Direct("nowhere:3025".to_owned()),
+            crate::cluster::trust::Trust::default(),
+            false,
+            watch::channel(None).1,
+            watch::channel(None).1,
+            watch::channel(0).1,
+        );
+        let fresh = Trust::default().follow(&identity, &clock);
+        assert_eq!(*fresh.revoked.borrow(), Crl::Pending);
+
+        let (old, new) = (
+            bundles(&Authority::new("old")),
+            bundles(&Authority::new("new")),
+        );
+        let list = Bytes::from_static(b"list");
+        let shelf = Shelf::default();
+        shelf.tell(&old, &Crl::Signed(list.clone()));
+        let revoked = Trust::beside(shelf.clone())
+            .follow(&identity, &clock)
+            .revoked;
+        assert_eq!(*revoked.borrow(), Crl::Signed(list.clone()));
+        // Bundles are heard, and lists are not.
+        let (_told, heard) = watch::channel(Some(new));
+        let heard = Feeds {
+            bundles: heard,
+            revoked,
+        };
+        tokio::select! {
+            () = View::new(heard, None).keep_on(&shelf) => unreachable!(),
+            () = clock.sleep(AGAIN) => {}
+        }
+        assert_eq!(shelf.lists(), Some(list));
     }
 }

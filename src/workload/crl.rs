@@ -10,6 +10,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
@@ -91,7 +92,8 @@ const OPENING: Duration = Duration::from_mins(15);
 
 /// Keeps the lists current until the future is dropped. Readers are woken when their meaning changes;
 /// a reader that comes later sees the newest bytes. Whatever the cluster does, they are not
-/// [`Crl::Pending`] for long. Lists of authorities that are not in the newest of `bundles` are
+/// [`Crl::Pending`] for long; lists that are `published` when it begins, from before a restart, stand
+/// until the cluster is heard. Lists of authorities that are not in the newest of `bundles` are
 /// given up when the next one came.
 pub async fn follow(
     feed: &dyn CrlFeed,
@@ -113,6 +115,7 @@ pub async fn follow(
         clock,
         bundles: bundles.clone(),
         published,
+        heard: AtomicBool::new(false),
     };
     tokio::join!(give_up, keep(feed, &known), known.weed(bundles));
 }
@@ -122,14 +125,19 @@ struct Known<'a> {
     clock: &'a Clock,
     bundles: watch::Receiver<Option<Arc<Bundles>>>,
     published: &'a watch::Sender<Crl>,
+    /// Whether the first of the lists came from the cluster: until then, all are of before a restart.
+    heard: AtomicBool,
 }
 
 impl Known<'_> {
-    /// Takes a list in.
+    /// Takes a list in; an empty one says that there is none.
     fn publish(&self, fresh: Bytes) {
-        let kept = self.of_others(&fresh, &self.published.borrow());
-        let fresh = join([fresh].into_iter().chain(kept));
-        publish(self.published, Crl::Signed(fresh));
+        self.heard.store(true, Ordering::Relaxed);
+        if fresh.is_empty() {
+            return publish(self.published, Crl::None);
+        }
+        let lists = self.with_others(Some(fresh), &self.published.borrow());
+        publish(self.published, lists);
     }
 
     /// Gives up lists when their authorities leave the bundle.
@@ -137,12 +145,13 @@ impl Known<'_> {
         while bundles.changed().await.is_ok() {
             bundles.mark_unchanged();
             self.published.send_if_modified(|crl| {
-                let Some(first) = crl.der().and_then(|lists| split(lists).into_iter().next())
-                else {
+                let Some(lists) = crl.der().map(split) else {
                     return false;
                 };
-                let kept = self.of_others(&first, crl);
-                let weeded = Crl::Signed(join([first].into_iter().chain(kept)));
+                // The cluster's last word stands, whoever signed it.
+                let heard = self.heard.load(Ordering::Relaxed);
+                let first = lists.into_iter().next().filter(|_| heard);
+                let weeded = self.with_others(first, crl);
                 let news = *crl != weeded;
                 *crl = weeded;
                 news
@@ -151,11 +160,24 @@ impl Known<'_> {
         std::future::pending::<()>().await;
     }
 
-    /// The lists in `crl` by others than the issuer of `fresh`, as far as those are in the bundle and
+    /// `first`, and the lists in `crl` by others than its issuer.
+    fn with_others(&self, first: Option<Bytes>, crl: &Crl) -> Crl {
+        let others = self.of_others(first.as_ref(), crl);
+        let lists: Vec<Bytes> = first.into_iter().chain(others).collect();
+        match lists.as_slice() {
+            [] => Crl::None,
+            [one] => Crl::Signed(one.clone()),
+            several => Crl::Signed(several.concat().into()),
+        }
+    }
+
+    /// The lists in `crl` by others than the issuer of `first`, as far as those are in the bundle and
     /// the lists are not over.
-    fn of_others(&self, fresh: &Bytes, crl: &Crl) -> Vec<Bytes> {
-        let Some(issuer) = facts(fresh).map(|fresh| fresh.issuer) else {
-            return Vec::new();
+    fn of_others(&self, first: Option<&Bytes>, crl: &Crl) -> Vec<Bytes> {
+        let issuer = match first.map(|first| facts(first)) {
+            Some(None) => return Vec::new(),
+            Some(Some(first)) => Some(first.issuer),
+            None => None,
         };
         let authorities = self.bundles.borrow().clone();
         let vouches = |name: &[u8]| {
@@ -166,20 +188,11 @@ impl Known<'_> {
         let good = |list: &Bytes| {
             facts(list).is_some_and(|known| {
                 let over = known.next_update.is_some_and(|next| next <= now);
-                known.issuer != issuer && !over && vouches(&known.issuer)
+                Some(&known.issuer) != issuer.as_ref() && !over && vouches(&known.issuer)
             })
         };
         let lists = crl.der().map(split).unwrap_or_default();
         lists.into_iter().filter(good).collect()
-    }
-}
-
-/// Lists, one after the other.
-fn join(lists: impl Iterator<Item = Bytes>) -> Bytes {
-    let lists: Vec<Bytes> = lists.collect();
-    match lists.as_slice() {
-        [one] => one.clone(),
-        several => several.concat().into(),
     }
 }
 
@@ -249,7 +262,6 @@ async fn session(feed: &dyn CrlFeed, known: &Known<'_>) -> Ended {
     };
     loop {
         match next {
-            Some(Ok(list)) if list.is_empty() => publish(known.published, Crl::None),
             Some(Ok(list)) => known.publish(list),
             Some(Err(error)) => return Ended::AfterList(Some(error)),
             None => return Ended::AfterList(None),

@@ -296,6 +296,62 @@ async fn the_last_list_of_each_authority_is_kept_while_the_bundle_has_it() {
     assert_eq!(seen, [vec![first], vec![junk]]);
 }
 
+/// What is published when an agent begins with `stored` lists and these scripts, and hears the bundle a
+/// minute later: just before, and just after.
+async fn restarted(
+    stored: &[&Bytes],
+    scripts: Vec<Result<Vec<Bytes>, Status>>,
+    authorities: &[&Authority],
+) -> [Vec<Bytes>; 2] {
+    let stored = stored.iter().flat_map(|list| list.to_vec()).collect();
+    let (sender, receiver) = watch::channel(Crl::Signed(stored));
+    let (told, heard) = watch::channel(None);
+    let bundles = Bundles::from_authority(&message(DOMAIN, authorities)).unwrap();
+    let feed = Feed(Mutex::new(scripts));
+    let clock = Clock::simulated(start());
+    let minute = Duration::from_mins(1);
+    let seen = || receiver.borrow().der().map(split).unwrap_or_default();
+    let read = async {
+        tokio::time::sleep(minute).await;
+        let before = seen();
+        told.send_replace(Some(Arc::new(bundles)));
+        tokio::time::sleep(minute).await;
+        [before, seen()]
+    };
+    tokio::select! {
+        () = follow(&feed, &clock, heard, &sender) => unreachable!(),
+        seen = read => seen,
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn lists_of_before_a_restart_stand_until_the_cluster_is_heard() {
+    let [old, new, gone] = ["old", "new", "gone"].map(Authority::new);
+    let by = |authority: &Authority, number, next_update| {
+        let certificate = Certificate::from_der(&authority.der).unwrap();
+        list_of(&certificate.subject_der(), &[7], number, next_update)
+    };
+    let later = Some("270101000000Z");
+    let (first, second, stranger) = (by(&new, 1, later), by(&old, 2, None), by(&gone, 3, later));
+    let over = by(&old, 4, Some("250101000000Z"));
+    let stored = [&first, &second];
+    let both = [first.clone(), second.clone()];
+    let away = || vec![Err(Status::unavailable("x"))];
+
+    let seen = restarted(&stored, away(), &[&new, &old]).await;
+    assert_eq!(seen, [both.to_vec(), both.to_vec()]);
+    // Nobody vouches for them any more, or they are over.
+    let seen = restarted(&stored, away(), &[&old]).await;
+    assert_eq!(seen, [both.to_vec(), vec![second.clone()]]);
+    let seen = restarted(&[&stranger, &over], away(), &[&new, &old]).await;
+    assert_eq!(seen, [vec![stranger, over], vec![]]);
+    // The cluster has none.
+    for none in [Err(Status::unimplemented("x")), Ok(vec![Bytes::new()])] {
+        let seen = restarted(&stored, vec![none], &[&new, &old]).await;
+        assert_eq!(seen, [const { Vec::<Bytes>::new() }; 2]);
+    }
+}
+
 #[test]
 fn fuzz_lists() {
     let sample = list("ca", &[1, 2, 3], 1, false);
