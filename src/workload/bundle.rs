@@ -256,6 +256,11 @@ impl BundleFeed for Client {
     }
 }
 
+/// The backoff of who was not answered so far. What was issued waits for that, unlike for news.
+pub(super) fn until_heard() -> Backoff {
+    Backoff::new(Duration::from_secs(1), Duration::from_mins(1))
+}
+
 /// Keeps the bundles of `cluster` current until the future is dropped. Publishes only what differs
 /// from what was published before.
 pub async fn follow(
@@ -264,7 +269,11 @@ pub async fn follow(
     clock: &Clock,
     published: &watch::Sender<Option<Arc<Bundles>>>,
 ) {
-    let mut backoff = Backoff::of_streams();
+    let mut backoff = if published.borrow().is_none() {
+        until_heard()
+    } else {
+        Backoff::of_streams()
+    };
     let mut failures = Repeated::default();
     loop {
         let follower = Follower {
@@ -276,7 +285,7 @@ pub async fn follow(
         let mut synced = false;
         let error = follower.session(&mut synced).await;
         if synced {
-            backoff.reset();
+            backoff = Backoff::of_streams();
             if let Some(failures) = failures.recovered() {
                 tracing::info!(failures, "Trust bundles are current again");
             }

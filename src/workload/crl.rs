@@ -23,7 +23,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use x509_cert::time::Time;
 
-use super::Bundles;
+use super::{Bundles, bundle};
 use crate::backoff::{Backoff, Loudness, Repeated};
 use crate::clock::Clock;
 use crate::cluster::events::paced;
@@ -197,7 +197,7 @@ impl Known<'_> {
 }
 
 async fn keep(feed: &dyn CrlFeed, known: &Known<'_>) {
-    let mut backoff = Backoff::of_streams();
+    let mut backoff = bundle::until_heard();
     let mut failures = Repeated::default();
     loop {
         let error = match session(feed, known).await {
@@ -208,7 +208,7 @@ async fn keep(feed: &dyn CrlFeed, known: &Known<'_>) {
             Ended::Silent => continue,
             Ended::Closed => None,
             Ended::AfterList(error) => {
-                backoff.reset();
+                backoff = Backoff::of_streams();
                 failures.recovered();
                 error
             }

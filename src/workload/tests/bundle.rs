@@ -257,6 +257,29 @@ async fn changes_are_followed_and_nothing_unusable_replaces_what_is_good() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_first_bundle_is_asked_for_without_long_pauses() {
+    let authority = Authority::new(DOMAIN);
+    let cluster = Cluster::default();
+    beside(&cluster, |mut bundles| {
+        let (cluster, authority) = (&cluster, &authority);
+        let asked = || cluster.asked.lock().unwrap().len();
+        async move {
+            tokio::time::sleep(HOUR).await;
+            assert!((60..150).contains(&asked()), "{} in an hour", asked());
+            *cluster.authority.lock().unwrap() = Some(message(DOMAIN, &[authority]));
+            let heard = tokio::time::timeout(Duration::from_mins(1), bundles.changed());
+            heard.await.expect("somebody waits").unwrap();
+            // News can wait.
+            *cluster.authority.lock().unwrap() = None;
+            let before = asked();
+            tokio::time::sleep(6 * HOUR).await;
+            assert!(asked() - before < 100, "{} times", asked() - before);
+        }
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_last_good_bundle_outlives_the_cluster() {
     let (old, new) = (Authority::new(DOMAIN), Authority::new(DOMAIN));
     let cluster = Cluster::default();

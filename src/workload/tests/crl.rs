@@ -204,6 +204,20 @@ async fn a_cluster_that_does_not_answer_is_asked_again() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_first_list_is_asked_for_without_long_pauses() {
+    let away = || (0..60).map(|_| Err(Status::unavailable("x")));
+    let [first, second] = [1, 2].map(|number| list("ca", &[number], number, false));
+    let scripts = away().chain([Ok(vec![first.clone()])]);
+    let (crl, _) = followed(scripts.collect()).await;
+    assert_eq!(crl, Crl::Signed(first.clone()));
+    // News can wait.
+    let scripts = away().chain([Ok(vec![second])]);
+    let scripts = [Ok(vec![first.clone()])].into_iter().chain(scripts);
+    let (crl, _) = followed(scripts.collect()).await;
+    assert_eq!(crl, Crl::Signed(first));
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_last_list_outlives_the_stream() {
     let first = list("ca", &[1], 1, false);
     let (crl, _) = followed(vec![Ok(vec![first.clone()]), Err(Status::unavailable("x"))]).await;
