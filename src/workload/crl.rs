@@ -90,6 +90,9 @@ const FIRST: Duration = Duration::from_secs(2);
 /// sign one every ten minutes.
 const OPENING: Duration = Duration::from_mins(15);
 
+/// The most lists that are kept beside the one that came last: more than a cluster has authorities.
+const OTHERS: usize = 16;
+
 /// Keeps the lists current until the future is dropped. Readers are woken when their meaning changes;
 /// a reader that comes later sees the newest bytes. Whatever the cluster does, they are not
 /// [`Crl::Pending`] for long; lists that are `published` when it begins, from before a restart, stand
@@ -181,8 +184,11 @@ impl Known<'_> {
         };
         let authorities = self.bundles.borrow().clone();
         let vouches = |name: &[u8]| {
-            let mut all = authorities.iter().flat_map(|bundles| bundles.authorities());
-            all.any(|authority| authority.subject_der() == name)
+            // Before a bundle was heard, nobody can tell.
+            authorities.as_ref().is_none_or(|bundles| {
+                let mut all = bundles.authorities().iter();
+                all.any(|authority| authority.subject_der() == name)
+            })
         };
         let now = self.clock.now();
         let good = |list: &Bytes| {
@@ -192,7 +198,7 @@ impl Known<'_> {
             })
         };
         let lists = crl.der().map(split).unwrap_or_default();
-        lists.into_iter().filter(good).collect()
+        lists.into_iter().filter(good).take(OTHERS).collect()
     }
 }
 

@@ -317,8 +317,13 @@ async fn restarted(
     scripts: Vec<Result<Vec<Bytes>, Status>>,
     authorities: &[&Authority],
 ) -> [Vec<Bytes>; 2] {
-    let stored = stored.iter().flat_map(|list| list.to_vec()).collect();
-    let (sender, receiver) = watch::channel(Crl::Signed(stored));
+    let lists = stored.iter().flat_map(|list| list.to_vec()).collect();
+    let stored = if stored.is_empty() {
+        Crl::Pending
+    } else {
+        Crl::Signed(lists)
+    };
+    let (sender, receiver) = watch::channel(stored);
     let (told, heard) = watch::channel(None);
     let bundles = Bundles::from_authority(&message(DOMAIN, authorities)).unwrap();
     let feed = Feed(Mutex::new(scripts));
@@ -364,6 +369,23 @@ async fn lists_of_before_a_restart_stand_until_the_cluster_is_heard() {
         let seen = restarted(&stored, vec![none], &[&new, &old]).await;
         assert_eq!(seen, [const { Vec::<Bytes>::new() }; 2]);
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn lists_that_come_before_the_bundle_wait_for_it() {
+    let [old, new] = ["old", "new"].map(Authority::new);
+    let [old_list, new_list] = [&old, &new].map(|authority| {
+        let certificate = Certificate::from_der(&authority.der).unwrap();
+        list_of(&certificate.subject_der(), &[7], 1, None)
+    });
+    let strangers = (0..20).map(|number| list(&format!("ca {number}"), &[7], number, true));
+    let strangers: Vec<Bytes> = strangers.collect();
+    let both = [new_list.clone(), old_list.clone()];
+    let lists = strangers.iter().cloned().chain([old_list, new_list]);
+    let [before, after] = restarted(&[], vec![Ok(lists.collect())], &[&new, &old]).await;
+    assert_eq!(before[..2], both);
+    assert!(before.len() < strangers.len(), "{} lists", before.len());
+    assert_eq!(after, both);
 }
 
 #[test]
