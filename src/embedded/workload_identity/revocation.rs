@@ -75,6 +75,7 @@ async fn keep_signed(state: Arc<ClusterState>, sender: watch::Sender<Current>) {
     loop {
         authorities.mark_unchanged();
         let owned = Arc::clone(&state);
+        let signed_at = state.clock.now();
         let signed = tokio::task::spawn_blocking(move || sign_current(&owned)).await;
         match signed {
             Ok(Ok(list)) => sender.send_replace(Some(Arc::new(list))),
@@ -89,6 +90,9 @@ async fn keep_signed(state: Arc<ClusterState>, sender: watch::Sender<Current>) {
         tokio::select! {
             () = revocation(&mut changes) => state.clock.sleep(GATHER).await,
             rotated = authorities.changed() => if rotated.is_err() { return },
+            // A list ends by the wall, and the machine may sleep meanwhile; but a clock that is set
+            // back must not put this off.
+            () = state.clock.sleep_until(signed_at + REFRESH) => {}
             () = state.clock.sleep(REFRESH) => {}
         }
     }
