@@ -354,15 +354,17 @@ async fn load(storage: &dyn Destination, origin: &Origin, now: SystemTime) -> Co
 async fn keep(inner: Arc<Inner>, storage: Option<Arc<dyn Destination>>, clock: Clock) {
     let mut failures = Repeated::default();
     let lasting = storage.is_some();
+    // What is stored is behind: a write that failed is tried again with the next sweep.
+    let mut behind = false;
     loop {
-        let told = tokio::select! {
-            () = inner.changed.notified(), if lasting => true,
-            () = clock.sleep(SWEEP) => false,
-        };
+        tokio::select! {
+            () = inner.changed.notified(), if lasting => behind = true,
+            () = clock.sleep(SWEEP) => {}
+        }
         let (sweeping, now) = (Arc::clone(&inner), clock.now());
         // Looking at thousands of processes, and encoding, take a while.
         let changed = tokio::task::spawn_blocking(move || {
-            let changed = sweeping.sweep(now) || told;
+            let changed = sweeping.sweep(now) || behind;
             let content = (changed && lasting).then(|| sweeping.content().clone());
             content.map(|content| record::encode(&sweeping.origin, &content))
         });
@@ -371,7 +373,9 @@ async fn keep(inner: Arc<Inner>, storage: Option<Arc<dyn Destination>>, clock: C
         };
         let begun = Instant::now();
         let files = FileSet::from([(FILE.to_owned(), bytes)]);
-        match storage.write(files).await {
+        let written = storage.write(files).await;
+        behind = written.is_err();
+        match written {
             Ok(()) => {
                 failures.recovered();
             }

@@ -1,7 +1,11 @@
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use async_trait::async_trait;
+
 use super::*;
 use crate::attest::Process;
 use crate::crypto::{KeyAlgorithm, PrivateKey};
-use crate::destination::from_uri;
+use crate::destination::{DestinationError, Lock, from_uri};
 use crate::secret::Secret;
 use crate::workload::tests::{Authority, DOMAIN, HOUR, TokenKey, message, start};
 
@@ -117,6 +121,61 @@ async fn a_restart_loses_nothing_that_is_still_good() {
     let late = Clock::simulated(start() + HOUR);
     let late = Shelf::open(storage, late, origin("a", "t")).await;
     assert!(late.inner.content().is_empty());
+}
+
+/// A place whose first write fails.
+#[derive(Debug)]
+struct Full(Arc<dyn Destination>, AtomicBool);
+
+#[async_trait]
+impl Destination for Full {
+    async fn init(&self) -> Result<(), DestinationError> {
+        self.0.init().await
+    }
+
+    async fn check_writable(&self) -> Result<(), DestinationError> {
+        self.0.check_writable().await
+    }
+
+    async fn write(&self, files: FileSet) -> Result<(), DestinationError> {
+        if self.1.swap(false, Ordering::Relaxed) {
+            return Err(DestinationError::Unsuitable {
+                path: FILE.to_owned(),
+                problem: "no space left".to_owned(),
+            });
+        }
+        self.0.write(files).await
+    }
+
+    async fn read(&self, name: &str) -> Result<Option<Secret<Vec<u8>>>, DestinationError> {
+        self.0.read(name).await
+    }
+
+    fn lock(&self) -> Result<Option<Box<dyn Lock>>, DestinationError> {
+        self.0.lock()
+    }
+
+    fn is_persistent(&self) -> bool {
+        self.0.is_persistent()
+    }
+
+    fn directory(&self) -> Option<&std::path::Path> {
+        self.0.directory()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_could_not_be_stored_is_tried_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let place = storage(&directory.path().canonicalize().unwrap()).await;
+    let full = Arc::new(Full(Arc::clone(&place), AtomicBool::new(true)));
+    let clock = Clock::simulated(start());
+    let shelf = Shelf::open(full, clock.clone(), origin("a", "t")).await;
+    shelf.tell(&bundles(&Authority::new(DOMAIN)), &Crl::None);
+    clock.sleep(SWEEP / 2).await;
+    assert!(place.read(FILE).await.unwrap().is_none());
+    clock.sleep(SWEEP).await;
+    assert!(place.read(FILE).await.unwrap().is_some());
 }
 
 #[tokio::test]
