@@ -98,6 +98,19 @@ impl ClusterError {
         }
     }
 
+    /// Whether the cluster decided against a caller and has no code for it. It wraps each refusal of a
+    /// workload identity in [`EVALUATION`], and only some have a code of their own: a rule that reads an
+    /// attribute which this caller lacks, or a template that does, fails as [`Code::Unknown`]. The same
+    /// caller fails in the same way again, so an outage it is not.
+    fn is_failed_evaluation(&self) -> bool {
+        match self {
+            Self::Call { status, .. } => {
+                self.is_unexplained() && status.message().contains(EVALUATION)
+            }
+            _ => false,
+        }
+    }
+
     /// What a person has to do about a refusal that a cluster tells in words only; `None` if it is
     /// none of those. It is part of the error's text.
     pub fn remedy(&self) -> Option<&'static str> {
@@ -116,6 +129,7 @@ impl ClusterError {
             | Self::NotAProxy { .. }
             | Self::Answer { .. } => Disposition::Retry,
             Self::Trust(_) => Disposition::Refused,
+            Self::Call { .. } if self.is_failed_evaluation() => Disposition::Refused,
             Self::Call { status, .. } => match status.code() {
                 Code::Unimplemented => Disposition::Unsupported,
                 Code::PermissionDenied
@@ -138,6 +152,10 @@ impl ClusterError {
         }
     }
 }
+
+/// What a cluster wraps around the reason for which a workload identity is not for a caller
+/// (`lib/auth/machineid/workloadidentityv1`).
+const EVALUATION: &str = "workload identity failed evaluation";
 
 /// Refusals that have no code of their own (`lib/auth`, upstream 18.0.0), by a part of their text,
 /// and what to do. The first that fits counts. They are for people: no decision rests on them.
@@ -283,6 +301,25 @@ mod tests {
     fn an_unknown_method_is_unsupported() {
         let error = ClusterError::call("Join")(Status::unimplemented("x"));
         assert_eq!(error.disposition(), Disposition::Unsupported);
+    }
+
+    #[test]
+    fn a_failed_evaluation_is_a_refusal_and_no_other_unknown_error_is() {
+        let text = "workload identity failed evaluation: \"workload.kubernetes\" is unset";
+        for (status, disposition) in [
+            (Status::unknown(text), Disposition::Refused),
+            (
+                Status::unknown(format!("rpc\n\t{text}")),
+                Disposition::Refused,
+            ),
+            (Status::not_found(text), Disposition::Refused),
+            (Status::invalid_argument(text), Disposition::Refused),
+            (Status::unknown("evaluation"), Disposition::Retry),
+            (Status::unavailable(text), Disposition::Retry),
+        ] {
+            let error = ClusterError::call("IssueWorkloadIdentity")(status);
+            assert_eq!(error.disposition(), disposition, "{error:?}");
+        }
     }
 
     #[test]

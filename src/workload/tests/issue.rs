@@ -1,4 +1,7 @@
+use tonic::Status;
+
 use super::*;
+use crate::cluster::ClusterError;
 use crate::pb::teleport::workloadidentity::v1::credential::Credential as Kind;
 use crate::pb::teleport::workloadidentity::v1::{Credential, X509svidCredential};
 use crate::workload::issue::{accept, leads_to};
@@ -235,6 +238,15 @@ fn hints_stay_unique_and_order_is_kept() {
             (ids[2].into(), "")
         ]
     );
+}
+
+#[test]
+fn who_fails_the_evaluation_is_refused() {
+    let error = |status| IssueError::from(ClusterError::call("IssueWorkloadIdentity")(status));
+    let failed = error(Status::unknown("workload identity failed evaluation: x"));
+    assert!(matches!(failed, IssueError::Refused(_)), "{failed:?}");
+    let trouble = error(Status::unknown("x"));
+    assert!(matches!(trouble, IssueError::Unavailable(_)), "{trouble:?}");
 }
 
 #[test]
