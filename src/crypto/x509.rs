@@ -215,9 +215,13 @@ impl Certificate {
     /// Validity and constraints are not looked at.
     #[must_use]
     pub fn is_signed_by(&self, issuer: &Self) -> bool {
-        if self.inner.tbs_certificate.issuer != issuer.inner.tbs_certificate.subject {
-            return false;
-        }
+        self.inner.tbs_certificate.issuer == issuer.inner.tbs_certificate.subject
+            && self.is_signed_with_key_of(issuer)
+    }
+
+    /// Whether the signature verifies with `issuer`'s key, whatever name it was made under.
+    #[must_use]
+    pub(crate) fn is_signed_with_key_of(&self, issuer: &Self) -> bool {
         let algorithm: &dyn VerificationAlgorithm =
             match self.inner.signature_algorithm.oid.to_string().as_str() {
                 "1.2.840.113549.1.1.11" => &RSA_PKCS1_2048_8192_SHA256,

@@ -395,26 +395,22 @@ fn in_domain(id: &SpiffeId, domain: &TrustDomain) -> Result<(), String> {
 /// Whether signatures lead from `leaf` through `chain` to an authority.
 ///
 /// A cluster may issue under another certificate for its own key, signed by a hierarchy that the
-/// bundle does not hold: an intermediate with an authority's key is as good as that authority.
+/// bundle does not hold, or by that key: an intermediate with an authority's key is as good as that
+/// authority, and so is an issuer that is not sent along.
 fn is_anchored(leaf: &Certificate, chain: &[Certificate], authorities: &[Certificate]) -> bool {
+    let vouched = |by: &dyn Fn(&Certificate) -> bool| authorities.iter().any(by);
     let mut current = leaf;
-    for next in chain.iter().map(Some).chain([None]) {
-        if authorities
-            .iter()
-            .any(|authority| current.is_signed_by(authority))
-        {
+    for next in chain {
+        if vouched(&|authority| current.is_signed_by(authority)) {
             return true;
         }
-        let Some(next) = next.filter(|next| current.is_signed_by(next)) else {
+        if !current.is_signed_by(next) {
             return false;
-        };
-        if authorities
-            .iter()
-            .any(|authority| authority.spki() == next.spki())
-        {
+        }
+        if vouched(&|authority| authority.spki() == next.spki()) {
             return true;
         }
         current = next;
     }
-    false
+    vouched(&|authority| current.is_signed_with_key_of(authority))
 }

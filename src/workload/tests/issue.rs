@@ -202,6 +202,24 @@ fn an_overridden_issuer_counts_by_its_key() {
     let answer = vec![credential(ID, "", leaf.clone(), vec![intermediate.clone()])];
     let svids = accept(answer, &world.key, &world.bundles, start()).unwrap();
     assert_eq!(svids[0].chain, [leaf, intermediate].concat());
+
+    // The same key under another name, signed by itself: clusters send no chain then.
+    let answer = vec![credential(
+        ID,
+        "",
+        issuing.leaf(&world.key, &[ID]),
+        Vec::new(),
+    )];
+    let svids = accept(answer, &world.key, &world.bundles, start()).unwrap();
+    assert!(leads_to(&svids[0], &world.bundles));
+    let foreign = Authority::new("issuing");
+    let answer = vec![credential(
+        ID,
+        "",
+        foreign.leaf(&world.key, &[ID]),
+        Vec::new(),
+    )];
+    accept(answer, &world.key, &world.bundles, start()).unwrap_err();
 }
 
 #[test]
