@@ -104,9 +104,23 @@ struct Syncer {
 struct Failing {
     /// What it was then: somebody who writes it anew wants to see it tried.
     revision: String,
-    until: SystemTime,
+    at: SystemTime,
+    /// How long it is left alone.
+    wait: Duration,
     row: Repeated,
     waits: Backoff,
+}
+
+impl Failing {
+    /// When it is tried again. A failure that is yet to come was one before the clock was set back, who
+    /// knows how long ago.
+    fn due(&self, now: SystemTime) -> SystemTime {
+        if self.at > now {
+            now
+        } else {
+            self.at + self.wait
+        }
+    }
 }
 
 impl Syncer {
@@ -124,7 +138,11 @@ impl Syncer {
             let clock = self.state.clock.clone();
             let due = async {
                 match next {
-                    Some(at) => clock.sleep_until(at).await,
+                    // Whatever becomes of the clock, it is looked at again when that would be now.
+                    Some(at) => tokio::select! {
+                        () = clock.sleep_until(at) => {}
+                        () = clock.sleep(at.duration_since(clock.now()).unwrap_or_default()) => {}
+                    },
                     None => std::future::pending().await,
                 }
             };
@@ -158,7 +176,7 @@ impl Syncer {
             let failing = failing.filter(|failing| failing.revision == resource.revision);
             let due = failing.map_or_else(
                 || schedule::due(resource, now),
-                |failing| Some(failing.until),
+                |failing| Some(failing.due(now)),
             );
             match due {
                 None => {}
@@ -205,7 +223,8 @@ impl Syncer {
             .entry(domain.clone())
             .or_insert_with(|| Failing {
                 revision: String::new(),
-                until: SystemTime::UNIX_EPOCH,
+                at: SystemTime::UNIX_EPOCH,
+                wait: Duration::ZERO,
                 row: Repeated::default(),
                 waits: Backoff::new(FIRST_WAITS.0, FIRST_WAITS.1),
             });
@@ -215,7 +234,7 @@ impl Syncer {
             || failing.waits.next_wait(jitter()),
             |known| schedule::interval(known.refresh_hint),
         );
-        failing.until = self.state.clock.now() + wait;
+        (failing.at, failing.wait) = (self.state.clock.now(), wait);
         let message = "The bundle of a federated trust domain could not be fetched; the last good \
                        one stays";
         match failing.row.failed(Instant::now(), &error) {

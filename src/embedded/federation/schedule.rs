@@ -20,14 +20,16 @@ pub(super) fn interval(hint: Option<Duration>) -> Duration {
 pub(super) fn due(resource: &Resource, now: SystemTime) -> Option<SystemTime> {
     let time = |key: &str| parse_rfc3339(resource.status.get(key)?.as_str()?);
     let has_bundle = resource.status.get("current_bundle").is_some();
-    if !has_bundle || time("current_bundle_synced_at").is_none() || !is_from_its_source(resource) {
+    let synced = time("current_bundle_synced_at").filter(|_| has_bundle);
+    let Some(synced) = synced.filter(|_| is_from_its_source(resource)) else {
         return Some(now);
-    }
+    };
     if resource.spec.pointer("/bundle_source/static").is_some() {
         return None;
     }
-    // A time that no schedule gives was written by a clock that went wrong.
-    let next = time("next_sync_at").filter(|next| *next <= now + LONGEST);
+    // A time that no schedule gives was written by a clock that went wrong, and so was all before
+    // which the clock was set back.
+    let next = time("next_sync_at").filter(|next| synced <= now && *next <= now + LONGEST);
     Some(next.unwrap_or(now))
 }
 
@@ -75,10 +77,10 @@ mod tests {
         let web = json!({"https_web": {"bundle_endpoint_url": "https://a"}});
         let other = json!({"https_web": {"bundle_endpoint_url": "https://b"}});
         let fixed = json!({"static": {"bundle": "{}"}});
-        let status = |from: &Value, next: Option<SystemTime>| {
+        let status_at = |from: &Value, synced: SystemTime, next: Option<SystemTime>| {
             let mut status = json!({
                 "current_bundle": "{}",
-                "current_bundle_synced_at": rfc3339(now() - minute),
+                "current_bundle_synced_at": rfc3339(synced),
                 "current_bundle_synced_from": from,
             });
             if let Some(next) = next {
@@ -86,6 +88,7 @@ mod tests {
             }
             status
         };
+        let status = |from: &Value, next| status_at(from, now() - minute, next);
         let undated = {
             let mut status = status(&fixed, None);
             status["current_bundle_synced_at"] = json!("yesterday");
@@ -112,6 +115,12 @@ mod tests {
                 "a clock was wrong",
                 &web,
                 status(&web, Some(now() + LONGEST + minute)),
+                Some(now()),
+            ),
+            (
+                "the clock was set back",
+                &web,
+                status_at(&web, now() + minute, Some(now() + 2 * minute)),
                 Some(now()),
             ),
             (

@@ -150,6 +150,23 @@ async fn a_first_bundle_is_tried_for_sooner_and_again_when_somebody_writes() {
     assert_eq!(lab.asked(), asked + 3);
 }
 
+#[test]
+fn a_clock_that_is_set_back_puts_nothing_off() {
+    let at = SystemTime::UNIX_EPOCH + Duration::from_hours(500_000);
+    let failing = Failing {
+        revision: String::new(),
+        at,
+        wait: 5 * MINUTE,
+        row: Repeated::default(),
+        waits: Backoff::new(FIRST_WAITS.0, FIRST_WAITS.1),
+    };
+    for now in [at, at + MINUTE, at + 60 * MINUTE] {
+        assert_eq!(failing.due(now), at + 5 * MINUTE);
+    }
+    let back = at - 60 * MINUTE;
+    assert_eq!(failing.due(back), back);
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_older_bundle_replaces_no_newer_one() {
     let lab = Lab::new();
