@@ -60,6 +60,29 @@ impl Failures {
         self.0.entry(who).or_default().failed(Instant::now(), error)
     }
 
+    /// Ends the row of such a caller.
+    pub(super) fn succeeded(&mut self, attributes: &WorkloadAttrs) {
+        self.0.remove(&Who::of(attributes));
+    }
+
+    /// Logs that nothing of this type was issued.
+    pub(super) fn tell_failure(
+        &mut self,
+        attributes: &WorkloadAttrs,
+        r#type: &'static str,
+        error: &IssueError,
+    ) {
+        let Caller { pid, uid, service } = Caller::of(attributes);
+        match self.failed(Who::of(attributes), error) {
+            Loudness::Warn => {
+                tracing::warn!(r#type, pid, uid, systemd_service = service, %error, "No SVID was issued");
+            }
+            Loudness::Debug => {
+                tracing::debug!(r#type, pid, uid, systemd_service = service, %error, "No SVID was issued");
+            }
+        }
+    }
+
     /// Logs an outcome.
     pub(super) fn tell(
         &mut self,
@@ -67,10 +90,9 @@ impl Failures {
         outcome: &Result<Vec<Svid>, IssueError>,
     ) {
         let Caller { pid, uid, service } = Caller::of(attributes);
-        let who = Who::of(attributes);
         match outcome {
             Ok(svids) => {
-                self.0.remove(&who);
+                self.succeeded(attributes);
                 for svid in svids {
                     tracing::info!(
                         r#type = "x509-svid",
@@ -87,14 +109,7 @@ impl Failures {
                     );
                 }
             }
-            Err(error) => match self.failed(who, error) {
-                Loudness::Warn => {
-                    tracing::warn!(pid, uid, systemd_service = service, %error, "No SVID was issued");
-                }
-                Loudness::Debug => {
-                    tracing::debug!(pid, uid, systemd_service = service, %error, "No SVID was issued");
-                }
-            },
+            Err(error) => self.tell_failure(attributes, "x509-svid", error),
         }
     }
 }

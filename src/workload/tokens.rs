@@ -22,6 +22,7 @@ use tokio::time::Instant;
 use self::table::Table;
 use super::issue::IssueError;
 use super::jwt::{JwtSvid, TokenIssuer};
+use super::outcome::Failures;
 use super::selector::Selector;
 use super::shelf::{self, Holder, Mark, Shelf};
 use super::turns::Turns;
@@ -29,6 +30,7 @@ use crate::attest::Attested;
 use crate::backoff::Backoff;
 use crate::clock::Clock;
 use crate::crypto::{jitter, sha256};
+use crate::pb::teleport::workloadidentity::v1::WorkloadAttrs;
 
 /// Requests of one user that run or wait for their turn.
 const WAITING: usize = 512;
@@ -96,6 +98,7 @@ struct Inner {
     runtime: Handle,
     renewed: Mutex<Renewed>,
     table: Mutex<Table>,
+    failures: Mutex<Failures>,
 }
 
 /// How often all were asked to renew, and when last. What is asked for counts, and no wall time is
@@ -176,6 +179,7 @@ impl Tokens {
             runtime: Handle::current(),
             renewed: Mutex::default(),
             table: Mutex::default(),
+            failures: Mutex::default(),
         }))
     }
 
@@ -245,8 +249,9 @@ impl Tokens {
                 ))),
             };
             drop(turn);
+            inner.tell(attested.attributes(), &outcome);
             inner.keep(&attested, &slot.audiences, asked, &outcome);
-            inner.finish(&slot, outcome, asked, renewed);
+            slot.finish(outcome, asked, renewed);
             inner.table().weigh(&attested, &slot);
         });
     }
@@ -345,6 +350,15 @@ impl Inner {
         Ok(svids)
     }
 
+    /// Logs that nothing was issued; each JWT-SVID is logged where it is.
+    fn tell(&self, attributes: &WorkloadAttrs, outcome: &Result<Vec<JwtSvid>, IssueError>) {
+        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        match outcome {
+            Ok(_) => failures.succeeded(attributes),
+            Err(error) => failures.tell_failure(attributes, "jwt-svid", error),
+        }
+    }
+
     /// Puts an answer of the cluster on the shelf. A refusal takes away all that the workload has, here and
     /// there: the cluster decides by who asks, never by the audiences.
     fn keep(
@@ -379,35 +393,6 @@ impl Inner {
         let what = format!("{:?} {:?} {who:?} {audiences:?}", self.selector, self.ttl);
         sha256(what.as_bytes())
     }
-
-    /// Notes how a request ended that was sent at `asked`, when all had been asked to renew `renewed`
-    /// times.
-    fn finish(
-        &self,
-        slot: &Slot,
-        outcome: Result<Vec<JwtSvid>, IssueError>,
-        asked: SystemTime,
-        renewed: u64,
-    ) {
-        let now = Instant::now();
-        let mut state = slot.state();
-        match outcome {
-            Ok(svids) => {
-                state.held = Some(Arc::new(Issued::new(svids, asked, renewed)));
-                state.failed = None;
-                state.retry = now;
-                state.backoff.reset();
-            }
-            Err(error) => {
-                if matches!(error, IssueError::Refused(_)) {
-                    state.held = None;
-                }
-                tracing::debug!(%error, "No JWT-SVID was issued");
-                state.retry = now + state.backoff.next_wait(jitter());
-                state.failed = Some((now, error));
-            }
-        }
-    }
 }
 
 impl Slot {
@@ -441,6 +426,28 @@ impl Slot {
         // The message that is made of them holds them again.
         let tokens: usize = svids.map(|svid| 2 * svid.token.len()).sum();
         OVERHEAD + audiences + tokens
+    }
+
+    /// Notes how a request ended that was sent at `asked`, when all had been asked to renew `renewed`
+    /// times.
+    fn finish(&self, outcome: Result<Vec<JwtSvid>, IssueError>, asked: SystemTime, renewed: u64) {
+        let now = Instant::now();
+        let mut state = self.state();
+        match outcome {
+            Ok(svids) => {
+                state.held = Some(Arc::new(Issued::new(svids, asked, renewed)));
+                state.failed = None;
+                state.retry = now;
+                state.backoff.reset();
+            }
+            Err(error) => {
+                if matches!(error, IssueError::Refused(_)) {
+                    state.held = None;
+                }
+                state.retry = now + state.backoff.next_wait(jitter());
+                state.failed = Some((now, error));
+            }
+        }
     }
 
     /// What a caller is told at `now`, when all have been asked to renew `renewed` times.

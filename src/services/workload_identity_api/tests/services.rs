@@ -114,7 +114,7 @@ async fn who_watches_the_server_s_health_does_not_hold_up_its_end() {
             stream.message().await.unwrap().unwrap();
             watching = Some(tokio::spawn(async move { stream.message().await }));
             world.shutdown.cancel();
-            std::future::pending().await
+            std::future::pending::<()>().await;
         })
         .await;
     let status = watching.unwrap().await.unwrap().unwrap_err();
