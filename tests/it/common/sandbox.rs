@@ -4,17 +4,25 @@ use std::fs::{self, File};
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use tempfile::TempDir;
 
 use super::eventually;
 
-/// A port that nothing listened on a moment ago.
+/// A port that nothing listened on a moment ago. Below those that the kernel gives to connections (from 32768 on):
+/// one of them would take it before whoever it is for listens on it.
 pub(crate) fn free_port() -> u16 {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
-        .and_then(|listener| listener.local_addr())
-        .expect("a free port")
-        .port()
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    // Several runs at a time begin at different places.
+    let begin = u16::try_from(std::process::id() % 20_000).expect("a small number");
+    loop {
+        let step = NEXT.fetch_add(1, Ordering::Relaxed);
+        let port = 10_000 + (begin + step % 20_000) % 20_000;
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// A temporary directory with the real binary at hand.
