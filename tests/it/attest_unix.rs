@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::time::Instant;
 
 use crate::attest_docker::{agent, bridged, resources};
-use crate::common::{Cluster, Sandbox, bridge, identity, repository, skip};
+use crate::common::{Cluster, Sandbox, bridge, eventually, identity, repository, skip};
 
 /// What may be added to the agent's memory by a program of 900 MB, in KiB.
 const MAX_GROWTH: u64 = 24 * 1024;
@@ -38,6 +38,11 @@ async fn a_huge_program_is_hashed_in_little_memory_while_others_are_served() {
     let mut command = sandbox.command(&program);
     command.arg(&socket).arg(sandbox.path("run/w.sock"));
     let _huge = sandbox.spawn("huge", command);
+    // Its socket is there a moment before anybody listens on it.
+    eventually("the huge one listens", || {
+        let connected = std::os::unix::net::UnixStream::connect(&socket);
+        connected.map(drop).map_err(|error| error.to_string())
+    });
     let before = peak(agent.id());
     let start = Instant::now();
     // Where memory is slow to come by, reading it takes longer than a caller is held, and clients ask again.
