@@ -65,7 +65,10 @@ impl<'a> Target<'a> {
                 let served = tokio::time::timeout(Duration::from_secs(10), asked).await;
                 match served.expect("an answer within 10 s") {
                     Ok(_svid) => Ok(()),
-                    Err(status) if status.code() == Code::Unavailable => Err(status.to_string()),
+                    // `Unknown` is what the client library makes of a connection that was hung up on.
+                    Err(status) if matches!(status.code(), Code::Unavailable | Code::Unknown) => {
+                        Err(status.to_string())
+                    }
                     Err(status) => panic!("{status}"),
                 }
             })
