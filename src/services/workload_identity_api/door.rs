@@ -23,8 +23,14 @@ const PAUSE: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 100_000_000,
 };
+/// The pause after one of a crowd came. The next is not far behind it, and would wake this thread, and take the
+/// processor from somebody, for itself alone.
+const NAP: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 300_000,
+};
 /// The thread's nice value: who floods has many processes, and this one has to be faster than all of them.
-const PRIORITY: i32 = -15;
+pub(super) const PRIORITY: i32 = -15;
 /// The thread's stack, in bytes: it calls nothing deep.
 const STACK: usize = 128 * 1024;
 
@@ -62,10 +68,10 @@ pub(super) struct Door {
 }
 
 impl Door {
-    /// Starts the thread, which gives everybody who connects to `admit`.
+    /// Starts the thread, which gives everybody who connects to `admit`. That says whether it is one of a crowd.
     pub(super) fn open(
         bound: &Bound,
-        mut admit: impl FnMut(Arrived) + Send + 'static,
+        mut admit: impl FnMut(Arrived) -> bool + Send + 'static,
     ) -> io::Result<Self> {
         let (bell, rings) = UnixStream::pair()?;
         let (end, ended) = oneshot::channel();
@@ -122,19 +128,23 @@ impl Entrance {
     }
 
     /// Lets everybody in until the bell's other end is closed, and then those who had come by then.
-    fn keep(&self, rings: &UnixStream, admit: &mut impl FnMut(Arrived)) {
-        let mut closing = false;
+    fn keep(&self, rings: &UnixStream, admit: &mut impl FnMut(Arrived) -> bool) {
+        let (mut closing, mut crowd) = (false, false);
         let mut failures = Repeated::default();
         loop {
             match self.accept() {
                 Ok(arrived) => {
                     failures.recovered();
-                    admit(arrived);
+                    crowd |= admit(arrived);
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     if closing {
                         return;
+                    }
+                    if std::mem::take(&mut crowd) {
+                        closing = rung(&mut [PollFd::new(rings, PollFlags::IN)], Some(&NAP));
+                        continue;
                     }
                     let mut either = [
                         PollFd::new(rings, PollFlags::IN),
@@ -183,7 +193,8 @@ mod tests {
         let (open, sockets) = (Permissions::default(), Sockets::default());
         let bound = listen.bind(&open, &sockets, "api").await.unwrap();
         let (admit, admitted) = mpsc::channel();
-        let door = Door::open(&bound, move |arrived| admit.send(arrived).unwrap()).unwrap();
+        let admit = move |arrived| admit.send(arrived).is_err();
+        let door = Door::open(&bound, admit).unwrap();
         let callers: Vec<_> = (0..300)
             .map(|_| UnixStream::connect(&path).unwrap())
             .collect();

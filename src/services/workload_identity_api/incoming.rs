@@ -15,6 +15,7 @@ use tokio_util::either::Either;
 
 use super::authority::Watch;
 use super::door::Arrived;
+use super::pace;
 use crate::attest::{Limit, Owner, Peer, Permit};
 use crate::clock::Clock;
 
@@ -226,6 +227,7 @@ impl AsyncRead for Connection {
         {
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
+        pace::worked();
         let before = buf.filled().len();
         task::ready!(Pin::new(&mut self.io).poll_read(cx, buf))?;
         if let Some(arrived) = buf.filled_mut().get_mut(before..) {

@@ -17,6 +17,7 @@ mod incoming;
 mod inspect;
 mod listener;
 mod message;
+mod pace;
 mod permissions;
 mod sds;
 mod server;

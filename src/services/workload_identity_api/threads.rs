@@ -11,13 +11,13 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::process::{getpriority_process, setpriority_process};
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
-use super::door::Arrived;
+use super::door::{self, Arrived};
+use super::pace;
 use super::server::Server;
 use crate::backoff::{Loudness, Repeated};
 
@@ -44,41 +44,37 @@ pub(super) struct Threads {
     lines: HashMap<Option<u32>, Sender<Arrived>>,
     /// Each thread has one: who holds the other end hears when all ended.
     running: Sender<Infallible>,
-    /// The nice value of these threads. They are begun by the door's, which has another, and a thread begins
-    /// with that of whoever begins it.
-    priority: i32,
     /// When a thread could not be had, and how often in a row.
     refused: Option<Instant>,
     refusals: Repeated,
 }
 
 impl Threads {
-    /// None runs yet; they will run at the priority of the thread that calls this. Nothing is ever sent through
-    /// `running`; it is closed with the last of them.
+    /// None runs yet. Nothing is ever sent through `running`; it is closed with the last of them.
     pub(super) fn new(server: Arc<Server>, running: Sender<Infallible>) -> Self {
         Self {
             server,
             lines: HashMap::new(),
             running,
-            priority: getpriority_process(None).unwrap_or_default(),
             refused: None,
             refusals: Repeated::default(),
         }
     }
 
-    /// Gives a connection to its user's thread. Hangs up where too many wait for that.
-    pub(super) fn admit(&mut self, mut arrived: Arrived) {
+    /// Gives a connection to its user's thread, and says whether a crowd waits for that. Hangs up where too many
+    /// wait.
+    pub(super) fn admit(&mut self, mut arrived: Arrived) -> bool {
         let user = arrived.user();
         loop {
             let Some(line) = self.line(user) else {
-                return;
+                return false;
             };
             match line.try_send(arrived) {
-                Ok(()) => return,
+                Ok(()) => return line.max_capacity() - line.capacity() > CROWD,
                 Err(TrySendError::Full(_)) => {
-                    return self
-                        .server
-                        .dropping(user, "Dropping connections of a user of whom too many wait");
+                    let what = "Dropping connections of a user of whom too many wait";
+                    self.server.dropping(user, what);
+                    return true;
                 }
                 // It ended since it was looked up.
                 Err(TrySendError::Closed(back)) => arrived = back,
@@ -102,7 +98,7 @@ impl Threads {
 
     /// Starts a thread for this user, if one can be had.
     fn start(&mut self, user: Option<u32>) {
-        match start(&self.server, &self.running, self.priority) {
+        match start(&self.server, &self.running) {
             Ok(line) => {
                 self.refused = None;
                 self.refusals.recovered();
@@ -120,22 +116,21 @@ impl Threads {
 }
 
 /// Starts a thread; gives the line of those who wait for it.
-fn start(
-    server: &Arc<Server>,
-    running: &Sender<Infallible>,
-    priority: i32,
-) -> io::Result<Sender<Arrived>> {
+fn start(server: &Arc<Server>, running: &Sender<Infallible>) -> io::Result<Sender<Arrived>> {
     let (line, arrivals) = channel(WAITING);
     let (server, running) = (Arc::clone(server), running.clone());
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
+        .on_thread_park(pace::turned)
+        .on_thread_unpark(pace::turned)
+        // Those that open files and read them.
+        .on_thread_start(pace::with_others)
         .build()?;
     std::thread::Builder::new()
         .name("tbot-callers".to_owned())
         .stack_size(STACK)
         .spawn(move || {
-            // Of this thread and of those that it begins. To go down needs no right.
-            let _lowered = setpriority_process(None, priority);
+            pace::before_others(door::PRIORITY);
             runtime.block_on(serve(&server, arrivals));
             // What still runs is a look at a program's file that nobody waits for.
             runtime.shutdown_background();
@@ -160,10 +155,13 @@ pub(super) async fn serve(server: &Arc<Server>, mut arrivals: Receiver<Arrived>)
                 }
                 // Who is served already has a turn between any two who come.
                 tokio::task::yield_now().await;
-                if arrivals.len() > CROWD && rested.elapsed() > WORK {
-                    // All of the thread: it is this user's.
-                    std::thread::sleep(REST);
-                    rested = Instant::now();
+                if arrivals.len() > CROWD {
+                    pace::crowded();
+                    if rested.elapsed() > WORK {
+                        // All of the thread: it is this user's.
+                        std::thread::sleep(REST);
+                        rested = Instant::now();
+                    }
                 }
             }
             () = &mut quiet => {
