@@ -2,8 +2,13 @@
 attestation and the first SVID take, in calm, while the flood goes to a socket that has nothing to do with
 the agent (so that only the processor is missing), and while it goes to the agent. Needs root.
 
-usage: flood.py TBOT [SECONDS]
+usage: flood.py TBOT [SECONDS] [--apart NICE]
+
+With --apart, the caller, the agent, the other socket's server and the flood have a session each, among which
+the kernel shares the processors as it does among services and logins (sched(7), autogroup); NICE is that of
+the agent's session.
 """
+import argparse
 import multiprocessing
 import os
 import pathlib
@@ -14,7 +19,6 @@ import sys
 import tempfile
 import time
 
-sys.argv, arguments = [sys.argv[0]], sys.argv[1:]
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests/support"))
 from flood import PREFACE, call, flood  # noqa: E402
@@ -53,21 +57,31 @@ def times(path, seconds):
     return taken
 
 
-def flooding(path, seconds):
+def flooding(path, seconds, apart):
     """Starts the flood as somebody else."""
     def run():
+        flood(path, time.monotonic() + seconds, count)
+
+    def lead():
+        if apart:
+            os.setsid()
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
-        flood(path, time.monotonic() + seconds, count)
+        workers = [multiprocessing.Process(target=run) for _ in range(FLOODERS)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
     count = multiprocessing.Value("L", 0)
-    workers = [multiprocessing.Process(target=run) for _ in range(FLOODERS)]
-    for worker in workers:
-        worker.start()
-    return workers, count
+    leader = multiprocessing.Process(target=lead)
+    leader.start()
+    return leader, count
 
 
-def decoy(path):
+def decoy(path, apart):
+    if apart:
+        os.setsid()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     os.chmod(path, 0o777)
@@ -84,19 +98,22 @@ def show(name, taken, beside=None):
     return p99
 
 
-def main(binary, seconds=4.0):
+def main(binary, seconds, nice):
+    apart = nice is not None
     with tempfile.TemporaryDirectory() as home:
         os.chmod(home, 0o755)
         subprocess.run([binary, "quickstart", "--once", "--dir", home], check=True, stdout=subprocess.DEVNULL)
         config = pathlib.Path(home, "tbot.yaml").read_text()
         address = next(line.split(": ", 1)[1] for line in config.splitlines() if line.startswith("auth_server: "))
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": apart}
         started = [
             subprocess.Popen([binary, "cluster", "serve", "--listen", "127.0.0.1:0", "--auth-listen", address,
                               "--data-dir", f"{home}/cluster"], **quiet),
             subprocess.Popen([binary, "start", "-c", f"{home}/tbot.yaml"], **quiet)]
+        if apart:
+            pathlib.Path(f"/proc/{started[1].pid}/autogroup").write_text(str(nice))
         elsewhere, ours = f"{home}/decoy.sock", f"{home}/workload.sock"
-        sink = multiprocessing.Process(target=decoy, args=(elsewhere,))
+        sink = multiprocessing.Process(target=decoy, args=(elsewhere, apart))
         sink.start()
         try:
             for _ in range(600):
@@ -110,11 +127,10 @@ def main(binary, seconds=4.0):
             for _ in range(ROUNDS):
                 found["calm"] += times(ours, seconds)
                 for name, path in ("flood elsewhere", elsewhere), ("flood", ours):
-                    workers, count = flooding(path, seconds + 1)
+                    leader, count = flooding(path, seconds + 1, apart)
                     time.sleep(0.5)
                     found[name] += times(ours, seconds)
-                    for worker in workers:
-                        worker.join()
+                    leader.join()
                     connections[name] += count.value
             calm = show("calm", found["calm"])
             busy = show("flood elsewhere", found["flood elsewhere"], calm)
@@ -128,4 +144,10 @@ def main(binary, seconds=4.0):
                 process.wait()
 
 
-main(arguments[0], *map(float, arguments[1:2]))
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("binary")
+    parser.add_argument("seconds", type=float, nargs="?", default=4.0)
+    parser.add_argument("--apart", type=int, metavar="NICE")
+    arguments = parser.parse_args()
+    main(arguments.binary, arguments.seconds, arguments.apart)

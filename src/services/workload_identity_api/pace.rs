@@ -19,13 +19,15 @@ const PARTS: u32 = 4;
 const MOST: Duration = Duration::from_millis(20);
 /// How much it has to be, for a thread that had used it up to go before others again.
 const ENOUGH: Duration = Duration::from_millis(10);
+/// How often accounts are settled at most, as reading the clock of a thread is a system call.
+const TICK: Duration = Duration::from_millis(1);
 
 thread_local! {
     static PACE: RefCell<Option<Pace>> = const { RefCell::new(None) };
 }
 
 /// The nice value of this process, as whoever started it wanted it: that of its first thread.
-pub(super) fn usual() -> i32 {
+fn usual() -> i32 {
     getpriority_process(Some(getpid())).unwrap_or_default()
 }
 
@@ -54,14 +56,22 @@ pub(super) fn before_others(before: i32) {
 
 /// The calling thread begins to wait for work, or goes on with it.
 pub(super) fn turned() {
-    with_pace(Pace::settle);
+    with_pace(|pace| {
+        let now = Instant::now();
+        if now.duration_since(pace.budget.at) >= TICK {
+            pace.settle(now);
+        }
+    });
 }
 
 /// The calling thread is at work, perhaps for long.
 pub(super) fn worked() {
     with_pace(|pace| {
-        if pace.goes_before && pace.budget.may_be_used_up(Instant::now()) {
-            pace.settle();
+        if pace.goes_before {
+            let now = Instant::now();
+            if pace.budget.may_be_used_up(now) {
+                pace.settle(now);
+            }
         }
     });
 }
@@ -69,7 +79,6 @@ pub(super) fn worked() {
 /// The calling thread has more to do than it should have.
 pub(super) fn crowded() {
     with_pace(|pace| {
-        pace.settle();
         pace.budget.left = Duration::ZERO;
         pace.follow();
     });
@@ -95,8 +104,8 @@ struct Pace {
 }
 
 impl Pace {
-    fn settle(&mut self) {
-        self.budget.settle(Instant::now(), used());
+    fn settle(&mut self, now: Instant) {
+        self.budget.settle(now, used());
         self.follow();
     }
 
