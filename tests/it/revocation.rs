@@ -35,6 +35,15 @@ fn lists(sandbox: &Sandbox, list: &[u8], serial: &str) -> bool {
     shown.contains(&format!("Serial Number: {}", serial.to_uppercase()))
 }
 
+/// The resource that revokes a certificate.
+fn revocation(serial: &str) -> String {
+    format!(
+        "kind: workload_identity_x509_revocation\nversion: v1\n\
+         metadata: {{name: \"{serial}\", expires: \"2099-01-01T00:00:00Z\"}}\n\
+         spec: {{reason: test, revoked_at: \"2026-01-01T00:00:00Z\"}}\n"
+    )
+}
+
 /// The next message; a list takes a few seconds to be signed.
 async fn next<M: prost::Message + Default>(stream: &mut Streaming<Bytes>) -> M {
     let next = tokio::time::timeout(Duration::from_secs(30), stream.message());
@@ -87,13 +96,6 @@ async fn a_revocation_reaches_streams_and_files_within_seconds_and_can_be_taken_
     assert!(judged().contains("OK"), "{}", judged());
 
     let begun = Instant::now();
-    let revocation = |serial: &str| {
-        format!(
-            "kind: workload_identity_x509_revocation\nversion: v1\n\
-             metadata: {{name: \"{serial}\", expires: \"2099-01-01T00:00:00Z\"}}\n\
-             spec: {{reason: test, revoked_at: \"2026-01-01T00:00:00Z\"}}\n"
-        )
-    };
     cluster.create(&(revocation(&leaf) + "---\n" + &revocation(&in_file)));
     let told: X509svidResponse = next(&mut svids).await;
     let bundled: X509BundlesResponse = next(&mut bundles).await;
