@@ -65,10 +65,7 @@ impl<'a> Target<'a> {
                 let served = tokio::time::timeout(Duration::from_secs(10), asked).await;
                 match served.expect("an answer within 10 s") {
                     Ok(_svid) => Ok(()),
-                    // `Unknown` is what the client library makes of a connection that was hung up on.
-                    Err(status) if matches!(status.code(), Code::Unavailable | Code::Unknown) => {
-                        Err(status.to_string())
-                    }
+                    Err(status) if sent_away(&status) => Err(status.to_string()),
                     Err(status) => panic!("{status}"),
                 }
             })
@@ -90,7 +87,10 @@ impl<'a> Target<'a> {
                 let (name, rest) = stat.rsplit_once(')').unwrap();
                 // Field 19 of proc(5), and the third one comes after the name.
                 let nice: i32 = rest.split_whitespace().nth(16).unwrap().parse().unwrap();
-                (nice < 0).then(|| name.rsplit_once('(').unwrap().1.to_owned())
+                (nice < 0).then(|| {
+                    assert_eq!(nice, -15, "{stat}");
+                    name.rsplit_once('(').unwrap().1.to_owned()
+                })
             })
             .collect();
         names.sort();
@@ -125,6 +125,13 @@ impl<'a> Target<'a> {
             "{what}: {memory} KiB before, {now} KiB after"
         );
     }
+}
+
+/// Whether a caller was refused for its user's others, or hung up on, which the client library calls `Unknown`.
+fn sent_away(status: &tonic::Status) -> bool {
+    let source = std::error::Error::source(status);
+    status.code() == Code::Unavailable
+        || source.is_some_and(<dyn std::error::Error>::is::<tonic::transport::Error>)
 }
 
 /// Octets that only look random.
