@@ -1,6 +1,6 @@
 //! Who is asking: the peer pinned at accept, and the attestors that describe it.
 //!
-//! [`Peer`] is the pinned process, [`Plan`] the configured attestors, [`Attestors`] runs them:
+//! [`Peer`] is the pinned process, [`Peers`] pins each once, [`Plan`] the configured attestors, [`Attestors`] runs them:
 //! `unix` first and in any case, the others each for itself and at the same time. [`Attested`] is what they found.
 
 mod attested;
@@ -9,6 +9,7 @@ pub mod docker;
 pub mod kubernetes;
 mod limits;
 mod peer;
+mod peers;
 mod plan;
 pub mod podman;
 mod program;
@@ -24,7 +25,8 @@ use async_trait::async_trait;
 
 pub use attested::{Attested, Process};
 pub use limits::{Limit, Owner, Permit};
-pub use peer::{Peer, PeerError};
+pub use peer::{Credentials, Peer, PeerError};
+pub use peers::Peers;
 pub use plan::Plan;
 pub use program::tell_what_is_hidden;
 pub use runner::{Attestors, Gone};

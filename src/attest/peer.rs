@@ -47,6 +47,29 @@ pub enum PeerError {
     },
 }
 
+/// What the kernel noted about who connected, at the moment of `connect(2)` (`SO_PEERCRED`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Credentials {
+    /// The process ID; 0 for one of another PID namespace.
+    pub pid: i32,
+    /// The effective user ID.
+    pub uid: u32,
+    /// The effective group ID.
+    pub gid: u32,
+}
+
+impl Credentials {
+    /// Those of who connected `stream`.
+    pub fn of(stream: &impl AsFd) -> io::Result<Self> {
+        let found = getsockopt(stream, PeerCredentials)?;
+        Ok(Self {
+            pid: found.pid(),
+            uid: found.uid(),
+            gid: found.gid(),
+        })
+    }
+}
+
 /// A process that connected, pinned by a pidfd. IDs are those of the moment of `connect(2)`.
 #[derive(Debug)]
 pub struct Peer {
@@ -75,48 +98,16 @@ struct Memo {
 }
 
 impl Peer {
-    /// Pins the process that connected `stream`. `None` means that the kernel cannot name it: it
-    /// lives in another PID namespace.
-    ///
-    /// Must run inside the runtime that will wait for the peer.
-    pub fn of(stream: &impl AsFd) -> Result<Option<Self>, PeerError> {
-        let credentials = getsockopt(stream, PeerCredentials).map_err(unknown("SO_PEERCRED"))?;
-        let pid = credentials.pid();
-        if pid <= 0 {
-            return Ok(None);
-        }
-        let pidfd = match getsockopt(stream, PeerPidfd) {
-            Ok(pidfd) => pidfd,
-            // Linux before 6.5 has no such option.
-            Err(Errno::ENOPROTOOPT) => {
-                tell_fallback();
-                let accepted = uptime();
-                let pidfd = open_checked(pid)?;
-                let facts = Facts {
-                    started: start_time(pid),
-                    accepted,
-                    owners: owners(pid),
-                    hung_up: Self::has_hung_up(stream),
-                    alive: !has_exited(&pidfd),
-                };
-                if !facts.name_the_caller(credentials.uid(), credentials.gid()) {
-                    return Err(PeerError::Gone { pid });
-                }
-                pidfd
-            }
-            // The process is reaped (kernels before 6.16), so nothing can be told about it.
-            Err(Errno::ESRCH | Errno::EINVAL | Errno::ENODATA) => {
-                return Err(PeerError::Gone { pid });
-            }
-            Err(source) => return Err(unknown("SO_PEERPIDFD")(source)),
-        };
-        Self::pinned(pid, credentials.uid(), credentials.gid(), pidfd).map(Some)
-    }
-
-    /// The user who connected `stream`, without a look at the process; `None` if the kernel cannot tell.
-    pub fn user_of(stream: &impl AsFd) -> Option<u32> {
-        let credentials = getsockopt(stream, PeerCredentials).ok()?;
-        Some(credentials.uid())
+    /// Whether `pidfd`, had of a connection that was made under these IDs, is a handle on this process, which
+    /// still runs the program that it was pinned with. Cannot be told where programs may not be looked at.
+    pub(super) fn made(&self, pidfd: &OwnedFd, credentials: Credentials) -> bool {
+        let ids = (credentials.pid, credentials.uid, credentials.gid);
+        // While that process lives nobody else has its ID. This one had the ID before, and if it is found to live
+        // after that, it lived then too: they are one. The order of the two looks matters.
+        ids == (self.pid, self.uid, self.gid)
+            && self.connected.is_some()
+            && !has_exited(pidfd)
+            && self.is_unchanged()
     }
 
     /// Whether nobody holds the other end of a connection any more.
@@ -126,7 +117,7 @@ impl Peer {
 
     /// Pins a running process by its ID, for callers that know it is the right one.
     pub fn open(pid: i32, uid: u32, gid: u32) -> Result<Self, PeerError> {
-        Self::pinned(pid, uid, gid, open_checked(pid)?)
+        Self::pinned(Credentials { pid, uid, gid }, open_checked(pid)?)
     }
 
     #[expect(
@@ -134,7 +125,8 @@ impl Peer {
         reason = "the replacement is unsafe only for types whose descriptor may change; an OwnedFd \
                   keeps one open for its whole life, and this crate has no unsafe code"
     )]
-    fn pinned(pid: i32, uid: u32, gid: u32, pidfd: OwnedFd) -> Result<Self, PeerError> {
+    pub(super) fn pinned(credentials: Credentials, pidfd: OwnedFd) -> Result<Self, PeerError> {
+        let Credentials { pid, uid, gid } = credentials;
         let pidfd = AsyncFd::with_interest(pidfd, Interest::READABLE).map_err(|source| {
             PeerError::Unknown {
                 action: "epoll on a pidfd",
@@ -269,6 +261,37 @@ impl Peer {
                 Err(_) => return,
             }
         }
+    }
+}
+
+/// A handle on the process that connected `stream`, which is one for good.
+pub(super) fn handle(stream: &impl AsFd, credentials: Credentials) -> Result<OwnedFd, PeerError> {
+    let Credentials { pid, uid, gid } = credentials;
+    match getsockopt(stream, PeerPidfd) {
+        Ok(pidfd) => Ok(pidfd),
+        // Linux before 6.5 has no such option.
+        Err(Errno::ENOPROTOOPT) => {
+            tell_fallback();
+            let accepted = uptime();
+            let pidfd = open_checked(pid)?;
+            let facts = Facts {
+                started: start_time(pid),
+                accepted,
+                owners: owners(pid),
+                hung_up: Peer::has_hung_up(stream),
+                alive: !has_exited(&pidfd),
+            };
+            if !facts.name_the_caller(uid, gid) {
+                return Err(PeerError::Gone { pid });
+            }
+            Ok(pidfd)
+        }
+        // The process is reaped (kernels before 6.16), so nothing can be told about it.
+        Err(Errno::ESRCH | Errno::EINVAL | Errno::ENODATA) => Err(PeerError::Gone { pid }),
+        Err(source) => Err(PeerError::Unknown {
+            action: "SO_PEERPIDFD",
+            source: source.into(),
+        }),
     }
 }
 
@@ -413,13 +436,6 @@ fn tell_fallback() {
              start time and their user instead"
         );
     });
-}
-
-fn unknown(action: &'static str) -> impl Fn(Errno) -> PeerError {
-    move |source| PeerError::Unknown {
-        action,
-        source: source.into(),
-    }
 }
 
 impl AsFd for Peer {
@@ -577,13 +593,21 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_other_end_of_a_socket_is_pinned() {
-        let (ours, _theirs) = UnixStream::pair().unwrap();
-        let peer = Peer::of(&ours).unwrap().unwrap();
-        assert_eq!(peer.pid(), i32::try_from(std::process::id()).unwrap());
-        assert_eq!(peer.uid(), nix::unistd::geteuid().as_raw());
-        assert_eq!(peer.gid(), nix::unistd::getegid().as_raw());
-        assert!(peer.is_alive());
+    async fn a_handle_on_who_ended_is_none_on_who_has_the_id_now() {
+        let mut child = std::process::Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let handle = open_checked(i32::try_from(child.id()).unwrap()).unwrap();
+        let now = Peer::open(i32::try_from(std::process::id()).unwrap(), 0, 0).unwrap();
+        let (pid, uid, gid) = (now.pid(), 0, 0);
+        let ids = Credentials { pid, uid, gid };
+        assert!(now.made(&open_checked(pid).unwrap(), ids));
+        // As if the ID of the child had become that of this process.
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        assert!(!now.made(&handle, ids));
     }
 
     #[tokio::test]

@@ -10,12 +10,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{SocketFlags, accept_with};
 use rustix::process::setpriority_process;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::listener::Bound;
-use crate::attest::Peer;
+use crate::attest::{Credentials, Peer};
 use crate::backoff::{Loudness, Repeated};
 
 /// The pause after a failed accept: descriptors may have run out.
@@ -34,18 +35,18 @@ pub(super) const PRIORITY: i32 = -15;
 /// The thread's stack, in bytes: it calls nothing deep.
 const STACK: usize = 128 * 1024;
 
-/// An accepted connection that nothing was done about.
+/// An accepted connection that nothing was done about. Neither kind blocks.
 #[derive(Debug)]
 pub(super) enum Arrived {
-    Local(UnixStream),
+    Local(UnixStream, Credentials),
     Remote(TcpStream),
 }
 
 impl Arrived {
-    /// The user who connected, if the kernel can tell.
+    /// The user who connected, if that is known.
     pub(super) fn user(&self) -> Option<u32> {
         match self {
-            Self::Local(stream) => Peer::user_of(stream),
+            Self::Local(_, credentials) => Some(credentials.uid),
             Self::Remote(_) => None,
         }
     }
@@ -53,7 +54,7 @@ impl Arrived {
     /// Whether nobody waits for an answer any more.
     pub(super) fn has_left(&self) -> bool {
         match self {
-            Self::Local(stream) => Peer::has_hung_up(stream),
+            Self::Local(stream, _) => Peer::has_hung_up(stream),
             Self::Remote(_) => false,
         }
     }
@@ -114,9 +115,17 @@ impl Entrance {
     }
 
     fn accept(&self) -> io::Result<Arrived> {
+        let accepted = accept_with(
+            self.descriptor(),
+            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        )?;
         match self {
-            Self::Local(listener) => listener.accept().map(|(stream, _)| Arrived::Local(stream)),
-            Self::Remote(listener) => listener.accept().map(|(stream, _)| Arrived::Remote(stream)),
+            Self::Local(_) => {
+                let stream = UnixStream::from(accepted);
+                let credentials = Credentials::of(&stream)?;
+                Ok(Arrived::Local(stream, credentials))
+            }
+            Self::Remote(_) => Ok(Arrived::Remote(TcpStream::from(accepted))),
         }
     }
 
@@ -210,7 +219,9 @@ mod tests {
         let path = home.path().join("s");
         let listener = UnixListener::bind(&path).unwrap();
         let caller = UnixStream::connect(&path).unwrap();
-        let arrived = Arrived::Local(listener.accept().unwrap().0);
+        let stream = listener.accept().unwrap().0;
+        let credentials = Credentials::of(&stream).unwrap();
+        let arrived = Arrived::Local(stream, credentials);
         assert!(!arrived.has_left());
         drop(caller);
         assert!(arrived.has_left());

@@ -16,10 +16,11 @@ use tokio_util::either::Either;
 use super::authority::Watch;
 use super::door::Arrived;
 use super::pace;
-use crate::attest::{Limit, Owner, Peer, Permit};
+use crate::attest::{Limit, Owner, Peer, Peers, Permit};
 use crate::clock::Clock;
 
-/// Connections that one user may hold. Each costs three descriptors of this process.
+/// Connections that one user may hold. Each costs a descriptor of this process, and each
+/// process that has some costs two.
 const CONNECTIONS_PER_USER: usize = 4096;
 /// What every client sends first: the preface and the header of a SETTINGS frame (RFC 9113 section 3.4),
 /// in bytes; and how long it may take over that. HTTP/2 itself looks after the connection only from then on.
@@ -113,11 +114,11 @@ impl Arrivals {
 
     /// The connection, if it is of any use, and its user may have one more. Must run inside the runtime
     /// that will serve it.
-    pub(super) fn connection(&self, arrived: Arrived) -> Option<Connection> {
+    pub(super) fn connection(&self, arrived: Arrived, peers: &mut Peers) -> Option<Connection> {
         if arrived.has_left() {
             return None;
         }
-        let (io, caller) = match pinned(arrived) {
+        let (io, caller) = match pinned(arrived, peers) {
             Ok(pinned) => pinned,
             Err(error) => {
                 tracing::debug!(error, "Dropping a connection");
@@ -155,25 +156,28 @@ impl Arrivals {
 }
 
 /// Who connected, pinned, and the stream as this runtime waits for it.
-fn pinned(arrived: Arrived) -> Result<(Either<UnixStream, TcpStream>, Caller), String> {
+fn pinned(
+    arrived: Arrived,
+    peers: &mut Peers,
+) -> Result<(Either<UnixStream, TcpStream>, Caller), String> {
     let problem = |error: io::Error| error.to_string();
     match arrived {
-        Arrived::Local(stream) => {
-            let user = Peer::user_of(&stream);
-            let peer = Peer::of(&stream).map_err(|error| error.to_string())?;
-            stream.set_nonblocking(true).map_err(problem)?;
-            let stream = UnixStream::from_std(stream).map_err(problem)?;
-            let caller = match peer {
-                Some(peer) => Caller::Process(Arc::new(peer)),
+        Arrived::Local(stream, credentials) => {
+            let peer = peers.pin(&stream, credentials);
+            let caller = match peer.map_err(|error| error.to_string())? {
+                Some(peer) => Caller::Process(peer),
                 None => {
                     tracing::debug!("A caller from another PID namespace stays unattested");
-                    Caller::Unknown(Owner { user, cgroup: None })
+                    Caller::Unknown(Owner {
+                        user: Some(credentials.uid),
+                        cgroup: None,
+                    })
                 }
             };
+            let stream = UnixStream::from_std(stream).map_err(problem)?;
             Ok((Either::Left(stream), caller))
         }
         Arrived::Remote(stream) => {
-            stream.set_nonblocking(true).map_err(problem)?;
             // Without it, the end of an answer may wait for the client's system to confirm its beginning.
             let _quick = stream.set_nodelay(true);
             let stream = TcpStream::from_std(stream).map_err(problem)?;

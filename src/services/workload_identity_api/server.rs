@@ -32,7 +32,7 @@ use super::sds::{self, SdsApi};
 use super::source::Source;
 use super::spiffe::SpiffeApi;
 use super::threads::Threads;
-use crate::attest::{Limit, Permit};
+use crate::attest::{Limit, Peers, Permit};
 use crate::clock::Clock;
 use crate::pb;
 use crate::pb::envoy::service::secret::v3::secret_discovery_service_server::{
@@ -127,8 +127,8 @@ impl Server {
     }
 
     /// As [`Arrivals::connection`].
-    pub(super) fn connection(&self, arrived: Arrived) -> Option<Connection> {
-        self.arrivals.connection(arrived)
+    pub(super) fn connection(&self, arrived: Arrived, peers: &mut Peers) -> Option<Connection> {
+        self.arrivals.connection(arrived, peers)
     }
 
     /// As [`Arrivals::dropping`].

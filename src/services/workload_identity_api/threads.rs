@@ -19,6 +19,7 @@ use tokio_util::task::TaskTracker;
 use super::door::{self, Arrived};
 use super::pace;
 use super::server::Server;
+use crate::attest::Peers;
 use crate::backoff::{Loudness, Repeated};
 
 /// Threads at a time. Users beyond share them.
@@ -142,6 +143,7 @@ fn start(server: &Arc<Server>, running: &Sender<Infallible>) -> io::Result<Sende
 /// Serves all who come, until nobody comes any more and the last connection is closed.
 pub(super) async fn serve(server: &Arc<Server>, mut arrivals: Receiver<Arrived>) {
     let mut rested = Instant::now();
+    let mut peers = Peers::default();
     let served = TaskTracker::new();
     let mut quiet = pin!(server.clock().sleep(QUIET));
     loop {
@@ -150,7 +152,7 @@ pub(super) async fn serve(server: &Arc<Server>, mut arrivals: Receiver<Arrived>)
             () = server.gone() => return,
             arrived = arrivals.recv() => {
                 let Some(arrived) = arrived else { break };
-                if let Some(connection) = server.connection(arrived) {
+                if let Some(connection) = server.connection(arrived, &mut peers) {
                     served.spawn(Arc::clone(server).serve(connection));
                 }
                 // Who is served already has a turn between any two who come.

@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use tokio::sync::mpsc::channel;
 
 use super::*;
+use crate::attest::Credentials;
 use crate::services::workload_identity_api::door::Arrived;
 use crate::services::workload_identity_api::server::Server;
 use crate::services::workload_identity_api::threads::serve;
@@ -28,7 +29,9 @@ async fn a_thread_stays_for_who_waits_and_for_who_is_connected() {
     let server = server(&world);
     let (line, arrivals) = channel(2);
     let (ours, theirs) = UnixStream::pair().unwrap();
-    line.try_send(Arrived::Local(ours)).unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let credentials = Credentials::of(&ours).unwrap();
+    line.try_send(Arrived::Local(ours, credentials)).unwrap();
     let mut serving = std::pin::pin!(serve(&server, arrivals));
     let hour = tokio::time::timeout(HOUR, serving.as_mut()).await;
     assert!(hour.is_ok(), "who never says anything is hung up on");
