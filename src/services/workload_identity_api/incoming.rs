@@ -89,9 +89,19 @@ pub(super) struct Connection {
     waiting: BytesMut,
     watch: Watch,
     caller: Caller,
-    /// What is missing of the greeting, and the end of patience with it.
-    greeting: Option<(usize, BoxFuture<'static, ()>)>,
+    greeting: Greeting,
     _permit: Permit,
+}
+
+/// How far the first words between client and server are. Clients do not wait for the server's with theirs
+/// (RFC 9113 section 3.4), and most send a call at once. So the server's go out with what answers all of that:
+/// one system call, and one time for the client to wake up.
+enum Greeting {
+    /// How many bytes of the client's are missing, and the end of patience with it.
+    Missing(usize, BoxFuture<'static, ()>),
+    /// The calls that came with it have their turn now.
+    Heard,
+    Answered,
 }
 
 /// Turns those who arrived into connections, as many as each user may hold.
@@ -139,7 +149,7 @@ impl Arrivals {
             waiting: BytesMut::new(),
             watch: Watch::new(),
             caller,
-            greeting: Some((GREETING, patience.boxed())),
+            greeting: Greeting::Missing(GREETING, patience.boxed()),
             _permit: permit,
         })
     }
@@ -226,7 +236,7 @@ impl AsyncRead for Connection {
         cx: &mut task::Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if let Some((_, patience)) = &mut self.greeting
+        if let Greeting::Missing(_, patience) = &mut self.greeting
             && patience.poll_unpin(cx).is_ready()
         {
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
@@ -236,12 +246,12 @@ impl AsyncRead for Connection {
         task::ready!(Pin::new(&mut self.io).poll_read(cx, buf))?;
         if let Some(arrived) = buf.filled_mut().get_mut(before..) {
             self.watch.look(arrived);
-            if let Some((missing, _)) = &mut self.greeting {
+            if let Greeting::Missing(missing, _) = &mut self.greeting {
                 *missing = missing.saturating_sub(arrived.len());
             }
         }
-        if matches!(self.greeting, Some((0, _))) {
-            self.greeting = None;
+        if matches!(self.greeting, Greeting::Missing(0, _)) {
+            self.greeting = Greeting::Heard;
         }
         Poll::Ready(Ok(()))
     }
@@ -261,11 +271,61 @@ impl AsyncWrite for Connection {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<io::Result<()>> {
+        match self.greeting {
+            Greeting::Missing(..) => return Poll::Ready(Ok(())),
+            Greeting::Heard => {
+                self.greeting = Greeting::Answered;
+                cx.waker().wake_by_ref();
+                return Poll::Ready(Ok(()));
+            }
+            Greeting::Answered => {}
+        }
         self.poll_send(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<io::Result<()>> {
         task::ready!(self.poll_send(cx))?;
         Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::UnixStream;
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+    use crate::attest::Credentials;
+
+    #[tokio::test]
+    async fn what_is_said_first_waits_for_the_greeting_and_goes_out_with_the_first_answer() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let credentials = Credentials::of(&ours).unwrap();
+        let arrived = Arrived::Local(ours, credentials);
+        let arrivals = Arrivals::new(Clock::system());
+        let mut connection = arrivals.connection(arrived, &mut Peers::default()).unwrap();
+        let mut heard = [0; 64];
+        connection.write_all(b"settings").await.unwrap();
+        connection.flush().await.unwrap();
+        for part in [GREETING - 1, 1] {
+            assert!(theirs.read(&mut heard).is_err(), "{part}");
+            theirs.write_all(&vec![b'x'; part]).unwrap();
+            let mut read = vec![0; part];
+            connection.read_exact(&mut read).await.unwrap();
+            connection.flush().await.unwrap();
+        }
+        assert!(theirs.read(&mut heard).is_err(), "calls have their turn");
+        connection.write_all(b"answer").await.unwrap();
+        connection.flush().await.unwrap();
+        let count = theirs.read(&mut heard).unwrap();
+        assert_eq!(&heard[..count], b"settingsanswer");
+        connection.write_all(b"more").await.unwrap();
+        connection.flush().await.unwrap();
+        let count = theirs.read(&mut heard).unwrap();
+        assert_eq!(&heard[..count], b"more", "at once from then on");
     }
 }
