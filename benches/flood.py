@@ -1,6 +1,6 @@
 """What a flood by one user does to another one: the 99th percentile of the time that a connection, its
-attestation and the first SVID take, in calm, while the flood goes to a socket that has nothing to do with
-the agent (so that only the processor is missing), and while it goes to the agent. Needs root.
+attestation and the first SVID take, in calm, while as many processes of the other user are merely busy, while
+they flood a socket that has nothing to do with the agent, and while they flood the agent. Needs root.
 
 usage: flood.py TBOT [SECONDS] [--apart NICE]
 
@@ -58,9 +58,13 @@ def times(path, seconds):
 
 
 def flooding(path, seconds, apart):
-    """Starts the flood as somebody else."""
+    """Starts the flood as somebody else, who is merely busy without a path."""
     def run():
-        flood(path, time.monotonic() + seconds, count)
+        end = time.monotonic() + seconds
+        if path:
+            flood(path, end, count)
+        while time.monotonic() < end:
+            pass
 
     def lead():
         if apart:
@@ -90,11 +94,10 @@ def decoy(path, apart):
         listener.accept()[0].close()
 
 
-def show(name, taken, beside=None):
+def show(name, taken):
     taken.sort()
     p50, p99 = (taken[len(taken) * percent // 100] * 1e3 for percent in (50, 99))
-    ratio = f"   p99 {p99 / beside:5.2f} times" if beside else ""
-    print(f"{name:<28} {len(taken):6} calls   p50 {p50:8.2f} ms   p99 {p99:8.2f} ms{ratio}", flush=True)
+    print(f"{name:<28} {len(taken):6} calls   p50 {p50:8.2f} ms   p99 {p99:8.2f} ms", flush=True)
     return p99
 
 
@@ -122,21 +125,22 @@ def main(binary, seconds, nice):
                     break
                 except (OSError, AssertionError):
                     time.sleep(0.05)
-            found = {"calm": [], "flood elsewhere": [], "flood": []}
-            connections = {"flood elsewhere": 0, "flood": 0}
+            targets = {"busy processes": None, "flood elsewhere": elsewhere, "flood": ours}
+            found = {name: [] for name in ("calm", *targets)}
+            connections = dict.fromkeys(targets, 0)
             for _ in range(ROUNDS):
                 found["calm"] += times(ours, seconds)
-                for name, path in ("flood elsewhere", elsewhere), ("flood", ours):
+                for name, path in targets.items():
                     leader, count = flooding(path, seconds + 1, apart)
                     time.sleep(0.5)
                     found[name] += times(ours, seconds)
                     leader.join()
                     connections[name] += count.value
-            calm = show("calm", found["calm"])
-            busy = show("flood elsewhere", found["flood elsewhere"], calm)
-            show("flood", found["flood"], busy)
-            for name, count in connections.items():
-                print(f"{name}: {count / ROUNDS / (seconds + 1):.0f} connections/s")
+            tail = {name: show(name, taken) for name, taken in found.items()}
+            for name in targets:
+                rate = connections[name] / ROUNDS / (seconds + 1)
+                ratio = tail["flood"] / tail[name]
+                print(f"{name:<28} {rate:6.0f} connections/s   p99 of the flood ÷ this {ratio:5.2f}")
         finally:
             sink.terminate()
             for process in started:

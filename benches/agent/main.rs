@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rates::{Ask, measure};
+use rates::{Ask, measure, measure_processes};
 use running::Running;
 
 /// How often the sides of a comparison take turns.
@@ -38,11 +38,13 @@ const STARTS: usize = 7;
 fn main() {
     let mut arguments = std::env::args().skip(1);
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-    if arguments.next().as_deref() == Some("--bare-server") {
-        let socket = arguments.next().expect("a socket");
-        return runtime.block_on(bare::serve(Path::new(&socket)));
+    let part = arguments.next();
+    let mut socket = || PathBuf::from(arguments.next().expect("a socket"));
+    match part.as_deref() {
+        Some("--bare-server") => runtime.block_on(bare::serve(&socket())),
+        Some("--caller") => runtime.block_on(rates::be_a_caller(&socket())),
+        _ => runtime.block_on(run()),
     }
-    runtime.block_on(run());
 }
 
 async fn run() {
@@ -169,12 +171,14 @@ async fn compare(machine: &Machine) {
 
     let mut warm = Rates::default();
     let mut cold = Rates::default();
+    let mut apart = Rates::default();
     let mut jwt = Rates::default();
     let mut times = [Vec::new(), Vec::new()];
     for _ in 0..ROUNDS {
         for (side, socket) in sides.iter().enumerate() {
             warm.add(side, measure(socket, Ask::Warm, WARM).await.rate);
             cold.add(side, measure(socket, Ask::Cold, COLD).await.rate);
+            apart.add(side, measure_processes(socket, COLD));
             jwt.add(side, measure(socket, Ask::Jwt, WARM).await.rate);
             times[side].extend(measure(socket, Ask::Cold, 1).await.times);
         }
@@ -188,6 +192,12 @@ async fn compare(machine: &Machine) {
     row(
         "connect + attest + first SVID ÷ bare reconnect, 16 callers",
         &cold.ratio(),
+        "0.3",
+        "0.6",
+    );
+    row(
+        "the same, each caller a process of its own",
+        &apart.ratio(),
         "0.3",
         "0.6",
     );

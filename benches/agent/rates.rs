@@ -1,6 +1,7 @@
 //! Requests per second of callers that ask one thing after the other.
 
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
@@ -39,6 +40,29 @@ pub(crate) async fn measure(socket: &Path, ask: Ask, callers: usize) -> Measured
         rate: f64::from(count) / begun.elapsed().as_secs_f64(),
         times,
     }
+}
+
+/// The rate of callers who connect for each request, each a process of its own: an agent has to find out about
+/// each of them.
+pub(crate) fn measure_processes(socket: &Path, callers: usize) -> f64 {
+    let program = std::env::current_exe().expect("this program");
+    let caller = |_| {
+        let mut command = Command::new(&program);
+        let command = command.arg("--caller").arg(socket).stdout(Stdio::piped());
+        command.spawn().expect("a caller")
+    };
+    let callers: Vec<_> = (0..callers).map(caller).collect();
+    let rates = callers.into_iter().map(|caller| {
+        let output = caller.wait_with_output().expect("an end");
+        let text = String::from_utf8(output.stdout).expect("a text");
+        text.trim().parse::<f64>().expect("a rate")
+    });
+    rates.sum()
+}
+
+/// One of those processes.
+pub(crate) async fn be_a_caller(socket: &Path) {
+    println!("{}", measure(socket, Ask::Cold, 1).await.rate);
 }
 
 async fn call(socket: PathBuf, ask: Ask, until: Instant) -> Vec<Duration> {
