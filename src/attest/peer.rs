@@ -446,7 +446,9 @@ impl AsFd for Peer {
 
 #[cfg(test)]
 mod tests {
-    use tokio::net::UnixStream;
+    use std::io::Write as _;
+    use std::net::Shutdown;
+    use std::os::unix::net::UnixStream;
 
     use super::*;
 
@@ -583,12 +585,13 @@ mod tests {
         assert_eq!(owners(pid), Some(own));
     }
 
-    #[tokio::test]
-    async fn a_closed_end_is_seen_before_anything_is_read() {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        theirs.try_write(b"x").unwrap();
+    #[test]
+    fn a_closed_end_is_seen_before_anything_is_read() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(b"x").unwrap();
         assert!(!Peer::has_hung_up(&ours));
-        drop(theirs);
+        // Not closed: a process that another test starts has a copy for a moment.
+        theirs.shutdown(Shutdown::Both).unwrap();
         assert!(Peer::has_hung_up(&ours));
     }
 
