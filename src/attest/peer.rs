@@ -99,13 +99,13 @@ struct Memo {
 
 impl Peer {
     /// Whether `pidfd`, had of a connection that was made under these IDs, is a handle on this process, which
-    /// still runs the program that it was pinned with. Cannot be told where programs may not be looked at.
+    /// still runs the program that it was pinned with. Cannot be told where its file may not be looked at.
     pub(super) fn made(&self, pidfd: &OwnedFd, credentials: Credentials) -> bool {
         let ids = (credentials.pid, credentials.uid, credentials.gid);
         // While that process lives nobody else has its ID. This one had the ID before, and if it is found to live
         // after that, it lived then too: they are one. The order of the two looks matters.
         ids == (self.pid, self.uid, self.gid)
-            && self.connected.is_some()
+            && matches!(self.connected, Some(Program::File { .. }))
             && !has_exited(pidfd)
             && self.is_unchanged()
     }
@@ -168,7 +168,7 @@ impl Peer {
         self.gid
     }
 
-    /// Whom its connections and calls count for: its user, and its cgroup at connect.
+    /// Whom its connections and calls count for: its user, and its cgroup when it was pinned.
     pub fn owner(&self) -> Owner {
         self.owner
     }

@@ -56,13 +56,17 @@ impl Peers {
 #[cfg(test)]
 mod tests {
     use std::io::{Read as _, Write as _};
-    use std::os::unix::net::{UnixListener, UnixStream};
+    use std::os::unix::net::UnixStream;
     use std::path::Path;
     use std::process::{Child, Command, Stdio};
+    use std::time::Duration;
+
+    use tokio::net::UnixListener;
+    use tokio::time::timeout;
 
     use super::*;
 
-    fn pin(peers: &mut Peers, stream: &UnixStream) -> Arc<Peer> {
+    fn pin(peers: &mut Peers, stream: &impl AsFd) -> Arc<Peer> {
         let credentials = Credentials::of(stream).unwrap();
         peers.pin(stream, credentials).unwrap().unwrap()
     }
@@ -132,16 +136,17 @@ for line in open(0, 'rb', buffering=0):
         let listener = UnixListener::bind(&path).unwrap();
         let mut peers = Peers::default();
         let mut caller = caller(&path, "/bin/cat");
-        let next = |caller: &mut Child| {
+        let next = async |caller: &mut Child| {
             tell(caller, "go\n");
-            listener.accept().unwrap().0
+            let accepted = timeout(Duration::from_secs(30), listener.accept()).await;
+            accepted.expect("it connects").unwrap().0
         };
-        let first = next(&mut caller);
+        let first = next(&mut caller).await;
         let pinned = pin(&mut peers, &first);
-        let second = next(&mut caller);
+        let second = next(&mut caller).await;
         assert!(Arc::ptr_eq(&pinned, &pin(&mut peers, &second)));
 
-        let third = next(&mut caller);
+        let third = next(&mut caller).await;
         tell(&mut caller, "exec\necho\n");
         let mut echoed = [0; 8];
         let output = caller.stdout.as_mut().unwrap();

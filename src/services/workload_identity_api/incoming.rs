@@ -94,7 +94,7 @@ pub(super) struct Connection {
 }
 
 /// How far the first words between client and server are. Clients do not wait for the server's with theirs
-/// (RFC 9113 section 3.4), and most send a call at once. So the server's go out with what answers all of that:
+/// (RFC 9113 section 3.4), and many send a call with them. So the server's go out with what answers all of that:
 /// one system call, and one time for the client to wake up.
 enum Greeting {
     /// How many bytes of the client's are missing, and the end of patience with it.

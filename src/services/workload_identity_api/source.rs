@@ -97,7 +97,7 @@ impl Source {
         caller: &Caller,
     ) -> Result<Option<Arc<Attested>>, Status> {
         match caller {
-            // One of the streams of a connection looks, the others see what it saw.
+            // One of the streams of a process looks, the others see what it saw.
             Caller::Process(peer) => self
                 .attestors
                 .attest_again(peer, self.interval / 2)
