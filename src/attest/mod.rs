@@ -1,7 +1,7 @@
 //! Who is asking: the peer pinned at accept, and the attestors that describe it.
 //!
-//! [`Peer`] is the pinned process, [`Peers`] pins each once, [`Plan`] the configured attestors, [`Attestors`] runs them:
-//! `unix` first and in any case, the others each for itself and at the same time. [`Attested`] is what they found.
+//! [`Peer`] is the pinned process, [`Peers`] pins each once, [`Plan`] the configured attestors, [`Attestors`] runs
+//! them: `unix` first and in any case, the others each for itself and at the same time. [`Attested`] is what they found.
 
 mod attested;
 mod container;

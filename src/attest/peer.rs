@@ -73,9 +73,7 @@ impl Credentials {
 /// A process that connected, pinned by a pidfd. IDs are those of the moment of `connect(2)`.
 #[derive(Debug)]
 pub struct Peer {
-    pid: i32,
-    uid: u32,
-    gid: u32,
+    credentials: Credentials,
     owner: Owner,
     pidfd: AsyncFd<OwnedFd>,
     /// `/proc/<pid>` as of this process: once that has ended, nothing is found in it, whoever has the ID
@@ -101,10 +99,9 @@ impl Peer {
     /// Whether `pidfd`, had of a connection that was made under these IDs, is a handle on this process, which
     /// still runs the program that it was pinned with. Cannot be told where its file may not be looked at.
     pub(super) fn made(&self, pidfd: &OwnedFd, credentials: Credentials) -> bool {
-        let ids = (credentials.pid, credentials.uid, credentials.gid);
         // While that process lives nobody else has its ID. This one had the ID before, and if it is found to live
         // after that, it lived then too: they are one. The order of the two looks matters.
-        ids == (self.pid, self.uid, self.gid)
+        credentials == self.credentials
             && matches!(self.connected, Some(Program::File { .. }))
             && !has_exited(pidfd)
             && self.is_unchanged()
@@ -126,7 +123,7 @@ impl Peer {
                   keeps one open for its whole life, and this crate has no unsafe code"
     )]
     pub(super) fn pinned(credentials: Credentials, pidfd: OwnedFd) -> Result<Self, PeerError> {
-        let Credentials { pid, uid, gid } = credentials;
+        let Credentials { pid, uid, .. } = credentials;
         let pidfd = AsyncFd::with_interest(pidfd, Interest::READABLE).map_err(|source| {
             PeerError::Unknown {
                 action: "epoll on a pidfd",
@@ -134,9 +131,7 @@ impl Peer {
             }
         })?;
         let mut peer = Self {
-            pid,
-            uid,
-            gid,
+            credentials,
             owner: Owner::of(pid, uid),
             pidfd,
             directory: directory(pid)?,
@@ -155,17 +150,17 @@ impl Peer {
 
     /// The process ID.
     pub fn pid(&self) -> i32 {
-        self.pid
+        self.credentials.pid
     }
 
     /// The effective user ID at connect.
     pub fn uid(&self) -> u32 {
-        self.uid
+        self.credentials.uid
     }
 
     /// The effective group ID at connect.
     pub fn gid(&self) -> u32 {
-        self.gid
+        self.credentials.gid
     }
 
     /// Whom its connections and calls count for: its user, and its cgroup when it was pinned.
@@ -185,7 +180,7 @@ impl Peer {
 
     /// Which process it is, for good; `None` where that may not be looked at.
     pub(super) fn process(&self) -> Option<Process> {
-        Process::of(self.pid)
+        Process::of(self.pid())
     }
 
     /// What was found out since `since`, if that is of the program that it connected with. Says nothing of
@@ -449,6 +444,7 @@ mod tests {
     use std::io::Write as _;
     use std::net::Shutdown;
     use std::os::unix::net::UnixStream;
+    use std::process::{Child, Command, Stdio};
 
     use super::*;
 
@@ -595,18 +591,22 @@ mod tests {
         assert!(Peer::has_hung_up(&ours));
     }
 
+    /// A process that ends with its standard input, and its ID.
+    fn child() -> (Child, i32) {
+        let mut command = Command::new("cat");
+        let command = command.stdin(Stdio::piped()).stdout(Stdio::null());
+        let child = command.spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        (child, pid)
+    }
+
     #[tokio::test]
     async fn a_handle_on_who_ended_is_none_on_who_has_the_id_now() {
-        let mut child = std::process::Command::new("cat")
-            .stdin(std::process::Stdio::piped())
-            .stdout(std::process::Stdio::null())
-            .spawn()
-            .unwrap();
-        let handle = open_checked(i32::try_from(child.id()).unwrap()).unwrap();
+        let (mut child, pid) = child();
+        let handle = open_checked(pid).unwrap();
         let now = Peer::open(i32::try_from(std::process::id()).unwrap(), 0, 0).unwrap();
-        let (pid, uid, gid) = (now.pid(), 0, 0);
-        let ids = Credentials { pid, uid, gid };
-        assert!(now.made(&open_checked(pid).unwrap(), ids));
+        let ids = now.credentials;
+        assert!(now.made(&open_checked(now.pid()).unwrap(), ids));
         // As if the ID of the child had become that of this process.
         drop(child.stdin.take());
         child.wait().unwrap();
@@ -615,18 +615,13 @@ mod tests {
 
     #[tokio::test]
     async fn an_exit_is_noticed() {
-        let mut child = tokio::process::Command::new("cat")
-            .stdin(std::process::Stdio::piped())
-            .stdout(std::process::Stdio::null())
-            .spawn()
-            .unwrap();
-        let pid = i32::try_from(child.id().unwrap()).unwrap();
+        let (mut child, pid) = child();
         let peer = Peer::open(pid, 0, 0).unwrap();
         assert!(peer.is_alive() && peer.is_unchanged());
         drop(child.stdin.take());
         peer.exited().await;
         assert!(!peer.is_alive() && !peer.is_unchanged());
-        child.wait().await.unwrap();
+        child.wait().unwrap();
         assert!(!peer.is_alive(), "a reaped process stays dead");
         assert_eq!(peer.program(), None);
         assert!(matches!(Peer::open(pid, 0, 0), Err(PeerError::Gone { .. })));
