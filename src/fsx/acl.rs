@@ -8,7 +8,7 @@ use rustix::fs::{XattrFlags, fgetxattr, fsetxattr};
 use rustix::io::Errno;
 
 /// The attribute that holds a list.
-const ATTRIBUTE: &str = "system.posix_acl_access";
+pub(super) const ATTRIBUTE: &str = "system.posix_acl_access";
 /// The only version of the encoding there is.
 const VERSION: u32 = 2;
 /// The identifier of entries that name nobody.
@@ -26,6 +26,11 @@ const OTHER: u16 = 0x20;
 const READ: u16 = 4;
 const WRITE: u16 = 2;
 const EXECUTE: u16 = 1;
+
+/// What a user who is barred from a socket may do with it. To connect takes the right to write, and executing
+/// means nothing there: it is what tells these entries from those that somebody else made, and keeps the mask
+/// from being empty, with which the kernel does not look at the list.
+const BARRED: u16 = EXECUTE;
 
 /// Who may read beside the owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -97,6 +102,78 @@ impl Acl {
         Self(entries)
     }
 
+    /// What the permission bits of a mode say, and no more.
+    pub fn of_mode(mode: u32) -> Self {
+        let class = |tag, shift: u32| Entry {
+            tag,
+            id: NOBODY,
+            permissions: ((mode >> shift) & 0o7) as u16,
+        };
+        Self::sorted(vec![
+            class(USER_OBJ, 6),
+            class(GROUP_OBJ, 3),
+            class(OTHER, 0),
+        ])
+    }
+
+    /// The users who are barred; `None` if the list names anybody for another reason.
+    pub fn barred(&self) -> Option<Vec<u32>> {
+        let named = self
+            .0
+            .iter()
+            .filter(|entry| matches!(entry.tag, USER | GROUP));
+        let barred = |entry: &Entry| {
+            let bars = (entry.tag, entry.permissions) == (USER, BARRED);
+            bars.then_some(entry.id)
+        };
+        named.map(barred).collect()
+    }
+
+    /// Bars a user, who is not the owner, from connecting to a socket. `false`, and nothing is changed, if the list
+    /// names anybody for another reason.
+    pub fn bar(&mut self, user: u32) -> bool {
+        let Some(barred) = self.barred() else {
+            return false;
+        };
+        if barred.contains(&user) {
+            return true;
+        }
+        let entry = |tag, id, permissions| Entry {
+            tag,
+            id,
+            permissions,
+        };
+        if self.permissions(MASK).is_none() {
+            // It goes for all who are named: what it takes from nobody is what the mode of the file says of the group.
+            let group = self.permissions(GROUP_OBJ).unwrap_or_default();
+            self.0.push(entry(MASK, NOBODY, group | BARRED));
+        }
+        self.0.push(entry(USER, user, BARRED));
+        self.0.sort_unstable();
+        true
+    }
+
+    /// Lets a user in who was barred. When nobody is barred any more, the list says no more than a mode does.
+    pub fn unbar(&mut self, user: u32) {
+        let is_barred =
+            |entry: &Entry| (entry.tag, entry.id, entry.permissions) == (USER, user, BARRED);
+        self.0.retain(|entry| !is_barred(entry));
+        if self.barred().is_some_and(|barred| barred.is_empty())
+            && let Some(mask) = self.permissions(MASK)
+        {
+            self.0.retain(|entry| entry.tag != MASK);
+            let group = self.0.iter_mut().find(|entry| entry.tag == GROUP_OBJ);
+            if let Some(group) = group {
+                group.permissions &= mask;
+            }
+        }
+    }
+
+    fn permissions(&self, tag: u16) -> Option<u16> {
+        let found = self.0.iter().find(|entry| entry.tag == tag);
+        found.map(|entry| entry.permissions)
+    }
+
     /// The kernel's form. It wants entries in the order of their tags and identifiers.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = VERSION.to_le_bytes().to_vec();
@@ -130,7 +207,7 @@ impl Acl {
     /// The list of an open file; `None` if it has none beyond its mode, or the file system has none
     /// at all.
     pub fn of(file: impl AsFd) -> io::Result<Option<Self>> {
-        let mut buffer = vec![0; 4 + 8 * MAX_ENTRIES];
+        let mut buffer = buffer();
         match fgetxattr(file, ATTRIBUTE, &mut buffer) {
             Ok(length) => Ok(buffer.get(..length).and_then(Self::decode)),
             Err(Errno::NODATA | Errno::NOTSUP) => Ok(None),
@@ -149,9 +226,71 @@ impl Acl {
     }
 }
 
+/// Room for a list.
+pub(super) fn buffer() -> Vec<u8> {
+    vec![0; 4 + 8 * MAX_ENTRIES]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_is_barred_and_let_in_leaves_nothing() {
+        for mode in [0o777, 0o660, 0o606, 0o600, 0o770] {
+            let usual = Acl::of_mode(mode);
+            let mut acl = usual.clone();
+            assert_eq!(acl.barred(), Some(vec![]));
+            for user in [7, 5, 7] {
+                assert!(acl.bar(user));
+            }
+            assert_eq!(acl.barred(), Some(vec![5, 7]));
+            let mask = acl.permissions(MASK).unwrap();
+            assert_ne!(mask, 0, "the kernel would not look");
+            assert_eq!(
+                mask & !BARRED,
+                acl.permissions(GROUP_OBJ).unwrap() & !BARRED
+            );
+            acl.unbar(5);
+            acl.unbar(6);
+            assert_eq!(acl.barred(), Some(vec![7]));
+            acl.unbar(7);
+            assert_eq!(acl, usual, "{mode:o}");
+        }
+    }
+
+    #[test]
+    fn a_list_that_is_somebody_else_s_is_left_alone() {
+        let theirs = Acl::shared_file(&[Reader::User(5)], &[Reader::Group(7)]);
+        let mut acl = theirs.clone();
+        assert_eq!(acl.barred(), None);
+        assert!(!acl.bar(1000));
+        acl.unbar(5);
+        assert_eq!(acl, theirs);
+        // Made while somebody was barred: that one is let in, the others stay.
+        let mut acl = Acl::of_mode(0o660);
+        assert!(acl.bar(1000));
+        acl.0
+            .extend(theirs.0.iter().filter(|entry| entry.tag == USER));
+        let mask = acl.permissions(MASK);
+        acl.unbar(1000);
+        assert_eq!(acl.permissions(MASK), mask);
+        assert_eq!(acl.0.iter().filter(|entry| entry.tag == USER).count(), 1);
+    }
+
+    #[test]
+    fn a_right_that_was_taken_from_the_group_meanwhile_stays_taken() {
+        let mut acl = Acl::of_mode(0o660);
+        assert!(acl.bar(1000));
+        // What chmod(2) does with a mode of 0640.
+        acl.0
+            .iter_mut()
+            .find(|entry| entry.tag == MASK)
+            .unwrap()
+            .permissions = READ;
+        acl.unbar(1000);
+        assert_eq!(acl, Acl::of_mode(0o640));
+    }
 
     #[test]
     fn a_file_list_is_what_the_kernel_wants() {

@@ -6,9 +6,11 @@
 pub mod acl;
 mod dir;
 mod path;
+mod socket_file;
 
 pub use dir::{Access, Dir, Entry, FileLock, Folder, MAX_FILE};
 pub use path::{Symlinks, clean};
+pub use socket_file::SocketFile;
 
 use std::fs::File;
 use std::io::{self, Read as _};

@@ -1,6 +1,8 @@
 //! A restart of the agent under a real systemd refuses no connection.
 
-use crate::common::{Cluster, OutputText as _, RESOURCES, Sandbox, Systemd, eventually, skip};
+use crate::common::{
+    Cluster, OutputText as _, RESOURCES, Sandbox, Systemd, eventually, repository, skip,
+};
 
 /// Connects all the time until `/root/stop` is there; each connection has to be greeted in the end. A
 /// connection that the old process took up at its last moment may be cut off: that is no refusal, and
@@ -152,6 +154,43 @@ fn the_descriptor_store_keeps_the_socket_over_a_restart_and_a_crash() {
     machine.shell(
         "sed -i s/workload.sock/other.sock/ /root/tbot.yaml; systemctl restart tbot; \
          ! test -e /run/tbot/workload.sock; test -S /run/tbot/other.sock",
+    );
+}
+
+#[test]
+fn who_was_barred_for_a_flood_when_the_agent_crashed_is_let_in() {
+    if let Some(why) = Systemd::unavailable() {
+        return skip(&why);
+    }
+    let sandbox = Sandbox::new();
+    let cluster = Cluster::start(&sandbox, RESOURCES);
+    let unit = unit(&sandbox, STORED);
+    let machine = Machine::new(&sandbox, &cluster, STORED, &unit);
+    let flood = std::fs::read_to_string(repository().join("tests/support/flood.py")).unwrap();
+    machine.systemd.write("/run/flood.py", &flood);
+    machine.shell("systemctl daemon-reload; systemctl start tbot");
+    machine.served();
+    let list = "os.listxattr('/run/tbot/workload.sock')";
+    let barred = format!("python3 -c \"import os; exit('system.posix_acl_access' not in {list})\"");
+    let seen = machine.shell(&format!(
+        "systemd-run -q --unit=flood --uid=65534 python3 /run/flood.py /run/tbot/workload.sock 60; \
+         for try in $(seq 200); do \
+           systemctl kill --signal=STOP tbot; if {barred}; then break; fi; systemctl kill --signal=CONT tbot; \
+         done; \
+         systemctl kill --signal=KILL tbot; systemctl stop flood; \
+         if {barred}; then echo still barred; fi"
+    ));
+    assert_eq!(seen, "still barred\n", "nobody was barred when it crashed");
+    machine.served();
+    let seen = machine.shell(&format!(
+        "if {barred}; then echo still barred; fi; stat -c %a /run/tbot/workload.sock"
+    ));
+    assert_eq!(seen, "777\n");
+    let journal = machine.shell("journalctl -u tbot --no-pager");
+    assert!(
+        journal.contains("A user floods the socket")
+            && journal.contains("Letting users in whom an agent that ended had barred"),
+        "{journal}"
     );
 }
 

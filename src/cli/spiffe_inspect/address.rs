@@ -93,7 +93,7 @@ fn unreachable_socket(path: &Path, source: &io::Error) -> anyhow::Error {
         }
         io::ErrorKind::PermissionDenied => {
             "this user may not reach it: it needs the execute permission on every directory of the \
-             path, and the write permission on the socket"
+             path, and the write permission on the socket, which a user who floods it loses for moments"
         }
         io::ErrorKind::ConnectionRefused if is_socket => {
             "nobody answers on it: tbot is not running (`systemctl status tbot`)"

@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 
 use tokio::net::{UnixSocket, UnixStream};
 
+use super::gate;
 use super::permissions::Permissions;
+use crate::fsx::SocketFile;
 use crate::services::sockets::{FileId, Sockets, file_at};
 
 /// The longest path that fits a socket address (`sun_path` with its final zero), in bytes.
@@ -125,8 +127,15 @@ impl Listen {
         match self {
             Self::Unix(path) => match sockets.unix(path, service) {
                 Some(passed) => {
-                    let (listener, stored) =
-                        passed.map_err(failed("take over the socket that systemd passed"))?;
+                    let (socket, stored) = passed
+                        .and_then(|(listener, stored)| Ok((Socket::passed(listener)?, stored)))
+                        .map_err(failed("take over the socket that systemd passed"))?;
+                    if let Some(Err(source)) = socket.held().map(|file| gate::reopen(&file)) {
+                        tracing::warn!(
+                            path = %path.display(), %source,
+                            "Users who flooded the socket when the agent ended may be barred from it still"
+                        );
+                    }
                     if stored {
                         // They may have changed since the process that bound it.
                         permissions
@@ -142,9 +151,7 @@ impl Listen {
                              unit gives it (SocketMode=, SocketUser=): `socket` has no effect"
                         );
                     }
-                    Socket::passed(listener)
-                        .map(Bound::Unix)
-                        .map_err(failed("take over the socket that systemd passed"))
+                    Ok(Bound::Unix(socket))
                 }
                 None => Ok(Bound::Unix(Socket::bind(path, permissions, sockets).await?)),
             },
@@ -256,6 +263,12 @@ impl Socket {
 
     pub(super) fn listener(&self) -> &UnixListener {
         &self.listener
+    }
+
+    /// The file of the socket, if there is one.
+    pub(super) fn held(&self) -> Option<SocketFile> {
+        let address = self.listener.local_addr().ok()?;
+        SocketFile::hold(address.as_pathname()?).ok()
     }
 }
 

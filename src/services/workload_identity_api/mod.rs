@@ -1,9 +1,9 @@
 //! The `workload-identity-api` service: the SPIFFE Workload API on a unix socket.
 //!
 //! `listener.rs` opens the socket, `permissions.rs` says for whom, `door.rs` lets in who connects,
-//! `threads.rs` has a thread for each user of them, `incoming.rs` pins them, `authority.rs` lets clients in
-//! that name the socket's path as authority. `source.rs` is what every call draws on, `grpc.rs` the form of
-//! messages, `feed.rs` the streams, `followed.rs` what one caller may have, `spiffe.rs` the calls of the standard, `wanted.rs` what is asked of them and
+//! `floods.rs` sees who does so too fast, `gate.rs` has the kernel keep those out, `threads.rs` has a thread for
+//! each user of the others, `incoming.rs` pins them, `authority.rs` lets clients in that name the socket's path as
+//! authority. `source.rs` is what every call draws on, `grpc.rs` the form of messages, `feed.rs` the streams, `followed.rs` what one caller may have, `spiffe.rs` the calls of the standard, `wanted.rs` what is asked of them and
 //! `message.rs` what their messages hold; `sds/` says the same to Envoy, `server.rs` puts all of it on
 //! the socket. Issuing, caching and following bundles are
 //! [`crate::workload`]'s.
@@ -11,7 +11,9 @@
 mod authority;
 mod door;
 mod feed;
+mod floods;
 mod followed;
+mod gate;
 mod grpc;
 mod incoming;
 mod inspect;

@@ -24,6 +24,7 @@ use tonic_health::server::{HealthReporter, HealthService};
 use tower::{Service, ServiceExt as _};
 
 use super::door::{Arrived, Door};
+use super::gate::Gate;
 use super::grpc::{self, MAX_REQUEST};
 use super::incoming::{Arrivals, Caller, Connection};
 use super::inspect::Inspect;
@@ -85,7 +86,11 @@ pub(super) async fn serve(
     let server = Arc::new(Server::new(source, health, explain));
     let _gone = server.gone.clone().drop_guard();
     let (running, mut ended) = mpsc::channel(1);
-    let mut threads = Threads::new(Arc::clone(&server), running);
+    let gate = Gate::new(match bound {
+        Bound::Unix(socket) => socket.held(),
+        Bound::Tcp(_) => None,
+    })?;
+    let mut threads = Threads::new(Arc::clone(&server), gate, running);
     let door = Door::open(bound, move |arrived| threads.admit(arrived))?;
     shutdown.cancelled().await;
     // Who had connected by the shutdown is served, then nobody comes any more.

@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 use super::door::{self, Arrived};
+use super::gate::Gate;
 use super::pace;
 use super::server::Server;
 use crate::attest::Peers;
@@ -42,6 +43,7 @@ const STACK: usize = 1024 * 1024;
 #[derive(Debug)]
 pub(super) struct Threads {
     server: Arc<Server>,
+    gate: Gate,
     lines: HashMap<Option<u32>, Sender<Arrived>>,
     /// Each thread has one: who holds the other end hears when all ended.
     running: Sender<Infallible>,
@@ -52,9 +54,10 @@ pub(super) struct Threads {
 
 impl Threads {
     /// None runs yet. Nothing is ever sent through `running`; it is closed with the last of them.
-    pub(super) fn new(server: Arc<Server>, running: Sender<Infallible>) -> Self {
+    pub(super) fn new(server: Arc<Server>, gate: Gate, running: Sender<Infallible>) -> Self {
         Self {
             server,
+            gate,
             lines: HashMap::new(),
             running,
             refused: None,
@@ -63,7 +66,7 @@ impl Threads {
     }
 
     /// Gives a connection to its user's thread, and says whether a crowd waits for that. Hangs up where too many
-    /// wait.
+    /// wait, and has the gate kept from who makes them.
     pub(super) fn admit(&mut self, mut arrived: Arrived) -> bool {
         let user = arrived.user();
         loop {
@@ -71,10 +74,19 @@ impl Threads {
                 return false;
             };
             match line.try_send(arrived) {
-                Ok(()) => return line.max_capacity() - line.capacity() > CROWD,
+                Ok(()) => {
+                    let crowd = line.max_capacity() - line.capacity() > CROWD;
+                    if let (true, Some(user)) = (crowd, user) {
+                        self.gate.crowded(user);
+                    }
+                    return crowd;
+                }
                 Err(TrySendError::Full(_)) => {
                     let what = "Dropping connections of a user of whom too many wait";
                     self.server.dropping(user, what);
+                    if let Some(user) = user {
+                        self.gate.dropped(user);
+                    }
                     return true;
                 }
                 // It ended since it was looked up.
