@@ -62,7 +62,7 @@ def flooding(path, seconds, apart):
     def run():
         end = time.monotonic() + seconds
         if path:
-            flood(path, end, count)
+            flood(path, end, *counters)
         while time.monotonic() < end:
             pass
 
@@ -77,10 +77,10 @@ def flooding(path, seconds, apart):
             worker.start()
         for worker in workers:
             worker.join()
-    count = multiprocessing.Value("L", 0)
+    counters = [multiprocessing.Value("L", 0) for _ in range(2)]
     leader = multiprocessing.Process(target=lead)
     leader.start()
-    return leader, count
+    return leader, counters
 
 
 def decoy(path, apart):
@@ -127,20 +127,20 @@ def main(binary, seconds, nice):
                     time.sleep(0.05)
             targets = {"busy processes": None, "flood elsewhere": elsewhere, "flood": ours}
             found = {name: [] for name in ("calm", *targets)}
-            connections = dict.fromkeys(targets, 0)
+            counts = {name: [0, 0] for name in targets}
             for _ in range(ROUNDS):
                 found["calm"] += times(ours, seconds)
                 for name, path in targets.items():
-                    leader, count = flooding(path, seconds + 1, apart)
+                    leader, counters = flooding(path, seconds + 1, apart)
                     time.sleep(0.5)
                     found[name] += times(ours, seconds)
                     leader.join()
-                    connections[name] += count.value
+                    counts[name] = [sum(pair) for pair in zip(counts[name], (counter.value for counter in counters))]
             tail = {name: show(name, taken) for name, taken in found.items()}
             for name in targets:
-                rate = connections[name] / ROUNDS / (seconds + 1)
+                made, refused = (count / ROUNDS / (seconds + 1) for count in counts[name])
                 ratio = tail["flood"] / tail[name]
-                print(f"{name:<28} {rate:6.0f} connections/s   p99 of the flood ÷ this {ratio:5.2f}")
+                print(f"{name:<28} {made:6.0f} connections/s, {refused:6.0f} refused   p99 of the flood ÷ this {ratio:5.2f}")
         finally:
             sink.terminate()
             for process in started:

@@ -27,10 +27,10 @@ const READ: u16 = 4;
 const WRITE: u16 = 2;
 const EXECUTE: u16 = 1;
 
-/// What a user who is barred from a socket may do with it. To connect takes the right to write, and executing
-/// means nothing there: it is what tells these entries from those that somebody else made, and keeps the mask
-/// from being empty, with which the kernel does not look at the list.
-const BARRED: u16 = EXECUTE;
+/// The rights of a user who is barred from a socket. To connect takes the right to write, and to execute means
+/// nothing there: it is what tells these entries from those that somebody else made, and keeps the mask from
+/// being empty, with which the kernel does not look at the list.
+const BARRED_RIGHTS: u16 = EXECUTE;
 
 /// Who may read beside the owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -116,21 +116,23 @@ impl Acl {
         ])
     }
 
-    /// The users who are barred; `None` if the list names anybody for another reason.
+    /// The users who are barred; `None` if the list says anything else beyond a mode.
     pub fn barred(&self) -> Option<Vec<u32>> {
         let named = self
             .0
             .iter()
             .filter(|entry| matches!(entry.tag, USER | GROUP));
         let barred = |entry: &Entry| {
-            let bars = (entry.tag, entry.permissions) == (USER, BARRED);
+            let bars = (entry.tag, entry.permissions) == (USER, BARRED_RIGHTS);
             bars.then_some(entry.id)
         };
-        named.map(barred).collect()
+        let barred: Option<Vec<_>> = named.map(barred).collect();
+        // A mask without names is somebody's, too.
+        barred.filter(|users| users.is_empty() == self.permissions(MASK).is_none())
     }
 
-    /// Bars a user, who is not the owner, from connecting to a socket. `false`, and nothing is changed, if the list
-    /// names anybody for another reason.
+    /// Bars a user, who is not the owner, from connecting to a socket. `false`, and nothing is changed, if the
+    /// list says anything else beyond a mode.
     pub fn bar(&mut self, user: u32) -> bool {
         let Some(barred) = self.barred() else {
             return false;
@@ -143,29 +145,34 @@ impl Acl {
             id,
             permissions,
         };
-        if self.permissions(MASK).is_none() {
-            // It goes for all who are named: what it takes from nobody is what the mode of the file says of the group.
+        if barred.is_empty() {
+            // It limits the group, too.
             let group = self.permissions(GROUP_OBJ).unwrap_or_default();
-            self.0.push(entry(MASK, NOBODY, group | BARRED));
+            self.0.push(entry(MASK, NOBODY, group | BARRED_RIGHTS));
         }
-        self.0.push(entry(USER, user, BARRED));
+        self.0.push(entry(USER, user, BARRED_RIGHTS));
         self.0.sort_unstable();
         true
     }
 
     /// Lets a user in who was barred. When nobody is barred any more, the list says no more than a mode does.
     pub fn unbar(&mut self, user: u32) {
-        let is_barred =
-            |entry: &Entry| (entry.tag, entry.id, entry.permissions) == (USER, user, BARRED);
-        self.0.retain(|entry| !is_barred(entry));
-        if self.barred().is_some_and(|barred| barred.is_empty())
-            && let Some(mask) = self.permissions(MASK)
+        let of_user =
+            |entry: &Entry| (entry.tag, entry.id, entry.permissions) == (USER, user, BARRED_RIGHTS);
+        let before = self.0.len();
+        self.0.retain(|entry| !of_user(entry));
+        let named = |entry: &Entry| matches!(entry.tag, USER | GROUP);
+        if self.0.len() == before || self.0.iter().any(named) {
+            return;
+        }
+        let mask = self.permissions(MASK);
+        self.0.retain(|entry| entry.tag != MASK);
+        let group = self.0.iter_mut().find(|entry| entry.tag == GROUP_OBJ);
+        // chmod(2) changes the mask where there is one, and means the group.
+        if let Some((group, mask)) = group.zip(mask)
+            && mask != group.permissions | BARRED_RIGHTS
         {
-            self.0.retain(|entry| entry.tag != MASK);
-            let group = self.0.iter_mut().find(|entry| entry.tag == GROUP_OBJ);
-            if let Some(group) = group {
-                group.permissions &= mask;
-            }
+            group.permissions = mask;
         }
     }
 
@@ -247,10 +254,7 @@ mod tests {
             assert_eq!(acl.barred(), Some(vec![5, 7]));
             let mask = acl.permissions(MASK).unwrap();
             assert_ne!(mask, 0, "the kernel would not look");
-            assert_eq!(
-                mask & !BARRED,
-                acl.permissions(GROUP_OBJ).unwrap() & !BARRED
-            );
+            assert_eq!(mask, acl.permissions(GROUP_OBJ).unwrap() | EXECUTE);
             acl.unbar(5);
             acl.unbar(6);
             assert_eq!(acl.barred(), Some(vec![7]));
@@ -279,17 +283,36 @@ mod tests {
     }
 
     #[test]
-    fn a_right_that_was_taken_from_the_group_meanwhile_stays_taken() {
-        let mut acl = Acl::of_mode(0o660);
-        assert!(acl.bar(1000));
-        // What chmod(2) does with a mode of 0640.
-        acl.0
-            .iter_mut()
-            .find(|entry| entry.tag == MASK)
-            .unwrap()
-            .permissions = READ;
+    fn what_chmod_gave_and_took_meanwhile_is_kept() {
+        for (before, after) in [
+            (0o660, 0o640),
+            (0o606, 0o660),
+            (0o777, 0o700),
+            (0o600, 0o620),
+        ] {
+            let mut acl = Acl::of_mode(before);
+            assert!(acl.bar(1000));
+            for (tag, shift) in [(USER_OBJ, 6), (MASK, 3), (OTHER, 0)] {
+                let entry = acl.0.iter_mut().find(|entry| entry.tag == tag).unwrap();
+                entry.permissions = after >> shift & 0o7;
+            }
+            acl.unbar(1000);
+            assert_eq!(acl, Acl::of_mode(after.into()), "{before:o} {after:o}");
+        }
+    }
+
+    #[test]
+    fn a_mask_that_somebody_made_is_left_alone() {
+        let mut theirs = Acl::of_mode(0o660);
+        theirs.0.push(Entry {
+            tag: MASK,
+            id: NOBODY,
+            permissions: 0,
+        });
+        let mut acl = theirs.clone();
+        assert!(!acl.bar(1000));
         acl.unbar(1000);
-        assert_eq!(acl, Acl::of_mode(0o640));
+        assert_eq!(acl, theirs);
     }
 
     #[test]

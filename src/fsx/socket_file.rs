@@ -64,8 +64,11 @@ impl SocketFile {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-    use std::os::unix::net::UnixListener;
+    use std::fs::Permissions;
+    use std::os::unix::fs::{PermissionsExt as _, chown};
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    use nix::unistd::{setfsgid, setfsuid};
 
     use super::*;
 
@@ -75,7 +78,7 @@ mod tests {
         let [path, elsewhere] = ["s", "elsewhere"].map(|name| dir.path().join(name));
         let _listener = UnixListener::bind(&path).unwrap();
         let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o7777;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o606)).unwrap();
+        std::fs::set_permissions(&path, Permissions::from_mode(0o606)).unwrap();
         let file = SocketFile::hold(&path).unwrap();
         std::fs::rename(&path, &elsewhere).unwrap();
         let _other = UnixListener::bind(&path).unwrap();
@@ -93,6 +96,47 @@ mod tests {
         assert_eq!(mode(&elsewhere), 0o606);
         let now = (mode(&path), SocketFile::hold(&path).unwrap().acl().unwrap());
         assert_eq!(now, other);
+    }
+
+    #[test]
+    fn the_kernel_lets_nobody_connect_who_is_barred() {
+        if !nix::unistd::geteuid().is_root() {
+            return; // To be other users takes root.
+        }
+        let (barred, other) = (65_534, 65_533);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let _listener = UnixListener::bind(&path).unwrap();
+        std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+        chown(&path, None, Some(other)).unwrap();
+        let file = SocketFile::hold(&path).unwrap();
+        // A thread of its own: what it gives up, it does not get back.
+        let connects = |user: u32| {
+            let path = path.clone();
+            let connect = move || {
+                setfsgid(barred.into());
+                setfsuid(user.into());
+                UnixStream::connect(path)
+                    .map(drop)
+                    .map_err(|error| error.kind())
+            };
+            std::thread::spawn(connect).join().unwrap()
+        };
+        for mode in [0o777, 0o606, 0o666] {
+            std::fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+            let mut acl = file.acl().unwrap();
+            assert!(acl.bar(barred));
+            file.set_acl(&acl).unwrap();
+            assert_eq!(
+                connects(barred),
+                Err(io::ErrorKind::PermissionDenied),
+                "{mode:o}"
+            );
+            assert_eq!(connects(other), Ok(()), "{mode:o}");
+            acl.unbar(barred);
+            file.set_acl(&acl).unwrap();
+            assert_eq!(connects(barred), Ok(()), "{mode:o}");
+        }
     }
 
     #[test]

@@ -186,6 +186,7 @@ fn who_was_barred_for_a_flood_when_the_agent_crashed_is_let_in() {
         "if {barred}; then echo still barred; fi; stat -c %a /run/tbot/workload.sock"
     ));
     assert_eq!(seen, "777\n");
+    machine.shell("setpriv --reuid=65534 --clear-groups tbot spiffe-inspect --path unix:///run/tbot/workload.sock");
     let journal = machine.shell("journalctl -u tbot --no-pager");
     assert!(
         journal.contains("A user floods the socket")

@@ -1,5 +1,5 @@
 """A hostile caller: four processes that connect, ask for SVIDs in heaps, and hang up without reading, over
-and over. Prints the number of connections it made.
+and over. Prints how many connections it made, and how many were refused.
 
 usage: flood.py SOCKET SECONDS
 """
@@ -31,28 +31,33 @@ def call(stream):
 BYTES = PREFACE + b"".join(call(stream) for stream in range(1, 100, 2))
 
 
-def flood(path, end, count):
+def flood(path, end, made, refused):
     while time.monotonic() < end:
-        try:
-            with socket.socket(socket.AF_UNIX) as connection:
-                connection.settimeout(1)
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(1)
+            try:
                 connection.connect(path)
-                connection.sendall(BYTES)
-        except OSError:
-            pass  # Who is refused has lost nothing, and does not rest.
-        with count.get_lock():
-            count.value += 1
+            except OSError:
+                counter = refused  # Whoever is refused has lost nothing, and does not rest.
+            else:
+                counter = made
+                try:
+                    connection.sendall(BYTES)
+                except OSError:
+                    pass
+        with counter.get_lock():
+            counter.value += 1
 
 
 def main(path, seconds):
-    count = multiprocessing.Value("L", 0)
+    counters = [multiprocessing.Value("L", 0) for _ in range(2)]
     end = time.monotonic() + seconds
-    workers = [multiprocessing.Process(target=flood, args=(path, end, count)) for _ in range(4)]
+    workers = [multiprocessing.Process(target=flood, args=(path, end, *counters)) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    print(count.value)
+    print(*(counter.value for counter in counters))
 
 
 if __name__ == "__main__":

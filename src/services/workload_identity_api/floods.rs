@@ -1,20 +1,21 @@
 //! Who floods the socket, and is to be barred from it for a moment.
 //!
-//! Many connections at a time are no flood: all processes of a user connect anew after a restart of the agent, and
-//! a line of a thousand waits for that user's thread. It is one when that line has been full for a while. From then
-//! on, a crowd is enough, until there was none for some time.
+//! Many connections at once are no flood: after a restart of the agent, all processes of a user connect anew, and as
+//! many as a user may hold come in one moment. A thousand wait for that user's thread, the others are dropped and come
+//! again. It is a flood if more were dropped within a second than could be meant. From then on, a crowd is
+//! enough, until there was none for some time.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How many connections of a user have to be dropped for a full line, and within which time.
-const DROPPED: u32 = 64;
+/// How many connections of a user have to be dropped, and within which time: as many as a user may hold.
+const DROPPED: u32 = 4096;
 const WITHIN: Duration = Duration::from_secs(1);
 /// For how long a user is barred at a time.
-pub(super) const BARRED: Duration = Duration::from_millis(100);
-/// For how long it is remembered that a user did that.
+pub(super) const BARRED_FOR: Duration = Duration::from_millis(100);
+/// For how long it is remembered that a user was barred.
 const REMEMBERED: Duration = Duration::from_secs(10);
 /// Users that are remembered at a time. An account with subordinate IDs is as many users as it likes.
 const USERS: usize = 64;
@@ -22,12 +23,11 @@ const USERS: usize = 64;
 /// What is to be done about a user.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// Nothing.
-    Stays,
-    /// The user is to be barred from now on for [`BARRED`].
-    Goes {
-        /// Nothing of the kind is remembered of this user: it is news.
-        news: bool,
+    Nothing,
+    /// The user is to be barred for [`BARRED_FOR`].
+    Bar {
+        /// It is not remembered that the user was barred before.
+        first: bool,
     },
 }
 
@@ -53,11 +53,11 @@ impl Flood {
     fn bar(&mut self, now: Instant) -> Verdict {
         // What comes meanwhile had connected before.
         if self.until.is_some_and(|until| now < until) {
-            return Verdict::Stays;
+            return Verdict::Nothing;
         }
-        let before = self.until.replace(now + BARRED);
-        Verdict::Goes {
-            news: before.is_none(),
+        let before = self.until.replace(now + BARRED_FOR);
+        Verdict::Bar {
+            first: before.is_none(),
         }
     }
 }
@@ -68,7 +68,7 @@ impl Floods {
         if !self.0.contains_key(&user) && self.0.len() >= USERS {
             self.0.retain(|_, flood| !flood.is_forgotten(now));
             if self.0.len() >= USERS {
-                return Verdict::Stays;
+                return Verdict::Nothing;
             }
         }
         let new = || Flood {
@@ -86,7 +86,7 @@ impl Floods {
             }
             flood.dropped += 1;
             if flood.dropped < DROPPED {
-                return Verdict::Stays;
+                return Verdict::Nothing;
             }
         }
         flood.bar(now)
@@ -96,7 +96,7 @@ impl Floods {
     pub(super) fn crowded(&mut self, user: u32, now: Instant) -> Verdict {
         match self.0.get_mut(&user) {
             Some(flood) if flood.until.is_some() && !flood.is_forgotten(now) => flood.bar(now),
-            _ => Verdict::Stays,
+            _ => Verdict::Nothing,
         }
     }
 }
@@ -105,8 +105,8 @@ impl Floods {
 mod tests {
     use super::*;
 
-    const FIRST: Verdict = Verdict::Goes { news: true };
-    const AGAIN: Verdict = Verdict::Goes { news: false };
+    const FIRST: Verdict = Verdict::Bar { first: true };
+    const AGAIN: Verdict = Verdict::Bar { first: false };
 
     /// Drops that many connections of user 7, one at a time.
     fn drops(floods: &mut Floods, count: u32, now: Instant) -> Vec<Verdict> {
@@ -114,28 +114,27 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_is_full_for_a_moment_is_no_flood() {
+    fn as_many_as_a_user_may_hold_are_no_flood() {
         let (mut floods, start) = (Floods::default(), Instant::now());
         for second in 0..100 {
             let now = start + (WITHIN + Duration::from_millis(1)) * second;
-            for verdict in drops(&mut floods, DROPPED - 1, now) {
-                assert_eq!(verdict, Verdict::Stays);
-            }
-            assert_eq!(floods.crowded(7, now), Verdict::Stays);
+            let verdicts = drops(&mut floods, 4095, now);
+            assert!(verdicts.iter().all(|verdict| *verdict == Verdict::Nothing));
+            assert_eq!(floods.crowded(7, now), Verdict::Nothing);
         }
     }
 
     #[test]
     fn who_floods_is_barred_once_at_a_time() {
         let (mut floods, start) = (Floods::default(), Instant::now());
-        let verdicts = drops(&mut floods, 1000, start);
+        let verdicts = drops(&mut floods, 3 * DROPPED, start);
         let barred: Vec<_> = (0_u32..)
             .zip(&verdicts)
-            .filter(|(_, verdict)| **verdict != Verdict::Stays)
+            .filter(|(_, verdict)| **verdict != Verdict::Nothing)
             .collect();
         assert_eq!(barred, [(DROPPED - 1, &FIRST)]);
-        assert_eq!(floods.crowded(7, start), Verdict::Stays, "barred already");
-        assert_eq!(floods.crowded(8, start), Verdict::Stays, "somebody else");
+        assert_eq!(floods.crowded(7, start), Verdict::Nothing, "barred already");
+        assert_eq!(floods.crowded(8, start), Verdict::Nothing, "somebody else");
     }
 
     #[test]
@@ -143,11 +142,11 @@ mod tests {
         for act in [Floods::crowded, Floods::dropped] {
             let (mut floods, start) = (Floods::default(), Instant::now());
             drops(&mut floods, DROPPED, start);
-            assert_eq!(act(&mut floods, 7, start + BARRED), AGAIN);
-            let later = start + BARRED * 2 + REMEMBERED;
+            assert_eq!(act(&mut floods, 7, start + BARRED_FOR), AGAIN);
+            let later = start + BARRED_FOR * 2 + REMEMBERED;
             assert_eq!(act(&mut floods, 7, later), AGAIN, "remembered");
-            let later = later + BARRED + REMEMBERED + Duration::from_millis(1);
-            assert_eq!(act(&mut floods, 7, later), Verdict::Stays, "forgotten");
+            let later = later + BARRED_FOR + REMEMBERED + Duration::from_millis(1);
+            assert_eq!(act(&mut floods, 7, later), Verdict::Nothing, "forgotten");
             let again = drops(&mut floods, DROPPED, later);
             assert!(again.contains(&FIRST), "news again");
         }

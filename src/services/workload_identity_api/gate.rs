@@ -4,12 +4,13 @@
 //! up. One that the file of the socket does not permit costs it nothing. So a user who floods is barred there, by
 //! an entry in the file's access control list, for a moment at a time.
 //!
-//! This goes as far as the list does: the file's owner is not barred by it, nor is root, nor anybody where the agent may
-//! not change it, where somebody else wrote a list, or where the file system has none. Their connections are
-//! dropped one by one.
+//! This goes as far as the list does: it says nothing to root and to the owner of the file, and is of no use where the
+//! agent may not change it, where somebody else wrote one, or where the file system has none. Connections of
+//! such a flood are dropped one by one.
 
-use std::collections::VecDeque;
+use std::collections::HashMap;
 use std::io;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
@@ -17,13 +18,13 @@ use rustix::process::setpriority_process;
 use tokio::time::Instant;
 
 use super::door;
-use super::floods::{BARRED, Floods, Verdict};
+use super::floods::{BARRED_FOR, Floods, Verdict};
 use crate::backoff::{Loudness, Repeated};
 use crate::fsx::SocketFile;
 
 /// The thread's stack, in bytes.
 const STACK: usize = 128 * 1024;
-/// Users that may wait to be barred. Those beyond are named again soon.
+/// Users that may wait to be barred.
 const WAITING: usize = 64;
 
 /// What stands before the door. It lets everybody in again when it is dropped.
@@ -37,13 +38,21 @@ pub(super) struct Gate {
 /// The thread that changes the file. That may be on a disk that is busy, and the door is not to wait for it.
 #[derive(Debug)]
 struct Keeper {
-    barred: SyncSender<u32>,
+    orders: SyncSender<Order>,
     thread: JoinHandle<()>,
+}
+
+/// To bar a user.
+#[derive(Debug)]
+struct Order {
+    user: u32,
+    /// It is to be told in the log.
+    first: bool,
 }
 
 impl Gate {
     /// Nobody is barred yet. Without a file, nobody ever is.
-    pub(super) fn new(file: Option<SocketFile>) -> io::Result<Self> {
+    pub(super) fn new(file: Option<Arc<SocketFile>>) -> io::Result<Self> {
         Ok(Self {
             floods: Floods::default(),
             keeper: file.map(Keeper::start).transpose()?,
@@ -63,25 +72,17 @@ impl Gate {
     }
 
     fn follow(&self, user: u32, verdict: Verdict) {
-        let (Verdict::Goes { news }, Some(keeper)) = (verdict, &self.keeper) else {
-            return;
-        };
-        if news {
-            tracing::warn!(
-                uid = user,
-                "A user floods the socket: barring it from connecting, for a tenth of a second at a time, while \
-                 that lasts"
-            );
+        if let (Verdict::Bar { first }, Some(keeper)) = (verdict, &self.keeper) {
+            // Where too many are to be barred already, this one's turn comes again if it goes on.
+            let _ordered = keeper.orders.try_send(Order { user, first });
         }
-        // Who is not heard of now is named again with one of the next connections.
-        let _told = keeper.barred.try_send(user);
     }
 }
 
 impl Drop for Gate {
     fn drop(&mut self) {
-        if let Some(Keeper { barred, thread }) = self.keeper.take() {
-            drop(barred);
+        if let Some(Keeper { orders, thread }) = self.keeper.take() {
+            drop(orders);
             // One that panicked has told of it.
             let _ended = thread.join();
         }
@@ -89,115 +90,109 @@ impl Drop for Gate {
 }
 
 impl Keeper {
-    fn start(file: SocketFile) -> io::Result<Self> {
-        let (barred, named) = sync_channel(WAITING);
+    fn start(file: Arc<SocketFile>) -> io::Result<Self> {
+        let (orders, given) = sync_channel(WAITING);
         let thread = std::thread::Builder::new()
             .name("tbot-gate".to_owned())
             .stack_size(STACK)
-            .spawn(move || keep(&file, &named))?;
-        Ok(Self { barred, thread })
+            .spawn(move || keep(&file, &given))?;
+        Ok(Self { orders, thread })
     }
 }
 
-/// Bars each user who is named for a while, until nobody can be named any more.
-fn keep(file: &SocketFile, named: &Receiver<u32>) {
+/// Follows orders until nobody can give any more, and lets everybody in then.
+fn keep(file: &SocketFile, orders: &Receiver<Order>) {
     // As the door, which it is to relieve.
     let _allowed = setpriority_process(None, door::PRIORITY);
-    let mut barred = Barred::new(file);
+    let mut bars = Bars::of(file);
     loop {
-        let next = match barred.until() {
-            None => named
-                .recv()
-                .map_err(|_closed| RecvTimeoutError::Disconnected),
-            Some(until) => named.recv_timeout(until.saturating_duration_since(Instant::now())),
+        let order = match bars.next() {
+            None => orders.recv().map_err(RecvTimeoutError::from),
+            Some(next) => orders.recv_timeout(next.saturating_duration_since(Instant::now())),
         };
-        match next {
-            Ok(user) => barred.add(user, Instant::now()),
+        match order {
+            Ok(order) => bars.add(&order, Instant::now()),
             Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return barred.admit(barred.users.len()),
+            Err(RecvTimeoutError::Disconnected) => return bars.lift(|_| true, Instant::now()),
         }
-        barred.admit_whose_time_is_over(Instant::now());
+        let now = Instant::now();
+        bars.lift(|until| until <= now, now);
     }
 }
 
 /// Who is barred from a file, and until when.
 #[derive(Debug)]
-struct Barred<'a> {
+struct Bars<'a> {
     file: &'a SocketFile,
-    /// All for the same time: who came first leaves first.
-    users: VecDeque<(Instant, u32)>,
+    users: HashMap<u32, Instant>,
     failures: Repeated,
 }
 
-impl<'a> Barred<'a> {
-    fn new(file: &'a SocketFile) -> Self {
+impl<'a> Bars<'a> {
+    fn of(file: &'a SocketFile) -> Self {
         Self {
             file,
-            users: VecDeque::new(),
+            users: HashMap::new(),
             failures: Repeated::default(),
         }
     }
 
-    /// When the first of them is to be let in again.
-    fn until(&self) -> Option<Instant> {
-        self.users.front().map(|(until, _)| *until)
+    /// When the next of them is to be let in again.
+    fn next(&self) -> Option<Instant> {
+        self.users.values().min().copied()
     }
 
-    fn add(&mut self, user: u32, now: Instant) {
-        let barred = bar(self.file, user);
-        if self.succeeded(
-            barred,
-            "Cannot bar a user who floods: its connections are dropped one by one",
-        ) {
-            self.users.retain(|(_, other)| *other != user);
-            self.users.push_back((now + BARRED, user));
+    fn add(&mut self, order: &Order, now: Instant) {
+        let uid = order.user;
+        match bar(self.file, uid) {
+            Ok(()) => {
+                self.users.insert(uid, now + BARRED_FOR);
+                if order.first {
+                    tracing::warn!(
+                        uid,
+                        "A user floods the socket: it may not connect for a tenth of a second, and again as long as \
+                         that lasts"
+                    );
+                }
+            }
+            Err(reason) if order.first => tracing::warn!(
+                uid,
+                %reason,
+                "A user floods the socket and cannot be barred from it: its connections are dropped one by one"
+            ),
+            Err(reason) => tracing::debug!(uid, %reason, "Cannot bar a user who floods the socket"),
         }
     }
 
-    fn admit_whose_time_is_over(&mut self, now: Instant) {
-        let over = self.users.partition_point(|(until, _)| *until <= now);
-        self.admit(over);
-        // Where that was not possible, it is tried again.
-        let late = self.users.iter_mut().filter(|(until, _)| *until <= now);
-        late.for_each(|(until, _)| *until = now + BARRED);
-    }
-
-    /// Lets the first `count` of them in again.
-    fn admit(&mut self, count: usize) {
-        if count == 0 {
+    /// Lets those in again whose time is `over`. Where that is not possible, it is tried again later.
+    fn lift(&mut self, over: impl Fn(Instant) -> bool, now: Instant) {
+        let late = self.users.iter().filter(|(_, until)| over(**until));
+        let late: Vec<u32> = late.map(|(user, _)| *user).collect();
+        if late.is_empty() {
             return;
         }
-        let users = self.users.iter().take(count).map(|(_, user)| *user);
-        let admitted = self.file.acl().and_then(|mut acl| {
-            users.for_each(|user| acl.unbar(user));
-            self.file.set_acl(&acl)
-        });
-        if self.succeeded(
-            admitted,
-            "Cannot let users in again who were barred from the socket",
-        ) {
-            self.users.drain(..count);
-        }
-    }
-
-    fn succeeded(&mut self, result: io::Result<()>, otherwise: &str) -> bool {
-        match result {
+        match admit(self.file, &late) {
             Ok(()) => {
                 self.failures.recovered();
-                true
+                self.users.retain(|_, until| !over(*until));
             }
             Err(source) => {
-                if let Loudness::Warn = self.failures.failed(Instant::now(), &source) {
-                    tracing::warn!(%source, "{otherwise}");
+                if let Loudness::Warn = self.failures.failed(now, &source) {
+                    tracing::warn!(
+                        users = ?late, %source,
+                        "Cannot let users in again who were barred from the socket"
+                    );
                 }
-                false
+                for until in self.users.values_mut().filter(|until| over(**until)) {
+                    *until = now + BARRED_FOR;
+                }
             }
         }
     }
 }
 
 fn bar(file: &SocketFile, user: u32) -> io::Result<()> {
-    if user == 0 || file.owner()? == user {
+    if user == 0 || user == file.owner()? {
         return Err(io::Error::other("it is root, or owns the socket"));
     }
     let mut acl = file.acl()?;
@@ -209,10 +204,17 @@ fn bar(file: &SocketFile, user: u32) -> io::Result<()> {
     file.set_acl(&acl)
 }
 
+fn admit(file: &SocketFile, users: &[u32]) -> io::Result<()> {
+    let mut acl = file.acl()?;
+    for user in users {
+        acl.unbar(*user);
+    }
+    file.set_acl(&acl)
+}
+
 /// Lets everybody in whom an agent had barred that ended without doing so itself.
 pub(super) fn reopen(file: &SocketFile) -> io::Result<()> {
-    let mut acl = file.acl()?;
-    let users = acl.barred().unwrap_or_default();
+    let users = file.acl()?.barred().unwrap_or_default();
     if users.is_empty() {
         return Ok(());
     }
@@ -220,8 +222,7 @@ pub(super) fn reopen(file: &SocketFile) -> io::Result<()> {
         ?users,
         "Letting users in whom an agent that ended had barred from the socket"
     );
-    users.into_iter().for_each(|user| acl.unbar(user));
-    file.set_acl(&acl)
+    admit(file, &users)
 }
 
 #[cfg(test)]
@@ -261,56 +262,68 @@ mod tests {
             SocketFile::hold(&self.path).unwrap()
         }
 
-        fn barred(&self) -> Vec<u32> {
-            self.file().acl().unwrap().barred().unwrap()
+        fn gate(&self) -> Gate {
+            Gate::new(Some(Arc::new(self.file()))).unwrap()
         }
 
-        /// Does something over and over until these are barred.
-        fn until(&self, barred: &[u32], mut act: impl FnMut()) {
-            let end = Instant::now() + Duration::from_secs(30);
-            while self.barred() != barred {
-                assert!(Instant::now() < end, "{:?}, not {barred:?}", self.barred());
-                act();
-                std::thread::yield_now();
-            }
+        fn acl(&self) -> Acl {
+            self.file().acl().unwrap()
         }
+
+        fn barred(&self) -> Vec<u32> {
+            self.acl().barred().unwrap()
+        }
+    }
+
+    /// Does something over and over until it has an effect.
+    fn until(seen: impl Fn() -> bool, mut act: impl FnMut()) {
+        let end = Instant::now() + Duration::from_secs(30);
+        while !seen() {
+            assert!(Instant::now() < end, "no effect");
+            act();
+            std::thread::yield_now();
+        }
+    }
+
+    fn order(user: u32) -> Order {
+        Order { user, first: true }
     }
 
     #[test]
     fn who_floods_is_barred_for_a_moment_and_again() {
         let world = World::new();
-        let before = world.file().acl().unwrap();
-        let mut gate = Gate::new(Some(world.file())).unwrap();
-        world.until(&[USER], || gate.dropped(USER));
-        world.until(&NOBODY, || ());
-        assert_eq!(world.file().acl().unwrap(), before);
-        world.until(&[USER], || gate.crowded(USER));
-        world.until(&NOBODY, || ());
+        let before = world.acl();
+        let mut gate = world.gate();
+        until(|| world.barred() == [USER], || gate.dropped(USER));
+        until(|| world.acl() == before, || ());
+        until(|| world.barred() == [USER], || gate.crowded(USER));
+        until(|| world.acl() == before, || ());
     }
 
     #[test]
     fn everybody_is_let_in_when_the_gate_is_gone() {
         let world = World::new();
-        let before = world.file().acl().unwrap();
-        let mut gate = Gate::new(Some(world.file())).unwrap();
-        world.until(&[USER], || gate.dropped(USER));
+        let before = world.acl();
+        let mut gate = world.gate();
+        until(|| world.barred() == [USER], || gate.dropped(USER));
         drop(gate);
-        assert_eq!(world.file().acl().unwrap(), before);
+        assert_eq!(world.acl(), before);
     }
 
     #[test]
     fn who_is_named_again_stays_out_for_as_long_again() {
         let world = World::new();
         let file = world.file();
-        let (mut barred, start) = (Barred::new(&file), Instant::now());
-        barred.add(USER, start);
-        barred.add(USER + 1, start);
-        barred.add(USER, start + BARRED / 2);
-        barred.admit_whose_time_is_over(start + BARRED);
+        let (mut bars, start) = (Bars::of(&file), Instant::now());
+        let over = |bars: &mut Bars<'_>, now| bars.lift(|until| until <= now, now);
+        bars.add(&order(USER), start);
+        bars.add(&order(USER + 1), start);
+        bars.add(&order(USER), start + BARRED_FOR / 2);
+        over(&mut bars, start + BARRED_FOR);
         assert_eq!(world.barred(), [USER]);
-        barred.admit_whose_time_is_over(start + BARRED / 2 + BARRED);
+        over(&mut bars, start + BARRED_FOR * 2);
         assert_eq!(world.barred(), NOBODY);
-        assert_eq!(barred.until(), None);
+        assert_eq!(bars.next(), None);
     }
 
     #[test]
@@ -320,16 +333,16 @@ mod tests {
         }
         let world = World::new();
         let file = world.file();
-        let (mut barred, start) = (Barred::new(&file), Instant::now());
-        barred.add(USER, start);
+        let (mut bars, start) = (Bars::of(&file), Instant::now());
+        let over = |bars: &mut Bars<'_>, now| bars.lift(|until| until <= now, now);
+        bars.add(&order(USER), start);
         // Of this thread alone.
         setfsuid(USER.into());
-        barred.admit_whose_time_is_over(start + BARRED);
+        over(&mut bars, start + BARRED_FOR);
         setfsuid(0.into());
         assert_eq!(world.barred(), [USER]);
-        let again = barred.until().unwrap();
-        assert_eq!(again, start + BARRED * 2);
-        barred.admit_whose_time_is_over(again);
+        assert_eq!(bars.next(), Some(start + BARRED_FOR * 2));
+        over(&mut bars, start + BARRED_FOR * 2);
         assert_eq!(world.barred(), NOBODY);
     }
 

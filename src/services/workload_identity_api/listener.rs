@@ -6,6 +6,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use tokio::net::{UnixSocket, UnixStream};
 
@@ -133,7 +134,7 @@ impl Listen {
                     if let Some(Err(source)) = socket.held().map(|file| gate::reopen(&file)) {
                         tracing::warn!(
                             path = %path.display(), %source,
-                            "Users who flooded the socket when the agent ended may be barred from it still"
+                            "Users who flooded the socket when an agent ended may be barred from it still"
                         );
                     }
                     if stored {
@@ -199,14 +200,28 @@ pub(super) enum Bound {
 #[derive(Debug)]
 pub(super) struct Socket {
     listener: UnixListener,
+    /// What stood at its path when it was taken over.
+    held: Option<Arc<SocketFile>>,
     file: Option<(PathBuf, FileId)>,
 }
 
 impl Socket {
     fn passed(listener: UnixListener) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
+        let address = listener.local_addr()?;
+        let held = address.as_pathname().and_then(|path| {
+            let held = SocketFile::hold(path);
+            if let Err(source) = &held {
+                tracing::warn!(
+                    path = %path.display(), %source,
+                    "Cannot hold the socket's file: users who flood it will not be barred from it"
+                );
+            }
+            held.ok()
+        });
         Ok(Self {
             listener,
+            held: held.map(Arc::new),
             file: None,
         })
     }
@@ -265,10 +280,9 @@ impl Socket {
         &self.listener
     }
 
-    /// The file of the socket, if there is one.
-    pub(super) fn held(&self) -> Option<SocketFile> {
-        let address = self.listener.local_addr().ok()?;
-        SocketFile::hold(address.as_pathname()?).ok()
+    /// The file of the socket, if it has one.
+    pub(super) fn held(&self) -> Option<Arc<SocketFile>> {
+        self.held.clone()
     }
 }
 

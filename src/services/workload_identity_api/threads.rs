@@ -43,13 +43,13 @@ const STACK: usize = 1024 * 1024;
 #[derive(Debug)]
 pub(super) struct Threads {
     server: Arc<Server>,
-    gate: Gate,
     lines: HashMap<Option<u32>, Sender<Arrived>>,
     /// Each thread has one: who holds the other end hears when all ended.
     running: Sender<Infallible>,
     /// When a thread could not be had, and how often in a row.
     refused: Option<Instant>,
     refusals: Repeated,
+    gate: Gate,
 }
 
 impl Threads {
@@ -57,16 +57,16 @@ impl Threads {
     pub(super) fn new(server: Arc<Server>, gate: Gate, running: Sender<Infallible>) -> Self {
         Self {
             server,
-            gate,
             lines: HashMap::new(),
             running,
             refused: None,
             refusals: Repeated::default(),
+            gate,
         }
     }
 
     /// Gives a connection to its user's thread, and says whether a crowd waits for that. Hangs up where too many
-    /// wait, and has the gate kept from who makes them.
+    /// wait, and tells the gate who makes them.
     pub(super) fn admit(&mut self, mut arrived: Arrived) -> bool {
         let user = arrived.user();
         loop {
