@@ -112,7 +112,6 @@ mod tests {
         let path = dir.path().join("s");
         let _listener = UnixListener::bind(&path).unwrap();
         std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
-        chown(&path, None, Some(other)).unwrap();
         let file = SocketFile::hold(&path).unwrap();
         // A thread of its own: what it gives up, it does not get back.
         let connects = |user: u32| {
@@ -126,7 +125,14 @@ mod tests {
             };
             std::thread::spawn(connect).join().unwrap()
         };
-        for mode in [0o777, 0o606, 0o666] {
+        // Whoever connects is of the group `barred`.
+        for (mode, group) in [
+            (0o777, other),
+            (0o606, other),
+            (0o666, other),
+            (0o660, barred),
+        ] {
+            chown(&path, None, Some(group)).unwrap();
             std::fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
             let mut acl = file.acl().unwrap();
             assert!(acl.bar(barred));

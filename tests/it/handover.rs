@@ -177,8 +177,8 @@ fn who_was_barred_for_a_flood_when_the_agent_crashed_is_let_in() {
          for try in $(seq 200); do \
            systemctl kill --signal=STOP tbot; if {barred}; then break; fi; systemctl kill --signal=CONT tbot; \
          done; \
-         systemctl kill --signal=KILL tbot; systemctl stop flood; \
-         if {barred}; then echo still barred; fi"
+         systemctl kill --signal=KILL tbot; if {barred}; then echo still barred; fi; \
+         systemctl stop flood"
     ));
     assert_eq!(seen, "still barred\n", "nobody was barred when it crashed");
     machine.served();

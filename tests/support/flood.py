@@ -1,5 +1,5 @@
 """A hostile caller: four processes that connect, ask for SVIDs in heaps, and hang up without reading, over
-and over. Prints how many connections it made, and how many were refused.
+and over. Prints how many connections it made, and how often it was not permitted to.
 
 usage: flood.py SOCKET SECONDS
 """
@@ -37,8 +37,10 @@ def flood(path, end, made, refused):
             connection.settimeout(1)
             try:
                 connection.connect(path)
+            except PermissionError:
+                counter = refused
             except OSError:
-                counter = refused  # Whoever is refused has lost nothing, and does not rest.
+                continue  # Whoever finds no place in the queue has lost nothing, and does not rest.
             else:
                 counter = made
                 try:

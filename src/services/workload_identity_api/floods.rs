@@ -2,7 +2,7 @@
 //!
 //! Many connections at once are no flood: after a restart of the agent, all processes of a user connect anew, and as
 //! many as a user may hold come in one moment. A thousand wait for that user's thread, the others are dropped and come
-//! again. It is a flood if more were dropped within a second than could be meant. From then on, a crowd is
+//! again. It is a flood if more were dropped within a second than a user may hold. From then on, a crowd is
 //! enough, until there was none for some time.
 
 use std::collections::HashMap;
@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// How many connections of a user have to be dropped, and within which time: as many as a user may hold.
-const DROPPED: u32 = 4096;
+pub(super) const DROPPED: u32 = 4096;
 const WITHIN: Duration = Duration::from_secs(1);
 /// For how long a user is barred at a time.
 pub(super) const BARRED_FOR: Duration = Duration::from_millis(100);
@@ -46,8 +46,11 @@ struct Flood {
 
 impl Flood {
     fn is_forgotten(&self, now: Instant) -> bool {
-        let last = self.until.unwrap_or(self.since);
-        now.saturating_duration_since(last) > REMEMBERED
+        let (last, kept) = match self.until {
+            None => (self.since, WITHIN),
+            Some(until) => (until, REMEMBERED),
+        };
+        now.saturating_duration_since(last) > kept
     }
 
     fn bar(&mut self, now: Instant) -> Verdict {
@@ -81,9 +84,6 @@ impl Floods {
             *flood = new();
         }
         if flood.until.is_none() {
-            if now.saturating_duration_since(flood.since) > WITHIN {
-                (flood.dropped, flood.since) = (0, now);
-            }
             flood.dropped += 1;
             if flood.dropped < DROPPED {
                 return Verdict::Nothing;
@@ -159,7 +159,7 @@ mod tests {
             floods.dropped(user, start);
         }
         assert_eq!(floods.0.len(), USERS);
-        let later = start + REMEMBERED + Duration::from_secs(1);
+        let later = start + WITHIN + Duration::from_millis(1);
         floods.dropped(10_000, later);
         assert_eq!(floods.0.len(), 1);
     }

@@ -200,7 +200,7 @@ pub(super) enum Bound {
 #[derive(Debug)]
 pub(super) struct Socket {
     listener: UnixListener,
-    /// What stood at its path when it was taken over.
+    /// What stood at its path when it was bound or taken over.
     held: Option<Arc<SocketFile>>,
     file: Option<(PathBuf, FileId)>,
 }
