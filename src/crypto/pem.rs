@@ -17,7 +17,7 @@ pub enum PemError {
     /// A block begins but has no end line: a truncated file.
     #[error("a PEM block starts but does not end")]
     Truncated,
-    /// The block's body is not base64 or its labels differ.
+    /// The block's body is not base64, or its label is none.
     #[error("malformed PEM block")]
     Malformed,
 }
@@ -43,6 +43,9 @@ pub fn decode_all(text: &str) -> Result<Vec<Block>, PemError> {
         let Some((label, body)) = from.split_once("-----") else {
             return Err(PemError::Truncated);
         };
+        if !is_label(label) {
+            return Err(PemError::Malformed);
+        }
         let end = format!("-----END {label}-----");
         let Some((body, after)) = body.split_once(end.as_str()) else {
             return Err(PemError::Truncated);
@@ -57,6 +60,14 @@ pub fn decode_all(text: &str) -> Result<Vec<Block>, PemError> {
         rest = after;
     }
     Ok(blocks)
+}
+
+/// Whether a text is a label: words of printable ASCII, a space between them. Hyphens, which RFC 7468 section 3 has as
+/// well, are in none that is in use, and not in what [`encode`] takes.
+fn is_label(text: &str) -> bool {
+    let of_word = |byte: u8| byte.is_ascii_graphic() && byte != b'-';
+    text.split(' ')
+        .all(|word| !word.is_empty() && word.bytes().all(of_word))
 }
 
 /// The DER of every `CERTIFICATE` block of `text`.
@@ -89,6 +100,17 @@ mod tests {
         let blocks = decode_all(&text).unwrap();
         assert_eq!(blocks.len(), 2);
         assert_eq!(certificates(&text).unwrap(), [b"2".to_vec()]);
+    }
+
+    #[test]
+    fn what_is_no_label_is_malformed() {
+        for label in ["", " X", "X ", "X  Y", "X\nY", "X\u{e4}", "X-Y", "X\u{7f}"] {
+            let text = format!("-----BEGIN {label}-----\nAA==\n-----END {label}-----\n");
+            assert_eq!(decode_all(&text), Err(PemError::Malformed), "{label:?}");
+        }
+        for label in ["X509 CRL", "OPENSSH PRIVATE KEY"] {
+            assert_eq!(decode_all(&encode(label, b"1")).unwrap()[0].label, label);
+        }
     }
 
     #[test]
